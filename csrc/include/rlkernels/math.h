@@ -1,0 +1,31 @@
+// The few functions that the formulas are written in, so that one text serves a float on a GPU, a float on a CPU, and
+// the SIMD vectors of csrc/cpu/simd.h, which overload them.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define RLK_HD __host__ __device__ __forceinline__
+#else
+#define RLK_HD inline __attribute__((always_inline))
+#endif
+
+namespace rlk {
+
+RLK_HD float select(bool condition, float yes, float no) { return condition ? yes : no; }
+RLK_HD float exp(float x) { return ::expf(x); }
+RLK_HD float expm1(float x) { return ::expm1f(x); }
+RLK_HD float log(float x) { return ::logf(x); }
+RLK_HD float log1p(float x) { return ::log1pf(x); }
+RLK_HD float sqrt(float x) { return ::sqrtf(x); }
+RLK_HD float tanh(float x) { return ::tanhf(x); }
+RLK_HD float abs(float x) { return ::fabsf(x); }
+
+// A NaN in x stays a NaN, as in PyTorch's clamp.
+template <class F>
+RLK_HD F clamp(F x, F low, F high) {
+  return select(x < low, low, select(x > high, high, x));
+}
+
+}  // namespace rlk

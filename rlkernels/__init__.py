@@ -1,0 +1,23 @@
+"""Fused kernels for the arithmetic between a language model and its optimizer in reinforcement learning.
+
+    token_logprobs      log-probabilities and entropy of sampled tokens, from logits
+    kl_penalty          per-token estimates of the KL divergence from a reference model
+    group_advantages    rewards relative to their group: GRPO, RLOO, Dr. GRPO
+    policy_loss         PPO and REINFORCE losses with KL penalty, gradient and metrics in one pass
+
+Each is a function on tensors that serves CPUs (C++ SIMD) and GPUs (Triton, CUDA C++), is differentiable where its
+docstring says so, and works under torch.compile. `use_backend` chooses the implementation; by default the tensors'
+device does.
+"""
+
+from rlkernels.ops import _registry
+from rlkernels.ops._registry import use_backend
+from rlkernels.ops.groups import group_advantages
+from rlkernels.ops.kl import kl_penalty
+from rlkernels.ops.logprobs import token_logprobs
+from rlkernels.ops.policy_loss import policy_loss
+
+__version__ = "0.1.0"
+__all__ = ["group_advantages", "kl_penalty", "policy_loss", "token_logprobs", "use_backend"]
+
+_registry.load()

@@ -1,0 +1,167 @@
+"""Schemas, their implementations, and the choice between them.
+
+Every low-level op `rlkernels::<name>` has one overload per kernel backend, all of one schema, so that a backend is
+chosen by the overload's name. The schema, the fake and the gradient are registered here, in Python, whatever was
+built; the extensions and `rlkernels/triton` register implementations only. The reference is plain PyTorch and needs
+no op of its own.
+"""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+LIBRARY = torch.library.Library("rlkernels", "DEF")
+KERNEL_BACKENDS = ("cpu", "cuda", "triton")
+"""In order of preference where several serve a device. On NVIDIA the CUDA kernels precede Triton's, whose launch
+costs more host time; under Triton's interpreter the CPU kernels precede it."""
+BACKENDS = ("reference", *KERNEL_BACKENDS)
+
+# A plain module global, so that torch.compile guards on it and recompiles when it changes.
+_forced: str | None = None
+_devices: dict[str, tuple[str, ...]] = dict.fromkeys(KERNEL_BACKENDS, ())
+_reasons: dict[str, str] = dict.fromkeys(KERNEL_BACKENDS, "not loaded")
+
+
+def define(
+    name: str,
+    schema: str,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> None:
+    """Define `name` for every kernel backend: its schema, its shapes (`fake`), and its gradient if it has one:
+    `backward(backend)` gives the function that autograd calls."""
+    for backend in KERNEL_BACKENDS:
+        LIBRARY.define(f"{name}.{backend}{schema}")
+        qualified = f"rlkernels::{name}.{backend}"
+        torch.library.register_fake(qualified, fake, lib=LIBRARY)
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context, lib=LIBRARY)
+
+
+def op(name: str, backend: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops.rlkernels, name), backend)
+
+
+def no_second_derivative(name: str) -> Callable:
+    """The gradient of an op that is itself a gradient."""
+
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(f"rlkernels::{name} has no derivative: the gradient cannot be differentiated again")
+
+    return lambda backend: refuse
+
+
+def implement_triton(name: str, implementation: Callable) -> None:
+    """Register a Triton launcher for GPUs and, in a process with TRITON_INTERPRET=1, for CPU tensors."""
+    for device_type in triton_devices():
+        LIBRARY.impl(f"{name}.triton", implementation, "CUDA" if device_type == "cuda" else "CPU")
+
+
+def triton_devices() -> tuple[str, ...]:
+    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+def loaded(backend: str, device_types: tuple[str, ...]) -> None:
+    """Note that the implementations of `backend` are registered for `device_types`."""
+    _devices[backend] = device_types
+    _reasons[backend] = ""
+
+
+def load() -> None:
+    """Load every backend that can serve on this machine; remember why the others cannot."""
+    _load_module("cpu", "rlkernels._C", ("cpu",), "the C++ extension is not built")
+    if torch.cuda.is_available() or "cpu" in triton_devices():
+        _load_module("triton", "rlkernels.triton", triton_devices(), "triton is not installed")
+    else:
+        _reasons["triton"] = "no GPU is available"
+    if torch.cuda.is_available() and torch.version.cuda:
+        _load_module("cuda", "rlkernels._C_cuda", ("cuda",), "the CUDA extension is not built")
+    else:
+        _reasons["cuda"] = "no NVIDIA GPU is available"
+    name = os.environ.get("RLKERNELS_BACKEND")
+    if name:
+        _force(name, "RLKERNELS_BACKEND")
+
+
+def _load_module(backend: str, module: str, device_types: tuple[str, ...], absent: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, "triton"):
+            raise
+        _reasons[backend] = absent
+    except (ImportError, OSError) as error:
+        _reasons[backend] = f"{module} failed to load: {error}"
+        warnings.warn(f"{_reasons[backend]}; a slower backend serves instead", RuntimeWarning, stacklevel=2)
+    else:
+        loaded(backend, device_types)
+
+
+def status(backend: str, device_type: str) -> str | None:
+    """None where `backend` serves tensors on `device_type`, else the reason why it does not."""
+    if backend == "reference" or device_type in _devices[backend]:
+        return None
+    if not _devices[backend]:
+        return _reasons[backend]
+    return f"it serves {' and '.join(_devices[backend])} tensors only"
+
+
+def select(tensor: torch.Tensor) -> str:
+    """The backend that serves `tensor`. float64 is always served by the reference, in float64."""
+    if tensor.dtype == torch.float64:
+        return "reference"
+    device_type = tensor.device.type
+    if _forced is not None:
+        if _forced != "reference" and device_type not in _devices[_forced]:
+            raise ValueError(
+                f"backend {_forced!r} was asked for, but cannot serve a {device_type} tensor: "
+                f"{status(_forced, device_type)}"
+            )
+        return _forced
+    for backend in KERNEL_BACKENDS:
+        if device_type in _devices[backend]:
+            return backend
+    return "reference"
+
+
+def _force(name: str, argument: str) -> None:
+    global _forced
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(('auto', *BACKENDS))}; got {name!r}")
+    if name in KERNEL_BACKENDS and not _devices[name]:
+        raise ValueError(f"{argument}={name!r} cannot serve on this machine: {_reasons[name]}")
+    _forced = None if name == "auto" else name
+
+
+class use_backend:
+    """Choose the implementation of every op: "reference", "cpu", "triton", "cuda", or "auto" (by the tensors' device).
+
+    Takes effect at once, for the whole process; as a context manager it is undone on leaving the block. A compiled
+    function recompiles when the choice changes. float64 tensors are always served by the reference. The environment
+    variable RLKERNELS_BACKEND sets the choice at import.
+
+    Raises ValueError for an unknown name, and for a backend that cannot serve on this machine (with the reason).
+
+        rlkernels.use_backend("triton")
+        with rlkernels.use_backend("reference"):
+            ...
+    """
+
+    def __init__(self, name: str) -> None:
+        self._previous = _forced
+        _force(name, "backend")
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._previous

@@ -1,0 +1,34 @@
+import torch
+from torch import Tensor
+
+
+def kl_penalty(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    *,
+    estimator: str,
+    straight_through: bool,
+    log_ratio_clamp: float,
+    value_clamp: float,
+) -> Tensor:
+    """Per-token estimate of KL(policy || reference); any shape. `estimator` without its "+"."""
+    log_ratio = logprobs - ref_logprobs
+    value = estimate(log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp), estimator)
+    clamped = (log_ratio.abs() > log_ratio_clamp) | (value.abs() > value_clamp)
+    value = value.clamp(-value_clamp, value_clamp)
+    if not straight_through:
+        return value
+    k2 = 0.5 * log_ratio.square()
+    # The difference is 0 and carries the gradient of k2, but none where the value is a constant of the clamps.
+    return value.detach() + (k2 - k2.detach()).masked_fill(clamped, 0.0)
+
+
+def estimate(log_ratio: Tensor, estimator: str) -> Tensor:
+    """k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, abs = |d|, for d = log policy - log reference."""
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    if estimator == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    return log_ratio.abs()
