@@ -67,6 +67,13 @@ def mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> 
     return (value if value.dtype == torch.bool else value != 0).contiguous()
 
 
+def values_in_python(backend: str, value: torch.Tensor) -> bool:
+    """Whether values are checked before the kernel: where none would raise, and the host may wait for them."""
+    if torch.compiler.is_compiling():
+        return False
+    return CHECK_VALUES or (backend == "reference" and value.is_cpu)
+
+
 def working(value: torch.Tensor) -> torch.Tensor:
     """`value` in the dtype of the arithmetic: float64 stays, everything else becomes float32; contiguous."""
     return (value if value.dtype == torch.float64 else value.float()).contiguous()

@@ -30,11 +30,11 @@ def group_advantages(
         advantage[i] = (score[i] - baseline of its group) / (std + eps)
 
     baseline "mean": the group's mean; "leave_one_out": the mean of the group's other scores (RLOO); "none": 0.
-    scale "group": the standard deviation of the group's scores; "batch": that of all scores; "none": no division. Standard
-    deviations are of samples (ddof 1).
+    scale "group": the standard deviation of the group's scores; "batch": that of all scores; "none": no division.
+    Standard deviations are of samples (ddof 1).
 
-    normalize="before_sum" (TRL's normalize_then_sum, GDPO) applies the formula to each reward on its own, sums the results
-    with the weights, and normalises the sums once more over the whole batch: (sum - mean) / (std + eps).
+    normalize="before_sum" (TRL's normalize_then_sum, GDPO) applies the formula to each reward on its own, sums the
+    results with the weights, and normalises the sums once more over the whole batch: (sum - mean) / (std + eps).
 
     Args:
         rewards: [B] or [B, R], float32, bfloat16, float16 or float64 (served by the reference, in float64). NaN: that
@@ -62,8 +62,8 @@ def group_advantages(
     Traffic: reads the rewards and writes one float and one byte a row; scale="batch" and normalize="before_sum", whose
     output waits for a statistic of the whole batch, read [B] floats once more.
 
-    References: Shao et al. 2024 (GRPO, arXiv 2402.03300); Ahmadian et al. 2024 (RLOO, arXiv 2402.14740); Liu et al. 2025
-    (Dr. GRPO, arXiv 2503.20783).
+    References: Shao et al. 2024 (GRPO, arXiv 2402.03300); Ahmadian et al. 2024 (RLOO, arXiv 2402.14740); Liu et al.
+    2025 (Dr. GRPO, arXiv 2503.20783).
     """
     _checks.tensor("rewards", rewards, _checks.FLOATS)
     _checks.no_gradient("rewards", rewards, "advantages are data for the loss")

@@ -22,23 +22,23 @@ def token_logprobs(
         logprobs[i] = z[i, token_ids[i]] - logsumexp(z[i])
         entropy[i]  = -sum_v p[i, v] log p[i, v],  p = softmax(z)
 
-    The arithmetic is float32 for float32, bfloat16 and float16 logits, whose softmax is never stored. The log-probability
-    is formed as -softplus(logsumexp of the other logits - z_t), and its gradient with -expm1(logprob), so that confident
-    tokens keep their precision; it is never above 0.
+    The arithmetic is float32 for float32, bfloat16 and float16 logits, whose softmax is never stored. The
+    log-probability is formed as -softplus(logsumexp of the other logits - z_t), and its gradient with -expm1(logprob),
+    so that confident tokens keep their precision; it is never above 0.
 
     Args:
-        logits: [..., V], float32, bfloat16, float16 or float64 (served by the reference, in float64). Rows may be strided
-            in any way that leaves each row dense and the leading dimensions mergeable into two, as logits[:, :-1] does;
-            other layouts are copied first.
+        logits: [..., V], float32, bfloat16, float16 or float64 (served by the reference, in float64). Rows may be
+            strided in any way that leaves each row dense and the leading dimensions mergeable into two, as
+            logits[:, :-1] does; other layouts are copied first.
         token_ids: [...], any integer dtype, the shape of logits without its last dimension.
         temperature: > 0, divides the logits after the softcap.
         softcap: > 0, or None.
         ignore_index: rows with this id are not scored: logprob 0, entropy 0, gradient exactly 0, whatever they hold.
         return_entropy: also return the entropy.
         inplace_backward: the backward pass writes the gradient over the logits instead of allocating as much memory
-            again. The logits are lost by then: autograd is told so, and a second backward pass, or a producer that saved
-            its output for its own gradient (tanh, exp, softmax), raises instead of computing with the overwritten
-            values. Ignored under torch.compile, which plans memory itself, and by the reference.
+            again. The logits are lost by then: autograd is told so, and a second backward pass, or a producer that
+            saved its output for its own gradient (tanh, exp, softmax), raises instead of computing with the
+            overwritten values. Ignored under torch.compile, which plans memory itself, and by the reference.
 
     Returns:
         float32 [...] (float64 for float64 logits), or the pair (logprobs, entropy).
@@ -46,8 +46,8 @@ def token_logprobs(
     Differentiable: both outputs with respect to logits, once.
 
     Edge cases: a -inf logit has probability 0 and contributes 0 to the entropy; a token whose own logit is -inf has the
-    logprob -inf; a row that is -inf throughout, or holds a NaN or +inf, gives NaN, as log_softmax does. With no rows the
-    result is empty.
+    logprob -inf; a row that is -inf throughout, or holds a NaN or +inf, gives NaN, as log_softmax does. With no rows
+    the result is empty.
 
     Raises:
         TypeError, ValueError: for wrong dtypes, shapes, devices and options; for an id outside [0, V) that is not
@@ -72,7 +72,7 @@ def token_logprobs(
         _refuse_inplace(logits)
 
     backend = _registry.select(logits)
-    if not torch.compiler.is_compiling() and (_checks.CHECK_VALUES or (backend == "reference" and logits.is_cpu)):
+    if _checks.values_in_python(backend, token_ids):
         _check_ids(token_ids, logits.shape[-1], ignore_index)
     if backend == "reference":
         logprobs, entropy = reference.token_logprobs(
@@ -132,10 +132,10 @@ class _InplaceBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, token_ids, temperature, softcap, ignore_index, return_entropy, backend):
-        logprobs, entropy, lse = _registry.op("token_logprobs_forward", backend)(
+        logprobs, entropy, row_stats = _registry.op("token_logprobs_forward", backend)(
             logits, token_ids, temperature, softcap, ignore_index, return_entropy
         )
-        ctx.save_for_backward(logits, token_ids, logprobs, entropy, lse)
+        ctx.save_for_backward(logits, token_ids, logprobs, entropy, row_stats)
         ctx.options = (temperature, softcap, ignore_index)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
@@ -146,7 +146,7 @@ class _InplaceBackward(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        logits, token_ids, logprobs, entropy, lse = ctx.saved_tensors
+        logits, token_ids, logprobs, entropy, row_stats = ctx.saved_tensors
         _registry.op("token_logprobs_backward_", ctx.backend)(
             _contiguous(grad_logprobs),
             _contiguous(grad_entropy),
@@ -154,7 +154,7 @@ class _InplaceBackward(torch.autograd.Function):
             token_ids,
             logprobs,
             entropy,
-            lse,
+            row_stats,
             *ctx.options,
         )
         # The op runs below autograd, which would not notice: whoever saved these logits must find them changed.
@@ -171,7 +171,7 @@ def _forward_fake(logits, token_ids, temperature, softcap, ignore_index, return_
         return logits.new_empty(token_ids.shape, dtype=torch.float32)
 
     entropy = per_row() if return_entropy else logits.new_empty(0, dtype=torch.float32)
-    return per_row(), entropy, per_row()
+    return per_row(), entropy, logits.new_empty((2, *token_ids.shape), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -183,8 +183,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _make_backward(backend):
-    def backward(ctx, grad_logprobs, grad_entropy, grad_lse):
-        logits, token_ids, logprobs, entropy, lse = ctx.saved_tensors
+    def backward(ctx, grad_logprobs, grad_entropy, grad_row_stats):
+        logits, token_ids, logprobs, entropy, row_stats = ctx.saved_tensors
         grad_logits = _registry.op("token_logprobs_backward", backend)(
             _contiguous(grad_logprobs),
             _contiguous(grad_entropy) if ctx.return_entropy else None,
@@ -192,7 +192,7 @@ def _make_backward(backend):
             token_ids,
             logprobs,
             entropy,
-            lse,
+            row_stats,
             *ctx.options,
         )
         return grad_logits, None, None, None, None, None
@@ -205,12 +205,13 @@ def _backward_fake(grad_logprobs, grad_entropy, logits, *rest):
 
 
 _BACKWARD_ARGUMENTS = (
-    "Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor lse, float temperature, float softcap, int ignore_index"
+    "Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor row_stats, "
+    "float temperature, float softcap, int ignore_index"
 )
 _registry.define(
     "token_logprobs_forward",
     "(Tensor logits, Tensor token_ids, float temperature, float softcap, int ignore_index, bool return_entropy)"
-    " -> (Tensor logprobs, Tensor entropy, Tensor lse)",
+    " -> (Tensor logprobs, Tensor entropy, Tensor row_stats)",
     _forward_fake,
     setup_context=_setup_context,
     backward=_make_backward,

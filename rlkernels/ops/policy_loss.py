@@ -73,14 +73,14 @@ def policy_loss(
     Edge cases: tokens that are not scored may hold NaN or inf and leave no trace. With nothing scored the loss, its
     gradient and the metrics are 0.
 
-    Raises: TypeError, ValueError for wrong dtypes, shapes, devices and options, and, on a CPU, for cu_seqlens that do not
-    run from 0 to N without decreasing (on a GPU with RLKERNELS_CHECK=1).
+    Raises: TypeError, ValueError for wrong dtypes, shapes, devices and options, and, on a CPU, for cu_seqlens that do
+    not run from 0 to N without decreasing (on a GPU with RLKERNELS_CHECK=1).
 
-    Traffic: reads each input once (the mask twice for seq_*, whose lengths come first) and writes the gradient; backward
-    reads and writes the gradient once. No host synchronisation.
+    Traffic: reads each input once (the mask twice for seq_*, whose lengths come first) and writes the gradient;
+    backward reads and writes the gradient once. No host synchronisation.
 
-    References: Schulman et al. 2017 (PPO, arXiv 1707.06347); Ye et al. 2020 (dual clip, arXiv 1912.09729); Yu et al. 2025
-    (DAPO, arXiv 2503.14476).
+    References: Schulman et al. 2017 (PPO, arXiv 1707.06347); Ye et al. 2020 (dual clip, arXiv 1912.09729); Yu et al.
+    2025 (DAPO, arXiv 2503.14476).
     """
     _checks.tensor("logprobs", logprobs, _checks.FLOATS)
     if cu_seqlens is None and logprobs.dim() != 2:
@@ -131,9 +131,8 @@ def policy_loss(
     kl_estimator = kl_estimator.removesuffix("+")
 
     backend = _registry.select(work)
-    if cu_seqlens is not None and not torch.compiler.is_compiling():
-        if _checks.CHECK_VALUES or (backend == "reference" and cu_seqlens.is_cpu):
-            _check_cu_seqlens(cu_seqlens, shape[0])
+    if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
+        _check_cu_seqlens(cu_seqlens, shape[0])
     if backend == "reference":
         return reference.policy_loss(
             work,

@@ -16,20 +16,20 @@ def token_logprobs(
     ignored = token_ids == ignore_index
     valid = (token_ids >= 0) & (token_ids < vocab_size)
     index = token_ids.where(valid, 0).unsqueeze(-1)
-    # An ignored row may hold anything: its values are replaced before any arithmetic, so that no NaN reaches a gradient.
+    # An ignored row may hold anything: it is replaced before any arithmetic, so that no NaN reaches a gradient.
     z = z.masked_fill(ignored.unsqueeze(-1), 0.0)
     if softcap > 0:
         z = softcap * torch.tanh(z / softcap)
     z = z / temperature
+    # Log-softmax is the same for z and z - max, and the latter keeps its precision where all logits are large.
+    z = z - z.detach().amax(-1, keepdim=True)
 
     # The target is kept out of the sum: for a confident token log p = z_t - logsumexp(z) would round to 0.
     z_target = z.gather(-1, index)
     others = z.scatter(-1, index, float("-inf"))
     alone = torch.isneginf(others.amax(-1, keepdim=True)) & torch.isfinite(z_target)
     lse_others = torch.logsumexp(others.masked_fill(alone, 0.0), -1, keepdim=True).masked_fill(alone, float("-inf"))
-    undefined = torch.isposinf(lse_others) | torch.isposinf(z_target)
     logprob = -torch.logaddexp(torch.zeros_like(z_target), lse_others - z_target)
-    logprob = logprob.masked_fill(undefined, float("nan"))
 
     log_p = (z - torch.logaddexp(lse_others, z_target)).scatter(-1, index, logprob)
     p = log_p.exp()

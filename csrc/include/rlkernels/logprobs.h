@@ -40,37 +40,45 @@ RLK_HD RowSums<F> merge(RowSums<F> a, RowSums<F> b) {
   return {m, a.s * ca + b.s * cb, (a.w + a.s * da) * ca + (b.w + b.s * db) * cb};
 }
 
+// With max and log_sum, log p_v = (z_v - max) - log_sum. The pair is kept instead of its sum, logsumexp, because beside
+// a large max the sum would lose log_sum's digits, and with them those of every p.
 template <class F>
 struct RowResult {
-  F logprob, entropy, lse;
+  F logprob, entropy, max, log_sum;
 };
+
+template <class F>
+RLK_HD F row_log_p(F z, F max, F log_sum) {
+  return (z - max) - log_sum;
+}
 
 // From the sums over all logits but the target's. With L = logsumexp of the others:
 //   logprob = z_t - logaddexp(L, z_t) = -softplus(L - z_t)
 // which is exact for confident tokens, where z_t - logsumexp would round to 0. The entropy is a sum of terms >= 0:
-//   H = -p_t log p_t + sum_{v != t} p_v (lse - z_v),   z_v = m + (z_v - m)
+//   H = -p_t log p_t + sum_{v != t} p_v (-log p_v)
 template <class F>
 RLK_HD RowResult<F> finish_row(RowSums<F> others, F z_target) {
   const F infinity = F(std::numeric_limits<float>::infinity());
   const F nan = F(std::numeric_limits<float>::quiet_NaN());
-  F lse_others = select(others.s == F(0), -infinity, others.m + log(others.s));
-  F x = lse_others - z_target;
-  F tail = log1p(exp(-abs(x)));
-  F logprob = -(select(x > F(0), x, F(0)) + tail);
-  F lse = select(x > F(0), lse_others, z_target) + tail;
-  // log-softmax is undefined beside a +inf, and x is NaN where there is nothing but -inf.
-  bool undefined = (lse_others == infinity) || (z_target == infinity) || (x != x);
-  logprob = select(undefined, nan, logprob);
-  lse = select(undefined, nan, lse);
+  F x = (others.m - z_target) + log(others.s);
+  // Log-softmax is undefined beside a +inf, and x is NaN where there is nothing but -inf.
+  if (others.m == infinity || z_target == infinity || x != x) return {nan, nan, nan, nan};
+  RowResult<F> row;
+  row.logprob = -(select(x > F(0), x, F(0)) + log1p(exp(-abs(x))));
+  bool target_leads = z_target >= others.m;
+  row.max = target_leads ? z_target : others.m;
+  row.log_sum = target_leads ? -row.logprob : log(others.s + exp(z_target - others.m));
 
-  F p_target = exp(logprob);
-  F entropy = select(p_target == F(0), F(0), -(p_target * logprob));
-  F unit = exp(others.m - lse);
-  entropy += select(others.s == F(0), F(0), unit * (others.s * (lse - others.m) - others.w));
-  return {logprob, select(undefined, nan, entropy), lse};
+  F p_target = exp(row.logprob);
+  row.entropy = p_target == F(0) ? F(0) : -(p_target * row.logprob);
+  if (others.s > F(0)) {
+    F below = (row.max - others.m) + row.log_sum;  // -log p of the largest of the others
+    row.entropy += exp(-below) * (others.s * below - others.w);
+  }
+  return row;
 }
 
-// d(grad_logprob * logprob + grad_entropy * H) / dz_v for v other than the target, p = exp(z - lse):
+// d(grad_logprob * logprob + grad_entropy * H) / dz_v for v other than the target, log_p = row_log_p:
 //   -grad_logprob * p - grad_entropy * p (log p + H)
 template <class F>
 RLK_HD F row_gradient(F log_p, F entropy, F grad_logprob, F grad_entropy, bool has_entropy) {
