@@ -59,6 +59,11 @@ def number(
     return float(value)
 
 
+def integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+
+
 def mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> torch.Tensor:
     """`value` as a contiguous bool tensor: nonzero is scored."""
     tensor(name, value, (torch.bool, *INTEGERS, *FLOATS))

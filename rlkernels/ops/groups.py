@@ -88,8 +88,7 @@ def group_advantages(
         if count:
             order, offsets = _segments(group_ids)
     elif group_size is not None:
-        if isinstance(group_size, bool) or not isinstance(group_size, int):
-            raise TypeError(f"group_size must be an integer; got {type(group_size).__name__}")
+        _checks.integer("group_size", group_size)
         if group_size < 1 or count % group_size:
             raise ValueError(f"group_size must be >= 1 and divide the number of rows, {count}; got {group_size}")
     size = group_size if group_size is not None else max(count, 1)

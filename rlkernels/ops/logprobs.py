@@ -67,7 +67,10 @@ def token_logprobs(
     _checks.same_device("token_ids", token_ids, "logits", logits)
     temperature = _checks.number("temperature", temperature, above=0.0)
     softcap = 0.0 if softcap is None else _checks.number("softcap", softcap, above=0.0)
-    inplace_backward = inplace_backward and logits.requires_grad and torch.is_grad_enabled()
+    _checks.integer("ignore_index", ignore_index)
+    inplace_backward = (
+        inplace_backward and logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
     if inplace_backward:
         _refuse_inplace(logits)
 
@@ -83,7 +86,7 @@ def token_logprobs(
     rows = _rows(logits)
     ids = token_ids.reshape(rows.shape[:-1]).long().contiguous()
     options = (temperature, softcap, ignore_index, return_entropy)
-    if inplace_backward and not torch.compiler.is_compiling():
+    if inplace_backward:
         logprobs, entropy = _InplaceBackward.apply(rows, ids, *options, backend)
     else:
         logprobs, entropy, _ = _registry.op("token_logprobs_forward", backend)(rows, ids, *options)

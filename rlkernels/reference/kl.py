@@ -18,9 +18,9 @@ def kl_penalty(
     value = value.clamp(-value_clamp, value_clamp)
     if not straight_through:
         return value
-    k2 = 0.5 * log_ratio.square()
     # The difference is 0 and carries the gradient of k2, but none where the value is a constant of the clamps.
-    return value.detach() + (k2 - k2.detach()).masked_fill(clamped, 0.0)
+    k2 = 0.5 * log_ratio.masked_fill(clamped, 0.0).square()
+    return value.detach() + (k2 - k2.detach())
 
 
 def estimate(log_ratio: Tensor, estimator: str) -> Tensor:
