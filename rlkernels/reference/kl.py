@@ -20,7 +20,7 @@ def kl_penalty(
         return value
     # The difference is 0 and carries the gradient of k2, but none where the value is a constant of the clamps.
     k2 = 0.5 * log_ratio.masked_fill(clamped, 0.0).square()
-    return value.detach() + (k2 - k2.detach())
+    return value.detach() + (k2 - k2.detach()).nan_to_num(nan=0.0)  # inf - inf beside an infinite log-ratio
 
 
 def estimate(log_ratio: Tensor, estimator: str) -> Tensor:
