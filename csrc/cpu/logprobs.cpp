@@ -1,0 +1,254 @@
+#include "rlkernels/logprobs.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace rlk {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Vectors taken at once by the summing loop, so that additions do not wait for each other.
+constexpr int kUnroll = 4;
+constexpr int64_t kChunk = kUnroll * kLanes;
+static_assert(TokenLogprobs::kBlock % kChunk == 0);
+
+template <typename Function>
+void with_element_type(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return function(float{});
+    case DType::kBFloat16:
+      return function(BFloat16{});
+    case DType::kFloat16:
+      return function(Float16{});
+  }
+}
+
+float to_float(float x) { return x; }
+float to_float(BFloat16 x) { return load(&x, 1).lanes[0]; }
+float to_float(Float16 x) { return load(&x, 1).lanes[0]; }
+
+template <typename T>
+T from_float(float x) {
+  T element;
+  store(&element, Vec(x), 1);
+  return element;
+}
+
+template <typename T>
+T* row_start(const LogitRows& logits, int64_t row) {
+  return static_cast<T*>(logits.data) + row / logits.inner * logits.outer_stride +
+         row % logits.inner * logits.inner_stride;
+}
+
+template <typename F>
+F capped(F x, const TokenLogprobs& problem) {
+  return scaled_logit(x, F(problem.softcap), F(1.0f), problem.softcap > 0);
+}
+
+// What a row's gradient needs beside its logits: log p = (x - origin) / temperature - log_sum. Both gradients are already
+// divided by the temperature.
+struct RowGradient {
+  float grad_logprob, grad_entropy, entropy, origin, log_sum;
+};
+
+// A block without its target, as whole chunks. The chunk with the target and the ragged end of the row are copied and
+// capped, and hold -inf where there is nothing to add.
+template <typename T>
+class Block {
+ public:
+  Block(const T* block, int64_t size, int64_t target, const TokenLogprobs& problem) {
+    const int64_t whole = size / kChunk * kChunk;
+    const bool has_target = 0 <= target && target < size;
+    const int64_t target_chunk = has_target ? target / kChunk * kChunk : whole;
+    runs_[0] = {block, std::min(target_chunk, whole)};
+    if (target_chunk < whole) {
+      runs_[1] = {block + target_chunk + kChunk, whole - target_chunk - kChunk};
+      add_edge(block + target_chunk, kChunk, target - target_chunk, problem);
+    }
+    if (whole < size) add_edge(block + whole, size - whole, has_target ? target - whole : -1, problem);
+  }
+
+  // Calls function(start, size, capped) for the parts: start has the type of the logits, or is of floats that are capped
+  // already.
+  template <typename Function>
+  void for_each_part(Function function) const {
+    for (const Run& run : runs_) function(run.start, run.size, false);
+    function(edges_, edges_size_, true);
+  }
+
+ private:
+  struct Run {
+    const T* start = nullptr;
+    int64_t size = 0;
+  };
+
+  void add_edge(const T* x, int64_t size, int64_t target, const TokenLogprobs& problem) {
+    float* const edge = edges_ + edges_size_;
+    for_each_vector(0, size, [&](int64_t i, int64_t count) {
+      store(edge + i, scaled_logit(load(x + i, count), Vec(problem.softcap), Vec(1.0f), problem.softcap > 0));
+    });
+    std::fill(edge + size, edge + kChunk, -kInfinity);
+    if (0 <= target && target < size) edge[target] = -kInfinity;
+    edges_size_ += kChunk;
+  }
+
+  Run runs_[2];
+  float edges_[2 * kChunk];
+  int64_t edges_size_ = 0;
+};
+
+template <typename T>
+float largest(const T* x, int64_t size) {
+  Vec m[kUnroll] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
+  for (int64_t i = 0; i < size; i += kChunk)
+    for (int u = 0; u < kUnroll; ++u) m[u] = max(m[u], load(x + i + u * kLanes));
+  return horizontal_max(max(max(m[0], m[1]), max(m[2], m[3])));
+}
+
+template <bool kCapped, bool kEntropy, typename T>
+BlockSums block_sums(const Block<T>& block, const TokenLogprobs& problem) {
+  const Vec softcap = problem.softcap, inverse_temperature = 1.0f / problem.temperature;
+  float m = -kInfinity;
+  block.for_each_part([&](const auto* x, int64_t size, bool capped_already) {
+    // The cap preserves order.
+    if (size > 0) m = std::max(m, capped_already ? largest(x, size) : capped(largest(x, size), problem));
+  });
+  const Vec origin = m == -kInfinity ? 0.0f : m;  // -inf - -inf would be NaN
+  Vec s[kUnroll] = {0.0f, 0.0f, 0.0f, 0.0f}, w[kUnroll] = {0.0f, 0.0f, 0.0f, 0.0f};
+  block.for_each_part([&](const auto* x, int64_t size, bool capped_already) {
+    for (int64_t i = 0; i < size; i += kChunk) {
+      for (int64_t ahead = 0; ahead < kChunk; ahead += 64 / sizeof(T))
+        __builtin_prefetch(x + i + TokenLogprobs::kBlock + ahead);
+      for (int u = 0; u < kUnroll; ++u) {
+        const Vec z = scaled_logit(load(x + i + u * kLanes), softcap, Vec(1.0f), kCapped && !capped_already);
+        const Vec d = (z - origin) * inverse_temperature;
+        const Vec e = exp(d);
+        s[u] += e;
+        if constexpr (kEntropy) w[u] += select(e == Vec(0.0f), Vec(0.0f), e * d);
+      }
+    }
+  });
+  return {m, horizontal_sum((s[0] + s[1]) + (s[2] + s[3])), horizontal_sum((w[0] + w[1]) + (w[2] + w[3]))};
+}
+
+// The gradient of elements [0, size) of a block, as if none of them were the target. x may be where it is written.
+template <bool kCapped, bool kEntropy, typename T>
+void block_gradient(const T* x, T* gradient, int64_t size, const TokenLogprobs& problem, RowGradient row) {
+  const Vec softcap = problem.softcap, inverse_temperature = 1.0f / problem.temperature;
+  const auto gradient_of = [&](Vec x) {
+    const Vec z = scaled_logit(x, softcap, Vec(1.0f), kCapped) - Vec(row.origin);
+    const Vec log_p = z * inverse_temperature - Vec(row.log_sum);
+    const Vec dz = row_gradient(log_p, Vec(row.entropy), Vec(row.grad_logprob), Vec(row.grad_entropy), kEntropy);
+    return kCapped ? dz * scaled_logit_derivative(x, softcap, Vec(1.0f), true) : dz;
+  };
+  for_each_vector(0, size, [&](int64_t i, int64_t count) { store(gradient + i, gradient_of(load(x + i, count)), count); });
+}
+
+}  // namespace
+
+template <>
+void Kernels<Isa::RLK_ISA>::token_logprobs_sums(const TokenLogprobs& problem, bool with_entropy, BlockSums* sums,
+                                                int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  const LogitRows& logits = problem.logits;
+  with_element_type(logits.dtype, [&]<typename T>(T) {
+    const auto kernel = problem.softcap > 0 ? (with_entropy ? block_sums<true, true, T> : block_sums<true, false, T>)
+                                            : (with_entropy ? block_sums<false, true, T> : block_sums<false, false, T>);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / problem.blocks_per_row();
+      const int64_t start = i % problem.blocks_per_row() * TokenLogprobs::kBlock;
+      const int64_t target = problem.token_ids[row];
+      if (target == problem.ignore_index) continue;
+      const int64_t size = std::min(TokenLogprobs::kBlock, logits.vocab - start);
+      const Block<T> block(row_start<const T>(logits, row) + start, size, target - start, problem);
+      sums[i] = kernel(block, problem);
+    }
+  });
+}
+
+template <>
+void Kernels<Isa::RLK_ISA>::token_logprobs_finish(const TokenLogprobs& problem, const BlockSums* sums, float* logprobs,
+                                                  float* entropy, float* row_stats, int64_t begin, int64_t end) {
+  const LogitRows& logits = problem.logits;
+  const float inverse_temperature = 1.0f / problem.temperature;
+  with_element_type(logits.dtype, [&]<typename T>(T) {
+    for (int64_t row = begin; row < end; ++row) {
+      RowResult<float> result = {0.0f, 0.0f, 0.0f, 0.0f};
+      const int64_t target = problem.token_ids[row];
+      if (target != problem.ignore_index) {
+        const float x_target = capped(to_float(row_start<const T>(logits, row)[target]), problem);
+        const BlockSums* blocks = sums + row * problem.blocks_per_row();
+        float origin = -kInfinity;
+        for (int64_t b = 0; b < problem.blocks_per_row(); ++b) origin = std::max(origin, blocks[b].m);
+        // Differences of logits are exact, or nearly, where logits / temperature would be rounded: the row is finished
+        // relative to its largest logit.
+        if (origin == -kInfinity) origin = x_target;
+        RowSums<float> others = {-kInfinity, 0.0f, 0.0f};
+        for (int64_t b = 0; b < problem.blocks_per_row(); ++b)
+          others = merge(others, {(blocks[b].m - origin) * inverse_temperature, blocks[b].s, blocks[b].w});
+        result = finish_row(others, (x_target - origin) * inverse_temperature);
+        const double max = static_cast<double>(std::max(origin, x_target)) * inverse_temperature;
+        result.max = static_cast<float>(max);
+        result.log_sum += static_cast<float>(max - result.max);
+      }
+      logprobs[row] = result.logprob;
+      if (entropy != nullptr) entropy[row] = result.entropy;
+      row_stats[row] = result.max;
+      row_stats[logits.rows + row] = result.log_sum;
+    }
+  });
+}
+
+template <>
+void Kernels<Isa::RLK_ISA>::token_logprobs_backward(const TokenLogprobs& problem, const float* grad_logprobs,
+                                                    const float* grad_entropy, const float* logprobs,
+                                                    const float* entropy, const float* row_stats,
+                                                    const LogitRows& gradient, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  const LogitRows& logits = problem.logits;
+  const bool with_entropy = grad_entropy != nullptr;
+  const float inverse_temperature = 1.0f / problem.temperature;
+  with_element_type(logits.dtype, [&]<typename T>(T) {
+    const auto kernel = problem.softcap > 0
+                            ? (with_entropy ? block_gradient<true, true, T> : block_gradient<true, false, T>)
+                            : (with_entropy ? block_gradient<false, true, T> : block_gradient<false, false, T>);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / problem.blocks_per_row();
+      const int64_t start = i % problem.blocks_per_row() * TokenLogprobs::kBlock;
+      const int64_t size = std::min(TokenLogprobs::kBlock, logits.vocab - start);
+      T* const out = row_start<T>(gradient, row) + start;
+      const int64_t target = problem.token_ids[row];
+      if (target == problem.ignore_index) {
+        std::memset(out, 0, size * sizeof(T));
+        continue;
+      }
+      const T* const x = row_start<const T>(logits, row) + start;
+      // The largest z, back in logits; log_sum makes up for what rounding moved.
+      const float origin = row_stats[row] / inverse_temperature;
+      const double moved = row_stats[row] - static_cast<double>(origin) * inverse_temperature;
+      const RowGradient row_gradient = {
+          grad_logprobs != nullptr ? grad_logprobs[row] / problem.temperature : 0.0f,
+          with_entropy ? grad_entropy[row] / problem.temperature : 0.0f,
+          with_entropy ? entropy[row] : 0.0f,
+          origin,
+          static_cast<float>(row_stats[logits.rows + row] + moved),
+      };
+      const bool has_target = start <= target && target < start + size;
+      const float x_target = has_target ? to_float(x[target - start]) : 0.0f;
+      kernel(x, out, size, problem, row_gradient);
+      if (has_target) {
+        const float dz = row_gradient_target(logprobs[row], row_gradient.entropy, row_gradient.grad_logprob,
+                                             row_gradient.grad_entropy, with_entropy);
+        const float dz_dx = scaled_logit_derivative(x_target, problem.softcap, 1.0f, problem.softcap > 0);
+        out[target - start] = from_float<T>(dz * dz_dx);
+      }
+    }
+  });
+}
+
+}  // namespace rlk
