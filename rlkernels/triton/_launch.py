@@ -1,0 +1,27 @@
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlkernels.ops import _registry
+
+
+def implements(name: str) -> Callable[[Callable], Callable]:
+    """Register a launcher as the Triton implementation of op `name`.
+
+    Triton launches on the current device, which need not be that of the tensors.
+    """
+
+    def register(launcher: Callable) -> Callable:
+        @functools.wraps(launcher)
+        def on_device(*inputs):
+            device = next(value.device for value in inputs if isinstance(value, Tensor))
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                return launcher(*inputs)
+
+        _registry.implement_triton(name, on_device)
+        return on_device
+
+    return register

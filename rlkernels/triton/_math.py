@@ -1,0 +1,72 @@
+"""Elementary functions from exp and log alone: libdevice's do not run under Triton's interpreter, nor on AMD GPUs."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _exp_remainder(x):
+    """(exp(x) - 1 - x) / x^2 for |x| < 1: the ten terms of its series that reach 2^-24 of the sum."""
+    r = 1.0 / 3628800 + x * (1.0 / 39916800)
+    r = 1.0 / 362880 + x * r
+    r = 1.0 / 40320 + x * r
+    r = 1.0 / 5040 + x * r
+    r = 1.0 / 720 + x * r
+    r = 1.0 / 120 + x * r
+    r = 1.0 / 24 + x * r
+    r = 1.0 / 6 + x * r
+    return 0.5 + x * r
+
+
+@triton.jit
+def expm1(x):
+    return tl.where(tl.abs(x) < 1.0, x + x * x * _exp_remainder(x), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def expm1_minus_x(x):
+    """exp(x) - 1 - x, which is never negative, and which expm1(x) - x would round to 0 where x is small."""
+    return tl.where(tl.abs(x) < 1.0, x * x * _exp_remainder(x), (tl.exp(x) - 1.0) - x)
+
+
+@triton.jit
+def log1p(x):
+    """For 0 <= x <= 1: 2 artanh(s) with s = x / (2 + x) <= 1/3, eight terms of its series."""
+    s = x / (2.0 + x)
+    q = s * s
+    r = 1.0 / 13 + q * (1.0 / 15)
+    r = 1.0 / 11 + q * r
+    r = 1.0 / 9 + q * r
+    r = 1.0 / 7 + q * r
+    r = 1.0 / 5 + q * r
+    r = 1.0 / 3 + q * r
+    return 2.0 * s * (1.0 + q * r)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x))"""
+    return tl.where(x > 0.0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def tanh(x):
+    e = expm1(-2.0 * tl.abs(x))
+    t = -e / (2.0 + e)
+    return tl.where(x < 0.0, -t, t)
+
+
+@triton.jit
+def tanh_derivative(x):
+    """1 - tanh(x)^2, without the cancellation where tanh(x) is near 1."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def clamp(x, limit):
+    """x within [-limit, limit]; a NaN stays a NaN, as in PyTorch's clamp."""
+    return tl.where(x < -limit, -limit, tl.where(x > limit, limit, x))

@@ -1,0 +1,298 @@
+"""Every Triton kernel, compiled for NVIDIA and AMD GPUs without one: no spills, 16-byte loads, no needless variants.
+
+The launchers run as they are, on tensors without memory; a stand-in for the GPU's driver makes Triton compile each
+launch with the specialisation that it would have on a GPU, and go no further.
+"""
+
+import ast
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from triton_interpreter import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("kernels do not compile in a process with TRITON_INTERPRET=1", allow_module_level=True)
+triton = pytest.importorskip("triton")
+
+from triton import knobs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver, jit  # noqa: E402
+
+from rlkernels.triton import groups, kl, logprobs, policy_loss  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+INF = math.inf
+
+
+class CompilingDriver:
+    """As much of a driver as choosing what to compile needs."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self):
+        return self  # a key of the kernels' caches: compiled kernels are shared between no two drivers
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+@pytest.fixture
+def compile_launches(monkeypatch, tmp_path):
+    """compile_launches(target, launch): what running `launch` compiles, by the kernels' names."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    run = jit.JITFunction.run
+
+    def compile_for(target: GPUTarget, launch: Callable[[], None], compile: bool = True) -> dict[str, list]:
+        compiled: dict[str, list] = {}
+
+        def compile_only(self, *args, grid, warmup, **kwargs):
+            seen = compiled.setdefault(f"{self.module.rpartition('.')[2]}.{self.__name__}", [])
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs) if compile else None
+            if kernel not in seen:
+                seen.append(kernel)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(driver, "_active", CompilingDriver(target))
+            patch.setattr(jit.JITFunction, "run", compile_only)
+            patch.setattr(logprobs, "NUM_WARPS", logprobs.THREADS // target.warp_size)
+            launch()
+        return compiled
+
+    return compile_for
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32, strides: tuple[int, ...] | None = None) -> torch.Tensor:
+    if strides is None:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+def token_logprobs(
+    dtype: torch.dtype,
+    vocab_size: int = 49152,
+    *,
+    rows: tuple[int, int] = (2, 3),
+    strides: tuple[int, int] | None = None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    entropy: bool = False,
+    inplace: bool = False,
+) -> None:
+    logits = empty(*rows, vocab_size, dtype=dtype, strides=(*strides, 1) if strides else None)
+    token_ids = empty(*rows, dtype=torch.int64)
+    options = (temperature, softcap, -100)
+    saved = logprobs.token_logprobs_forward(logits, token_ids, *options, entropy)
+    grads = (empty(*rows), empty(*rows) if entropy else None)
+    backward = logprobs.token_logprobs_backward_ if inplace else logprobs.token_logprobs_backward
+    backward(*grads, logits, token_ids, *saved, *options)
+
+
+def kl_penalty(estimator: int, straight_through: bool = False) -> None:
+    values = empty(4, 4096)
+    options = (estimator, straight_through, INF, INF)
+    kl.kl_penalty_forward(values, values, *options)
+    kl.kl_penalty_backward(values, values, values, *options)
+
+
+def group_advantages(
+    *, ragged: bool = False, weighted: bool = False, baseline: int = 0, scale: int = 0, before_sum: bool = False
+) -> None:
+    order, offsets = (empty(64, dtype=torch.int64), empty(65, dtype=torch.int64)) if ragged else (None, None)
+    weights = empty(3) if weighted else None
+    groups.group_advantages(empty(64, 3), weights, order, offsets, 8, baseline, scale, 1e-4, before_sum, False)
+
+
+def policy(
+    *,
+    packed: bool = False,
+    old: bool = True,
+    masked: bool = True,
+    ref: bool = False,
+    per_token: bool = False,
+    objective: int = 0,
+    aggregation: int = 0,
+    normalizer: float | None = None,
+    estimator: int = 2,
+) -> None:
+    shape = (65536,) if packed else (16, 4096)
+    policy_loss.policy_loss_forward(
+        empty(*shape),
+        empty(*shape) if old else None,
+        empty(*shape) if per_token else empty(16),
+        empty(*shape, dtype=torch.bool) if masked else None,
+        empty(17, dtype=torch.int32) if packed else None,
+        empty(*shape) if ref else None,
+        empty() if normalizer == 0 else None,
+        normalizer or 0.0,
+        objective,
+        aggregation,
+        *(0.2, 0.2, INF, INF, 0.1),
+        estimator,
+        False,
+    )
+
+
+# name: launches, and the 16-byte loads that each thread of a kernel makes, "loop" where they are a loop's only loads.
+LOGPROBS_LOADS = {"logprobs._forward_kernel": "loop", "logprobs._backward_kernel": "loop"}
+KL_LOADS = {"kl._forward_kernel": 2, "kl._backward_kernel": 3}
+CASES: dict[str, tuple[Callable[[], None], dict]] = {
+    **{
+        f"token_logprobs {str(dtype).removeprefix('torch.')} {name}": (
+            lambda dtype=dtype, options=options: token_logprobs(dtype, **options),
+            LOGPROBS_LOADS if "vocab_size" not in options else {},
+        )
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for name, options in {
+            "plain": {},
+            "in place": dict(inplace=True),
+            "entropy": dict(entropy=True),
+            "softcap": dict(softcap=30.0),
+            "softcap entropy": dict(softcap=30.0, entropy=True),
+            "odd": dict(vocab_size=50257),
+            "odd softcap entropy": dict(vocab_size=50257, softcap=30.0, entropy=True),
+        }.items()
+    },
+    "kl_penalty k1": (lambda: kl_penalty(0), KL_LOADS),
+    "kl_penalty k2": (lambda: kl_penalty(1), KL_LOADS),
+    "kl_penalty k3": (lambda: kl_penalty(2), KL_LOADS),
+    "kl_penalty abs": (lambda: kl_penalty(3), KL_LOADS),
+    "kl_penalty k3+": (lambda: kl_penalty(2, straight_through=True), KL_LOADS),
+    "group_advantages": (lambda: group_advantages(), {}),
+    "group_advantages ragged batch": (
+        lambda: group_advantages(ragged=True, weighted=True, baseline=1, scale=1),
+        {},
+    ),
+    "group_advantages before sum": (lambda: group_advantages(weighted=True, scale=1, before_sum=True), {}),
+    "policy_loss": (lambda: policy(), {"policy_loss._token_kernel": 2}),
+    "policy_loss everything": (
+        lambda: policy(ref=True, per_token=True, aggregation=1),
+        {"policy_loss._token_kernel": 4},
+    ),
+    "policy_loss reinforce": (
+        lambda: policy(objective=1, old=False, masked=False, aggregation=3, ref=True, estimator=0),
+        {"policy_loss._token_kernel": 2},
+    ),
+    "policy_loss packed": (lambda: policy(packed=True, aggregation=1), {"policy_loss._token_kernel": 2}),
+    "policy_loss packed unmasked": (
+        lambda: policy(packed=True, aggregation=2, masked=False),
+        {"policy_loss._token_kernel": 2},
+    ),
+    "policy_loss normalizer": (lambda: policy(aggregation=2, normalizer=0), {"policy_loss._token_kernel": 2}),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_no_spills_and_16_byte_loads(case, target, compile_launches):
+    launch, wide_loads = CASES[case]
+    compiled = compile_launches(TARGETS[target], launch)
+    assert set(wide_loads) <= set(compiled)
+    for name, kernels in compiled.items():
+        for kernel in kernels:
+            assembly = disassemble(kernel)
+            assert assembly.bytes_of_stack == 0, f"{name} spills registers"
+            assert not SPILL.search(assembly.text), f"{name} spills registers"
+            wanted = wide_loads.get(name, 0)
+            if wanted == "loop":
+                loop = innermost_loop_with_loads(assembly.text)
+                assert all(WIDE_LOAD.fullmatch(load) for load in LOAD.findall(loop)), name
+                assert not BARRIER.search(loop), f"{name} waits for other warps in its loop"
+                assert all(WIDE_STORE.fullmatch(store) for store in STORE.findall(loop)), name
+            else:
+                assert len(WIDE_LOAD.findall(assembly.text)) >= wanted, name
+
+
+# SASS, or GCN.
+LOAD = re.compile(r"\bLDG\.[\w.]+|\b(?:global|buffer)_load_\w+")
+WIDE_LOAD = re.compile(r"\bLDG\.E\.128\b|\b(?:global|buffer)_load_dwordx4\b")
+STORE = re.compile(r"\bSTG\.[\w.]+|\b(?:global|buffer)_store_\w+")
+WIDE_STORE = re.compile(r"\bSTG\.E\.128\b|\b(?:global|buffer)_store_dwordx4\b")
+SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)_|\.[sv]gpr_spill_count: *[1-9]")
+BARRIER = re.compile(r"\bBAR\.|\bs_barrier\b")
+LABEL = re.compile(r"\.L(?:_x_|BB\d+_)\d+")
+
+
+class Assembly(NamedTuple):
+    text: str
+    bytes_of_stack: int
+
+
+def disassemble(kernel) -> Assembly:
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        return Assembly(text, int(re.search(r"\.private_segment_fixed_size: *(\d+)", text)[1]))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = run_tool(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        text = run_tool(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    stack, local = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage).groups()
+    return Assembly(text, int(stack) + int(local))
+
+
+def run_tool(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def innermost_loop_with_loads(text: str) -> str:
+    """The shortest stretch with loads between a label and the last branch back to it."""
+    lines = text.splitlines()
+    labels: dict[str, int] = {}
+    bodies: dict[str, str] = {}
+    for number, line in enumerate(lines):
+        for label in LABEL.findall(line):
+            if line.lstrip().startswith(f"{label}:"):
+                labels[label] = number
+            elif label in labels:
+                bodies[label] = "\n".join(lines[labels[label] : number])
+    return min((body for body in bodies.values() if LOAD.search(body)), key=len)
+
+
+def test_every_kernel_is_compiled_here(compile_launches):
+    """A kernel that a launcher launches, found in the source as `kernel[grid](...)`, and no case above reaches."""
+    launched = set()
+    for source in Path(logprobs.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(source.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript):
+                launched.add(f"{source.stem}.{ast.unparse(call.func.value)}")
+    compiled = set()
+    for launch, _ in CASES.values():
+        compiled |= set(compile_launches(TARGETS["sm_90"], launch, compile=False))
+    assert launched and compiled == launched
+
+
+VOCAB_SIZES = [1, 2, 7, 15, 16, 31, 32, 63, 64, 129, 1000, 1023, 1024, 4096, 32000, 32768, 49152, 50257, 128256, 151936]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_two_variants_serve_every_vocabulary_and_temperature(dtype, compile_launches):
+    def launches():
+        for vocab_size in VOCAB_SIZES:
+            for temperature in (1.0, 0.5, 0.7):
+                token_logprobs(dtype, vocab_size, temperature=temperature)
+        token_logprobs(dtype, 4096, rows=(1, 1))
+        token_logprobs(dtype, 4096, rows=(1, 70000))
+        token_logprobs(dtype, 4096, rows=(2, 3), strides=(2**33, 8192), inplace=True)
+
+    compiled = compile_launches(TARGETS["sm_90"], launches)
+    assert {name: len(kernels) for name, kernels in compiled.items()} == {
+        "logprobs._forward_kernel": 2,
+        "logprobs._backward_kernel": 2,
+    }
