@@ -1,0 +1,53 @@
+"""One process of `test_distributed.py`: trains a tiny model under each of some options and leaves what it saw in
+`<folder>/<rank>.pt`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from conftest import build_model, build_tokenizer
+from rlkernels.trainers import GRPOConfig, GRPOTrainer
+
+
+def one_group_differs(completions, index, **kwargs):
+    """Of the two prompts of a step, only the first has rewards that differ."""
+    return [float(row % 2) if i % 2 == 0 else 1.0 for row, i in enumerate(index)]
+
+
+def train(folder: str, options: dict) -> dict:
+    args = GRPOConfig(
+        output_dir=folder,
+        num_generations=4,
+        max_completion_length=6,
+        learning_rate=3e-3,
+        max_steps=3,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=True,
+        ddp_backend="gloo",
+        report_to="none",
+        save_strategy="no",
+        activation_checkpointing=False,
+        shuffle_dataset=False,
+        disable_tqdm=True,
+        **options,
+    )
+    dataset = [{"prompt": "ab" + "c" * i, "index": i} for i in range(8)]
+    trainer = GRPOTrainer(build_model(), one_group_differs, args, dataset, dataset[:3], build_tokenizer())
+    trainer.train()
+    return {
+        "weights": torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]),
+        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "completion_ids": trainer.rollouts.completion_ids,
+        "advantages": trainer.rollouts.advantages,
+        "table": trainer.completions,
+        "eval": trainer.evaluate(),
+    }
+
+
+if __name__ == "__main__":
+    folder, runs = sys.argv[1], json.loads(sys.argv[2])
+    torch.save([train(folder, options) for options in runs], Path(folder) / f"{os.environ['RANK']}.pt")

@@ -1,0 +1,100 @@
+"""Config fields: TRL's names and defaults, a help sentence each, usable from the command line."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from rlkernels.trainers import GRPOConfig, configs
+
+OURS = [
+    field
+    for field in dataclasses.fields(GRPOConfig)
+    if field not in dataclasses.fields(TrainingArguments) or field.name in vars(GRPOConfig)
+]
+
+
+def test_names_and_defaults_are_those_of_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+    options = {"output_dir": str(tmp_path), "use_cpu": True}
+    theirs, ours = trl.GRPOConfig(**options), GRPOConfig(**options)
+    # The run name and the log folder carry a time; bf16 follows the device, where TRL asks for it everywhere.
+    for field in dataclasses.fields(GRPOConfig):
+        if field.name not in ("bf16", "run_name", "logging_dir"):
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+
+
+def test_every_field_has_its_own_help():
+    helps = [field.metadata["help"] for field in OURS]
+    assert len(helps) > 20
+    assert all(len(text) > 20 and text.endswith(".") for text in helps)
+    assert len(set(helps)) == len(helps)
+
+
+def test_command_line():
+    parser = HfArgumentParser(GRPOConfig)
+    options = "--output_dir x --loss_type grpo --beta 0.1 --reward_weights 1 0.5 --shuffle_dataset false --bf16 false"
+    json = ["--chat_template_kwargs", '{"enable_thinking": false}', "--model_init_kwargs", '{"dtype": "bfloat16"}']
+    (config,) = parser.parse_args_into_dataclasses([*options.split(), *json])
+    assert (config.loss_type, config.beta, config.reward_weights) == ("grpo", 0.1, [1.0, 0.5])
+    assert (config.shuffle_dataset, config.bf16) == (False, False)
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    assert config.model_init_kwargs == {"dtype": "bfloat16"}
+    assert "Clipped" not in parser.format_help() and "clipped from below" in parser.format_help()
+
+
+def test_bf16_follows_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "_computes_bf16", lambda use_cpu: False)
+    assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is False
+    monkeypatch.setattr(configs, "_computes_bf16", lambda use_cpu: True)
+    assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is True
+    assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False).bf16 is False
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="tells of machines without an accelerator")
+@pytest.mark.parametrize(
+    "capabilities, expected", [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"avx2": True}, False)]
+)
+def test_bf16_on_a_cpu_needs_instructions(capabilities, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert configs._computes_bf16(use_cpu=True) is expected
+
+
+def test_generation_batch(tmp_path):
+    def make(**options):
+        config = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, use_cpu=True, **options)
+        return config.steps_per_generation, config.generation_batch_size
+
+    assert make() == (1, 8)
+    assert make(gradient_accumulation_steps=2) == (2, 16)
+    assert make(steps_per_generation=4) == (4, 32)
+    assert make(generation_batch_size=24) == (3, 24)
+
+
+def test_read_back(tmp_path):
+    """A config rebuilt from its own values: `steps_per_generation` and `generation_batch_size` are then both set."""
+    config = GRPOConfig(output_dir=str(tmp_path), steps_per_generation=4, use_cpu=True)
+    assert dataclasses.replace(config).generation_batch_size == config.generation_batch_size
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_generations": 3}, "must be divisible by num_generations"),
+        ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"loss_type": "ppo"}, "loss_type must be one of grpo, bnpo, dr_grpo, dapo; got 'ppo'"),
+        ({"scale_rewards": "all"}, "scale_rewards must be one of"),
+        ({"multi_objective_aggregation": "max"}, "multi_objective_aggregation must be one of"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"beta": -0.1}, "beta must not be negative"),
+        ({"num_iterations": 0}, "num_iterations must be at least 1"),
+        ({"generation_batch_size": 12}, "must be a multiple of per_device_train_batch_size x processes"),
+        ({"generation_batch_size": 16, "steps_per_generation": 3}, "exclude each other"),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple of gradient_accumulation_steps"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
+    ],
+)
+def test_bad_values(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
