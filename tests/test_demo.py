@@ -1,0 +1,249 @@
+"""The demo: what it learns from, what it rewards, the model it starts from, and a run of two steps."""
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+arithmetic, smollm2 = importlib.import_module("arithmetic"), importlib.import_module("smollm2")
+
+
+def test_held_out_problems_are_disjoint_from_training_also_with_the_terms_swapped():
+    train, held_out = arithmetic.problems()
+    seen = {row["expression"] for row in train}
+    for row in held_out:
+        left, operator, right = row["expression"].split()
+        assert f"{left} {operator} {right}" not in seen
+        assert f"{right} {operator} {left}" not in seen
+    assert {row["split"] for row in train} == {"train"} and {row["split"] for row in held_out} == {"held_out"}
+
+
+def test_problems_are_all_single_digit_sums_and_differences():
+    train, held_out = arithmetic.problems()
+    answers = {row["expression"]: row["answer"] for row in train + held_out}
+    expected = {f"{a} + {b}": a + b for a in range(10) for b in range(10)}
+    expected |= {f"{a} - {b}": a - b for a in range(10) for b in range(10)}
+    assert answers == expected
+    assert len(train) + len(held_out) == 200
+    for operator in "+-":
+        assert sum(operator in row["expression"] for row in held_out) >= 20
+    assert arithmetic.problems() == (train, held_out)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8", 8),
+        ("The answer is -3.", -3),
+        ("5 - 8 = -3", -3),
+        ("5-3", 3),
+        ("7 or 8", 8),
+        ("It is 8, not 9", 9),
+        ("12", 12),
+        ("", None),
+        ("eight", None),
+    ],
+)
+def test_last_integer(text, expected):
+    assert arithmetic.last_integer(text) == expected
+
+
+END = 2
+
+
+def score(text: str, length: int = 12, ended: bool = False, answer: int = 8) -> float:
+    ids = [5] * (length - ended) + [END] * ended
+    grader = arithmetic.Grader(END)
+    columns = {
+        "completions": [[{"role": "assistant", "content": text}]],
+        "completion_ids": [ids],
+        "answer": [answer],
+        "expression": ["6 + 2"],
+        "split": ["train"],
+        "trainer_state": type("State", (), {"global_step": 0}),
+        "prompts": [None],
+    }
+    return sum(weight * reward(**columns)[0] for weight, reward in zip(grader.weights, grader.rewards, strict=True))
+
+
+def test_reward_is_not_met_by_rambling():
+    answered = score("8", length=2, ended=True)
+    assert answered == max(score(text, ended=ended) for text in ("8", "9", "") for ended in (False, True))
+    for rambling in ("8 9", "1 2 3 4 5 6 7 8 9 10", "8. Now 3 + 4 is 7", "the answer is 8 or 9 or", ""):
+        assert score(rambling) == 0
+        # Ending without the answer stays below the answer without an end.
+        assert 0 < score(rambling, ended=True) < score("8") < answered
+    assert score("1 2 3 4 5 6 7 8") < answered
+
+
+def test_end_is_known_from_the_last_token_alone():
+    grader = arithmetic.Grader(END)
+    assert grader.ended([[END, 5], [5, END], [5, 5]]) == [0.0, 1.0, 0.0]
+
+
+def test_converted_model_is_the_one_in_the_package(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    originals = []
+
+    class Loader:
+        """Keeps the model that was read from the GGUF file: reading it takes long."""
+
+        @staticmethod
+        def from_pretrained(*arguments, **options):
+            assert options["gguf_file"]
+            originals.append(AutoModelForCausalLM.from_pretrained(*arguments, **options))
+            return originals[-1]
+
+    monkeypatch.setattr(smollm2, "AutoModelForCausalLM", Loader)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = smollm2.model_folder()
+    assert folder.is_relative_to(tmp_path) and [*folder.parent.iterdir()] == [folder]
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(ids).logits
+        torch.testing.assert_close(logits, originals[0](ids).logits, rtol=0, atol=0)
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+    assert tokenizer.eos_token_id == END and tokenizer.chat_template
+
+    assert smollm2.model_folder() == folder
+    assert len(originals) == 1, "converted a second time"
+
+
+def test_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(folder):
+        (folder / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2, "convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        smollm2.model_folder()
+    assert list((tmp_path / "rlkernels").iterdir()) == []
+
+
+def demo(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "demo.py"), *arguments],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", "x"], "'x'"),
+        (["--output_dir", "file"], "file is not a folder"),
+        (["--absent"], "--absent"),
+    ],
+)
+def test_bad_option_ends_in_one_line(tmp_path, arguments, named):
+    (tmp_path / "file").write_text("")
+    process = demo(tmp_path, *arguments)
+    out, error = process.communicate()
+    assert process.returncode == 2
+    assert out == "" and error.count("\n") == 1 and named in error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_help(tmp_path):
+    out, _ = demo(tmp_path, "--help").communicate()
+    assert all(option in out for option in ("--seed", "--steps", "--output_dir"))
+
+
+@pytest.fixture
+def small_run(monkeypatch):
+    """The demo, the real model included, with few prompts and samples."""
+    import learn
+    from rlkernels.trainers import GRPOConfig
+
+    problems = arithmetic.problems
+
+    small = {"per_device_train_batch_size": 4, "num_generations": 4, "num_generations_eval": 2}
+    monkeypatch.setattr(learn, "GRPOConfig", lambda **options: GRPOConfig(**{**options, **small}))
+    monkeypatch.setattr(learn, "problems", lambda: tuple(rows[:6] for rows in problems()))
+
+
+def test_demo_writes_its_results(small_run, tmp_path, capsys):
+    import matplotlib.image
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import demo as program
+
+    output = tmp_path / "demo"
+    (output / "model").mkdir(parents=True)
+    (output / "model" / "of_an_older_run").touch()
+    (output / "kept").touch()
+    assert program.main(["--steps", "2", "--seed", "3", "--output_dir", str(output)]) == 0
+    made = {"result.json", "reward.png", "completions.jsonl", "model"}
+    assert {entry.name for entry in output.iterdir()} == made | {"kept"}
+    assert not (output / "model" / "of_an_older_run").exists()
+
+    result = json.loads((output / "result.json").read_text())
+    assert result.keys() == {
+        *("seed", "steps", "wall_s", "accuracy_before", "accuracy_after", "tokens_per_s", "peak_rss_mb", "backends")
+    }
+    assert (result["seed"], result["steps"]) == (3, 2)
+    assert all(math.isfinite(result[name]) and result[name] > 0 for name in ("wall_s", "tokens_per_s", "peak_rss_mb"))
+    assert all(0 <= result[name] <= 1 for name in ("accuracy_before", "accuracy_after"))
+    assert result["backends"].keys() == {"token_logprobs", "kl_penalty", "group_advantages", "policy_loss"}
+
+    records = [json.loads(line) for line in (output / "completions.jsonl").read_text().splitlines()]
+    graded = [(record["split"], record["step"]) for record in records]
+    assert {key: graded.count(key) for key in graded} == {
+        ("held_out", 0): 12,
+        ("train", 0): 8,
+        ("held_out", 1): 12,
+        ("train", 1): 8,
+        ("held_out", 2): 12,
+    }
+    last = [record for record in records if (record["split"], record["step"]) == ("held_out", 2)]
+    assert result["accuracy_after"] == pytest.approx(sum(record["correct"] for record in last) / 12, abs=1e-4)
+    for record in records:
+        assert record["correct"] == (arithmetic.last_integer(record["completion"]) == record["answer"])
+        assert 1 <= record["length"] <= 12
+    assert matplotlib.image.imread(output / "reward.png").std() > 0.01
+
+    model, loading = AutoModelForCausalLM.from_pretrained(output / "model", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    start = AutoModelForCausalLM.from_pretrained(smollm2.model_folder())
+    assert any((a != b).any() for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(output / "model").chat_template
+    assert "held-out accuracy" in capsys.readouterr().out
+
+
+def test_interrupted_demo_leaves_the_last_results(tmp_path):
+    smollm2.model_folder()  # what is interrupted is the run, not the conversion
+    output = tmp_path / "runs" / "demo"
+    output.mkdir(parents=True)
+    (output / "result.json").write_text("of the last run")
+    process = demo(tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(output.glob(".unfinished-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "interrupted; runs/demo is as it was before\n"
+    assert [entry.name for entry in output.iterdir()] == ["result.json"]
+    assert (output / "result.json").read_text() == "of the last run"
