@@ -1,0 +1,97 @@
+"""Every op test runs once per backend that serves here, and once more on a GPU where there is one.
+
+`--backend NAME` (repeatable) narrows the backends. TRITON_INTERPRET=1 makes Triton serve CPU tensors through its
+interpreter. Property tests are the same on every run; `--hypothesis-profile=fuzz` draws new and more examples.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import rlkernels
+from rlkernels.ops import _registry
+from triton_interpreter import INTERPRETED, interpreter_rounds
+
+__all__ = ["interpreter_rounds"]
+
+EMULATED = INTERPRETED or "CUDA_EMULATION_KERNELS" in os.environ
+
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=8 if EMULATED else 60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile("fuzz", settings.get_profile("ci"), derandomize=False, max_examples=1000)
+settings.load_profile("ci")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", action="append", metavar="NAME", help="test this backend only (repeatable)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs on a GPU; skipped, and counted, where there is none")
+    config.addinivalue_line("markers", "only(*backends): what is tested does not exist in the other backends")
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" not in metafunc.fixturenames:
+        return
+    wanted = metafunc.config.getoption("backend") or _registry.BACKENDS
+    if only := metafunc.definition.get_closest_marker("only"):
+        wanted = [name for name in wanted if name in only.args]
+    params = [
+        pytest.param((name, "cpu"), id=name)
+        for name in wanted
+        if name in _registry.BACKENDS and _registry.status(name, "cpu") is None
+    ]
+    if torch.cuda.is_available():
+        params += [
+            pytest.param((name, "cuda"), id=f"{name}-gpu", marks=pytest.mark.gpu)
+            for name in wanted
+            if name != "cpu" and _registry.status(name, "cuda") is None
+        ]
+    elif not hasattr(metafunc.module, "_gpu_skip_counted"):
+        # One line a file, rather than one a test, says what did not run.
+        metafunc.module._gpu_skip_counted = True
+        skip = pytest.mark.skip(reason="no GPU: none of the tests of this file ran on one")
+        params.append(pytest.param(("triton", "cuda"), id="gpu", marks=[pytest.mark.gpu, skip]))
+    metafunc.parametrize("backend", params or [pytest.param(None, id="no backend")], indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    # A test with no backend to run on is not one that was skipped: there is nothing that it could have shown.
+    absent = [item for item in items if getattr(item, "callspec", None) and item.callspec.id.startswith("no backend")]
+    if absent:
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if item not in set(absent)]
+
+
+@pytest.fixture
+def backend(request):
+    """The name of the backend under test, forced for the duration; memory comes filled with NaN, so that an output
+    element that a kernel forgot to write shows."""
+    name, _ = request.param
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    with rlkernels.use_backend(name):
+        yield name
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def emulated(request):
+    """Whether GPU kernels run on a CPU here, a block of threads in milliseconds: tests of sizes take smaller ones."""
+    name, device_type = request.node.callspec.params["backend"]
+    return name in ("triton", "cuda") and device_type == "cpu"
+
+
+@pytest.fixture
+def device(backend, request):
+    return torch.device(request.node.callspec.params["backend"][1])

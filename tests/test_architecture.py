@@ -1,0 +1,176 @@
+"""What must stay true of the tree as a whole: who may know whom, what is public, what the pages point to."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rlkernels
+
+ROOT = Path(__file__).parents[1]
+PUBLIC_API = ROOT / "tests" / "public_api.txt"
+OPS = sorted(path.stem for path in (ROOT / "rlkernels" / "ops").glob("[!_]*.py"))
+
+# Each part of the package and the modules of rlkernels it may import from; all else in rlkernels is above it.
+MAY_IMPORT = {
+    "rlkernels/reference/*.py": {"rlkernels.reference"},
+    "rlkernels/triton/*.py": {"rlkernels.triton", "rlkernels.ops._registry"},
+    "rlkernels/ops/*.py": {"rlkernels.ops", "rlkernels.reference"},
+    "rlkernels/__init__.py": {"rlkernels.ops"},
+    "trainers/*.py": {"rlkernels.trainers"},
+    # `rlkernels info` reports on the registry and the extension themselves.
+    "rlkernels/cli.py": {"rlkernels.trainers", "rlkernels.ops._registry", "rlkernels._C"},
+    "rlkernels/__main__.py": {"rlkernels.cli"},
+    "examples/*.py": {"rlkernels.trainers", "rlkernels.cli"},
+}
+
+
+def repository_files(*suffixes: str) -> list[Path]:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [path for name in names if (path := ROOT / name).is_file() and (not suffixes or path.suffix in suffixes)]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "trainers":
+        parts = ("rlkernels", *parts)
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported_from_rlkernels(path: Path) -> set[str]:
+    """Every module or name of rlkernels that a file imports, at its top or inside a function, as a dotted path."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base]) if base else ".".join(above)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "rlkernels"}
+
+
+def is_public(name: str) -> bool:
+    """`rlkernels` itself, or a name that stands in its `__all__`."""
+    return name == "rlkernels" or name.removeprefix("rlkernels.") in rlkernels.__all__
+
+
+@pytest.mark.parametrize("pattern", MAY_IMPORT)
+def test_dependencies_point_one_way(pattern):
+    files = sorted(ROOT.glob(pattern))
+    assert files, f"no file matches {pattern}"
+    above_the_ops = pattern.startswith(("trainers", "rlkernels/cli", "examples"))
+    wrong = []
+    for path in files:
+        for name in imported_from_rlkernels(path):
+            allowed = any(name == prefix or name.startswith(prefix + ".") for prefix in MAY_IMPORT[pattern])
+            if not allowed and not (above_the_ops and is_public(name)):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_formulas_and_cuda_kernels_know_no_torch_header():
+    files = [*ROOT.glob("csrc/include/**/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
+    assert files
+    foreign = re.compile(r'#\s*include\s*[<"](?:torch|ATen|c10|pybind11)\b')
+    assert not [str(path.relative_to(ROOT)) for path in files if foreign.search(path.read_text())]
+
+
+def test_import_is_light():
+    """Without a GPU nothing but torch is needed, so nothing but torch may be loaded."""
+    code = "import sys, rlkernels; print(*sorted({'transformers', 'trl', 'triton', 'datasets'} & set(sys.modules)))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "RLKERNELS_"))}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_stands_under_one_name_in_every_backend(op):
+    places = [
+        f"csrc/include/rlkernels/{op}.h",
+        f"csrc/cpu/{op}.cpp",
+        f"csrc/cuda/{op}.cuh",
+        f"csrc/cuda/{op}.cu",
+        f"rlkernels/reference/{op}.py",
+        f"rlkernels/triton/{op}.py",
+    ]
+    assert not [place for place in places if not (ROOT / place).is_file()]
+
+
+@pytest.mark.parametrize(("name", "limit"), [("setup.py", 150), ("trainers/grpo.py", 400)])
+def test_file_stays_short(name, limit):
+    assert len((ROOT / name).read_text().splitlines()) < limit
+
+
+def public_api() -> str:
+    """One line per public name: parameters, defaults, attributes; for a config, the fields that are ours."""
+    import rlkernels.trainers
+
+    lines = []
+    for module in (rlkernels, rlkernels.trainers):
+        for name in sorted(module.__all__):
+            value = getattr(module, name)
+            if hasattr(value, "__dataclass_fields__"):
+                ours = [kind for kind in reversed(value.__mro__) if kind.__module__.startswith("rlkernels.")]
+                fields = dict.fromkeys(field for kind in ours for field in kind.__annotations__ if field[0] != "_")
+                text = "".join(f"\n    {field} = {getattr(value, field, '...')!r}" for field in fields)
+            elif inspect.isfunction(value) or "__init__" in vars(value):
+                signature = inspect.signature(value)
+                bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+                named = [(name, data) for name, data in vars(value).items() if name[0] != "_" and not callable(data)]
+                text = str(inspect.Signature(bare)) + "".join(f"\n    {name} = {data!r}" for name, data in named)
+            else:
+                text = f"({value.__base__.__name__})"
+            lines.append(f"{module.__name__}.{name}{text}")
+    return "\n".join(lines) + "\n"
+
+
+def test_public_api_is_as_recorded():
+    recorded = PUBLIC_API.read_text()
+    assert public_api() == recorded, "meant? then run `python tests/test_architecture.py` and note it in CHANGELOG.md"
+
+
+def test_code_in_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_links_between_pages_resolve():
+    pages = repository_files(".md")
+    assert pages
+    broken = []
+    for page in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            elsewhere = target.startswith(("http://", "https://", "mailto:", "#"))
+            if not elsewhere and not (page.parent / target.split("#")[0]).exists():
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not broken
+
+
+def test_no_file_names_the_machine_it_was_written_on():
+    machine_path = re.compile(r"/(?:root|work|home/\w+|Users/\w+)/|/tmp/(?!$)\w")
+    found = []
+    for path in repository_files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {match.group()}" for match in machine_path.finditer(text)]
+    assert not found
+
+
+if __name__ == "__main__":
+    PUBLIC_API.write_text(public_api())

@@ -1,0 +1,211 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rlkernels
+from rlkernels import kl_penalty, token_logprobs
+from rlkernels.ops import _registry
+
+LOGPROBS = torch.tensor([-1.0, -2.0, -0.5])
+REFERENCE = torch.tensor([-1.5, -1.0, -0.5])
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    with rlkernels.use_backend("auto"):
+        yield
+
+
+def run_python(code, **environment):
+    """Run `code` in a process of its own, where `import rlkernels` has not happened yet."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RLKERNELS_")}
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        env=variables | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_fastest_that_serves_is_chosen():
+    serving = [name for name in _registry.KERNEL_BACKENDS if _registry.status(name, "cpu") is None]
+    assert _registry.select(LOGPROBS) == (serving or ["reference"])[0]
+    assert "reference" not in serving
+    assert _registry.status("reference", "cpu") is None
+    for name in set(_registry.KERNEL_BACKENDS) - set(serving):
+        assert _registry.status(name, "cpu"), f"{name} does not say why it does not serve"
+
+
+def test_the_backend_chosen_is_the_one_that_runs(backend, monkeypatch):
+    """Not merely the one reported: the reference's function is called for the reference and for no other."""
+    from rlkernels.ops import kl
+
+    calls = []
+    original = kl.reference.kl_penalty
+    monkeypatch.setattr(
+        kl.reference, "kl_penalty", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    )
+    kl_penalty(LOGPROBS, REFERENCE)
+    assert bool(calls) == (backend == "reference")
+
+
+def test_as_a_function_it_lasts():
+    rlkernels.use_backend("reference")
+    assert _registry.select(LOGPROBS) == "reference"
+    rlkernels.use_backend("auto")
+    assert _registry._forced is None
+
+
+def test_as_a_context_manager_it_is_undone_also_by_an_error():
+    before = _registry.select(LOGPROBS)
+    with rlkernels.use_backend("reference"):
+        assert _registry.select(LOGPROBS) == "reference"
+        with rlkernels.use_backend("auto"):
+            assert _registry.select(LOGPROBS) == before
+        assert _registry.select(LOGPROBS) == "reference"
+    assert _registry.select(LOGPROBS) == before
+    with pytest.raises(KeyError), rlkernels.use_backend("reference"):
+        raise KeyError
+    assert _registry.select(LOGPROBS) == before
+
+
+@pytest.mark.parametrize("name", ["cudnn", "", "CPU", None])
+def test_an_unknown_name_lists_the_valid_ones(name):
+    before = _registry.select(LOGPROBS)
+    with pytest.raises(ValueError, match="backend") as raised:
+        rlkernels.use_backend(name)
+    for valid in ("auto", "reference", "cpu", "triton", "cuda", repr(name)):
+        assert valid in str(raised.value)
+    assert _registry.select(LOGPROBS) == before
+
+
+def test_a_backend_that_cannot_serve_here_says_why():
+    absent = [name for name in _registry.KERNEL_BACKENDS if not _registry._devices[name]]
+    if not absent:
+        pytest.skip("every backend serves in this process")
+    for name in absent:
+        with pytest.raises(ValueError, match="cannot serve") as raised:
+            rlkernels.use_backend(name)
+        assert name in str(raised.value)
+        assert _registry.status(name, "cpu") in str(raised.value)
+
+
+def test_a_forced_backend_refuses_tensors_of_another_device(monkeypatch):
+    monkeypatch.setitem(_registry._devices, "cuda", ("cuda",))
+    with rlkernels.use_backend("cuda"), pytest.raises(ValueError, match=r"'cuda'.*cpu tensor.*cuda tensors only"):
+        kl_penalty(LOGPROBS, REFERENCE)
+
+
+def test_float64_goes_to_the_reference_whatever_is_forced(backend):
+    assert _registry.select(LOGPROBS.double()) == "reference"
+    assert kl_penalty(LOGPROBS.double(), REFERENCE.double()).dtype == torch.float64
+
+
+def test_the_environment_chooses():
+    code = (
+        "import torch, rlkernels\n"
+        "from rlkernels.ops import _registry\n"
+        "print(_registry.select(torch.zeros(1)))\n"
+        "with rlkernels.use_backend('auto'): pass\n"
+        "print(_registry.select(torch.zeros(1)))"
+    )
+    assert run_python(code, RLKERNELS_BACKEND="reference").stdout.split() == ["reference"] * 2
+    default = run_python(code).stdout.split()
+    assert default == [_registry.select(LOGPROBS)] * 2
+    assert run_python(code, RLKERNELS_BACKEND="").stdout.split() == default
+    wrong = run_python(code, RLKERNELS_BACKEND="metal")
+    assert wrong.returncode != 0
+    last = wrong.stderr.strip().splitlines()[-1]
+    for fragment in ("ValueError", "RLKERNELS_BACKEND", "metal", "reference", "cpu", "triton", "cuda"):
+        assert fragment in last
+
+
+def test_the_environment_checks_values():
+    """On a CPU ids are checked in any case; here the check must come before the kernel, in Python."""
+    code = (
+        "import torch, rlkernels\n"
+        "from rlkernels.ops import _checks\n"
+        "print(_checks.CHECK_VALUES)\n"
+        "rlkernels.token_logprobs(torch.zeros(2, 5), torch.tensor([0, 7]))"
+    )
+    for value in ("1", "0"):
+        done = run_python(code, RLKERNELS_CHECK=value)
+        assert done.stdout.strip() == str(value == "1")
+        assert "ValueError" in done.stderr
+        assert "token_ids" in done.stderr
+
+
+BROKEN_EXTENSION = """
+import sys
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "rlkernels._C":
+            raise ImportError("libtorch.so: cannot open shared object file")
+
+sys.meta_path.insert(0, Broken())
+import torch, rlkernels
+from rlkernels.ops import _registry
+for _ in range(2):
+    print(rlkernels.kl_penalty(torch.tensor([-1.0]), torch.tensor([-1.5]), estimator="k1").item())
+print(_registry.select(torch.zeros(1)), "|", _registry.status("cpu", "cpu"))
+"""
+
+
+def test_an_extension_that_fails_to_load_warns_once_and_something_else_serves():
+    done = run_python(BROKEN_EXTENSION, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["0.5", "0.5"]
+    assert done.stdout.splitlines()[2].startswith("reference | ")
+    assert done.stdout.count("cannot open shared object file") == 1
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "cannot open shared object file" in done.stderr
+
+
+def test_an_extension_that_was_not_built_is_no_reason_to_warn():
+    code = BROKEN_EXTENSION.replace(
+        'ImportError("libtorch.so: cannot open shared object file")', "ModuleNotFoundError(name, name=name)"
+    )
+    done = run_python(code, TRITON_INTERPRET="0")
+    assert done.stdout.splitlines()[:2] == ["0.5", "0.5"]
+    assert "not built" in done.stdout.splitlines()[2]
+    assert "RuntimeWarning" not in done.stderr
+
+
+@pytest.mark.parametrize("order", ["reference first", "reference last"])
+def test_a_compiled_function_follows_the_choice(order):
+    """It recompiles; it does not go on with the backend that it was compiled with."""
+    kernels = [name for name in _registry.KERNEL_BACKENDS if _registry.status(name, "cpu") is None]
+    if not kernels:
+        pytest.skip("only the reference serves in this process")
+    torch._dynamo.reset()
+    used = []
+
+    def note_ops(graph, inputs):
+        targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+        used.append({target.split(".")[-1] for target in targets if "rlkernels" in target} or {"reference"})
+        return graph.forward
+
+    compiled = torch.compile(lambda a, b: kl_penalty(a, b), fullgraph=True, backend=note_ops)
+    names = ["reference", *kernels] if order == "reference first" else [*kernels, "reference"]
+    for name in names:
+        with rlkernels.use_backend(name):
+            torch.testing.assert_close(compiled(LOGPROBS, REFERENCE), kl_penalty(LOGPROBS, REFERENCE))
+    assert used == [{name} for name in names]
+    with rlkernels.use_backend(names[0]):
+        compiled(LOGPROBS, REFERENCE)
+    assert len(used) == len(names), "each choice is compiled once, not at every switch"
+
+
+def test_the_backend_of_the_forward_pass_is_that_of_the_backward_pass(backend):
+    """Also where the choice has changed in between."""
+    logits = torch.zeros(2, 5, requires_grad=True)
+    logprobs = token_logprobs(logits, torch.tensor([0, 1]))
+    with rlkernels.use_backend("reference" if backend != "reference" else "auto"):
+        logprobs.sum().backward()
+    torch.testing.assert_close(logits.grad.sum(1), torch.zeros(2))
+    assert logits.grad.any()
