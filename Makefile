@@ -111,7 +111,10 @@ $(STAMPS)/install: setup.py pyproject.toml $(STAMPS)/compiler $(STAMPS)/base
 	@RLKERNELS_BUILD=0 $(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(STAMPS)/build: $(STAMPS)/install $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+# The stamp alone does not show that the modules are still there.
+.PHONY: missing
+missing:
+$(STAMPS)/build: $(STAMPS)/install $(if $(wildcard rlkernels/_C.*so),,missing) $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	@echo "building the extensions"
 	@CXX="$(CXX)" $(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
 	@touch $@

@@ -1,7 +1,8 @@
 """Builds the extension modules; everything else about the package is in pyproject.toml.
 
 `rlkernels._C` holds the CPU kernels and is built wherever there is a C++20 compiler; `rlkernels._C_cuda` the CUDA
-kernels, wherever there is nvcc. Both use PyTorch's stable ABI. RLKERNELS_BUILD=0 builds neither.
+kernels, wherever there is nvcc, unless RLKERNELS_CUDA=0 or 1 says otherwise. Both use PyTorch's stable ABI.
+RLKERNELS_BUILD=0 builds neither.
 """
 
 import os
@@ -18,8 +19,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CXX = shlex.split(os.environ.get("CXX", "c++"))
-CPU_OPS = ("logprobs", "kl", "groups", "policy_loss")
-# Each kernel is compiled once for each of these; bindings.cpp chooses when the module is loaded.
+OPS = ("logprobs", "kl", "groups", "policy_loss")
+CUDA_TARGETS = (80, 90, 100)
+# Each CPU kernel is compiled once for each of these; bindings.cpp chooses when the module is loaded.
 INSTRUCTION_SETS = {"kBaseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["kAvx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -44,36 +46,46 @@ class Module:
     link: list[str] = field(default_factory=list)
 
 
-def torch_flags(*libraries: str) -> tuple[list[str], list[str]]:
-    """What compiling and what linking against PyTorch's stable ABI takes."""
+def binding_flags() -> tuple[list[str], list[str]]:
+    """What compiling and what linking a module takes: PyTorch's stable ABI, and pybind11 for Python's."""
+    import pybind11
     import torch
 
     root = Path(torch.__file__).parent
-    compile_flags = [f"-I{root / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    return compile_flags, [f"-L{root / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in libraries)]
+    includes = ("csrc/include", root / "include", pybind11.get_include(), sysconfig.get_path("include"))
+    compile_flags = [*(f"-I{path}" for path in includes), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    return compile_flags, [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
 def cpu_module() -> Module | None:
     if shutil.which(CXX[0]) is None:
         print(f"rlkernels._C is not built: no C++ compiler ({CXX[0]}); the reference serves instead")
         return None
-    import pybind11
-
-    torch_compile, torch_link = torch_flags("torch", "torch_cpu", "c10")
-    objects = Path("build/cpu")
+    compile_flags, link_flags = binding_flags()
     # Vector operators become fused multiply-adds only where contraction may cross function calls.
     flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Icsrc/include"]
-    python_flags = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    steps = [Step([*CXX, *flags, *torch_compile, *python_flags], "csrc/bindings.cpp", objects / "bindings.o")]
+    steps = [Step([*CXX, *flags, *compile_flags], "csrc/bindings.cpp", Path("build/cpu/bindings.o"))]
     for name, isa_flags in INSTRUCTION_SETS.items():
-        for op in CPU_OPS:
+        for op in OPS:
             command = [*CXX, *flags, *isa_flags, f"-DRLK_ISA={name}"]
-            steps.append(Step(command, f"csrc/cpu/{op}.cpp", objects / name / f"{op}.o"))
-    return Module("rlkernels._C", steps, [*CXX, "-shared", *torch_link])
+            steps.append(Step(command, f"csrc/cpu/{op}.cpp", Path("build/cpu", name, f"{op}.o")))
+    return Module("rlkernels._C", steps, [*CXX, "-shared", *link_flags])
 
 
-def cuda_extension() -> Module | None:
-    return None
+def cuda_module() -> Module | None:
+    if os.environ.get("RLKERNELS_CUDA", "1" if shutil.which("nvcc") else "0") == "0":
+        return None
+    compile_flags, link_flags = binding_flags()
+    known = subprocess.check_output(["nvcc", "--list-gpu-arch"], text=True).split()
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_TARGETS if f"compute_{a}" in known]
+    targets.append(targets[-1].replace("code=sm", "code=compute"))  # newer GPUs compile this themselves
+    host = [f"-ccbin={CXX[0]}", "-forward-unknown-to-host-compiler"]
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fPIC", "-fvisibility=hidden", *compile_flags]
+    command = ["nvcc", *host, *flags, *targets]
+    sources = ("module.cpp", *(f"{op}.cu" for op in OPS))
+    steps = [Step(command, f"csrc/cuda/{name}", Path("build/cuda", name).with_suffix(".o")) for name in sources]
+    # The runtime is linked in, since a machine without a GPU has none to load.
+    return Module("rlkernels._C_cuda", steps, ["nvcc", "-shared", "-nodlink", *host, "-cudart=static", *link_flags])
 
 
 def up_to_date(output: Path, command: str, inputs: list[str]) -> bool:
@@ -122,7 +134,7 @@ def extensions() -> list[Extension]:
     if os.environ.get("RLKERNELS_BUILD") == "0":
         return []
     found = []
-    for module in (cpu_module(), cuda_extension()):
+    for module in (cpu_module(), cuda_module()):
         if module is not None:
             extension = Extension(module.name, [step.source for step in module.steps])
             extension.module = module

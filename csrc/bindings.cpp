@@ -1,5 +1,5 @@
-// The extension module: registers the CPU kernels as the `.cpu` overloads of the ops that rlkernels/ops defines. Shapes,
-// dtypes and devices were checked there; the values in token_ids and cu_seqlens are checked here.
+// The extension module: registers the CPU kernels as the `.cpu` overloads of the ops that rlkernels/ops defines.
+// Shapes, dtypes and devices were checked there; the values in token_ids and cu_seqlens are checked here.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
@@ -90,8 +90,8 @@ LogitRows logit_rows(const Tensor& logits) {
   DType dtype = DType::kFloat32;
   if (logits.scalar_type() == ScalarType::BFloat16) dtype = DType::kBFloat16;
   if (logits.scalar_type() == ScalarType::Half) dtype = DType::kFloat16;
-  return {logits.data_ptr(), dtype,           logits.size(0) * logits.size(1), logits.size(1),
-          logits.size(2),    logits.stride(0), logits.stride(1)};
+  return {logits.data_ptr(), dtype,           logits.size(0) * logits.size(1), logits.size(1), logits.size(2),
+          logits.stride(0),  logits.stride(1)};
 }
 
 TokenLogprobs logprobs_problem(const Tensor& logits, const Tensor& token_ids, double temperature, double softcap,

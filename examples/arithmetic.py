@@ -7,7 +7,7 @@ from typing import Any
 import reasoning_gym
 
 HELD_OUT_SHARE = 0.25
-# It stands in for the model's own system prompt, which is eleven tokens longer: a fifth of the demo's time.
+# Eleven tokens shorter than the system prompt of the chat template, which is a fifth of what the model has to read.
 SYSTEM_PROMPT = "Answer with a number."
 
 

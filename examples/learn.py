@@ -74,7 +74,7 @@ def config(folder: Path, seed: int, steps: int) -> GRPOConfig:
         reward_weights=list(Grader.weights),
         eval_strategy="steps",
         eval_steps=0.25,
-        per_device_eval_batch_size=98,
+        per_device_eval_batch_size=100,
         num_generations_eval=4,
         logging_steps=1,
         save_strategy="no",

@@ -35,7 +35,7 @@ def plot(grader: Grader, result: dict[str, Any], file: Path) -> None:
         ylim=(0, sum(Grader.weights)),
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

@@ -41,7 +41,7 @@ def faster_backends(backend: str, device_type: str) -> dict[str, str]:
 
 def instruction_set() -> str:
     try:
-        from rlkernels import _C
+        import rlkernels._C as _C
     except ImportError:
         return "no extension"
     return _C.instruction_set()
@@ -98,9 +98,12 @@ def options_in_file(arguments: list[str], known: set[str]) -> list[str]:
     """The options of the file that `--config` names, as they would stand on the command line."""
     import yaml
 
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config")
-    file = finder.parse_known_args(arguments)[0].config
+    try:
+        file = finder.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError as error:
+        raise BadValue(str(error)) from error
     if file is None:
         return []
     try:
@@ -134,7 +137,7 @@ def parse_run(program: str, config_class: type, arguments: list[str]) -> tuple[R
     arguments = options_in_file(arguments, known) + arguments
     try:
         run, config = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    except ValueError as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise BadValue(str(error)) from error
     return run, config
 
@@ -186,6 +189,12 @@ def read_rows(file: Path) -> Any:
     return Dataset.from_list(rows)
 
 
+def is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, list):
+        return bool(prompt) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt)
+    return isinstance(prompt, str) and prompt != ""
+
+
 def load_split(run: RunArguments, split: str) -> Any:
     from datasets import load_dataset
 
@@ -204,8 +213,11 @@ def load_split(run: RunArguments, split: str) -> Any:
     if "prompt" not in rows.column_names:
         raise BadValue(f"--dataset {run.dataset}: no column 'prompt'; its columns are {', '.join(rows.column_names)}")
     for row, prompt in enumerate(rows["prompt"]):
-        if not isinstance(prompt, str | list):
-            raise BadValue(f"--dataset {run.dataset}: row {row}: want text or chat messages as prompt; got {prompt!r}")
+        if not is_prompt(prompt):
+            raise BadValue(
+                f"--dataset {run.dataset}: row {row}: want text, or messages with role and content, as prompt; "
+                f"got {prompt!r}"
+            )
     return rows
 
 
@@ -216,23 +228,27 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def grpo(arguments: list[str]) -> None:
-    from rlkernels.trainers import GRPOConfig, GRPOTrainer, RewardError
+    try:
+        from rlkernels.trainers import GRPOConfig, GRPOTrainer, RewardError
+    except ModuleNotFoundError as error:
+        raise BadValue(f"{error.name} is not installed; install rlkernels[trainers]") from error
+    from safetensors import SafetensorError
 
     run, config = parse_run("rlkernels grpo", GRPOConfig, arguments)
     rewards = [import_reward(name) for name in run.reward]
     train_dataset = load_split(run, run.dataset_train_split)
     eval_dataset = load_split(run, run.dataset_test_split) if config.eval_strategy != "no" else None
     checkpoint = config.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_dir():
-        raise BadValue(f"--resume_from_checkpoint {checkpoint}: no such folder")
+    if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise BadValue(f"--resume_from_checkpoint {checkpoint}: not the folder of a checkpoint")
 
     output_dir = Path(config.output_dir)
     made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         try:
             trainer = GRPOTrainer(run.model, rewards, config, train_dataset, eval_dataset)
-        except (ValueError, TypeError, OSError) as error:
-            raise BadValue(str(error)) from error
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError) as error:
+            raise BadValue(show(error)) from error
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except RewardError as error:

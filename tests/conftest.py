@@ -36,6 +36,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs on a GPU; skipped, and counted, where there is none")
+    for name in config.getoption("backend") or ():
+        if name not in _registry.BACKENDS:
+            raise pytest.UsageError(f"--backend must be one of {', '.join(_registry.BACKENDS)}; got {name}")
+        if all(_registry.status(name, device_type) for device_type in ("cpu", "cuda")):
+            raise pytest.UsageError(f"--backend {name} serves nothing here: {_registry.status(name, 'cpu')}")
     config.addinivalue_line("markers", "only(*backends): what is tested does not exist in the other backends")
 
 
@@ -45,11 +50,7 @@ def pytest_generate_tests(metafunc):
     wanted = metafunc.config.getoption("backend") or _registry.BACKENDS
     if only := metafunc.definition.get_closest_marker("only"):
         wanted = [name for name in wanted if name in only.args]
-    params = [
-        pytest.param((name, "cpu"), id=name)
-        for name in wanted
-        if name in _registry.BACKENDS and _registry.status(name, "cpu") is None
-    ]
+    params = [pytest.param((name, "cpu"), id=name) for name in wanted if _registry.status(name, "cpu") is None]
     if torch.cuda.is_available():
         params += [
             pytest.param((name, "cuda"), id=f"{name}-gpu", marks=pytest.mark.gpu)

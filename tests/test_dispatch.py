@@ -40,7 +40,7 @@ def test_the_fastest_that_serves_is_chosen():
         assert _registry.status(name, "cpu"), f"{name} does not say why it does not serve"
 
 
-def test_the_backend_chosen_is_the_one_that_runs(backend, monkeypatch):
+def test_the_backend_chosen_is_the_one_that_runs(backend, device, monkeypatch):
     """Not merely the one reported: the reference's function is called for the reference and for no other."""
     from rlkernels.ops import kl
 
@@ -100,9 +100,10 @@ def test_a_forced_backend_refuses_tensors_of_another_device(monkeypatch):
         kl_penalty(LOGPROBS, REFERENCE)
 
 
-def test_float64_goes_to_the_reference_whatever_is_forced(backend):
-    assert _registry.select(LOGPROBS.double()) == "reference"
-    assert kl_penalty(LOGPROBS.double(), REFERENCE.double()).dtype == torch.float64
+def test_float64_goes_to_the_reference_whatever_is_forced(backend, device):
+    logprobs, ref_logprobs = (value.to(device, torch.float64) for value in (LOGPROBS, REFERENCE))
+    assert _registry.select(logprobs) == "reference"
+    assert kl_penalty(logprobs, ref_logprobs).dtype == torch.float64
 
 
 def test_the_environment_chooses():
@@ -201,11 +202,11 @@ def test_a_compiled_function_follows_the_choice(order):
     assert len(used) == len(names), "each choice is compiled once, not at every switch"
 
 
-def test_the_backend_of_the_forward_pass_is_that_of_the_backward_pass(backend):
+def test_the_backend_of_the_forward_pass_is_that_of_the_backward_pass(backend, device):
     """Also where the choice has changed in between."""
-    logits = torch.zeros(2, 5, requires_grad=True)
-    logprobs = token_logprobs(logits, torch.tensor([0, 1]))
+    logits = torch.zeros(2, 5, device=device, requires_grad=True)
+    logprobs = token_logprobs(logits, torch.tensor([0, 1], device=device))
     with rlkernels.use_backend("reference" if backend != "reference" else "auto"):
         logprobs.sum().backward()
-    torch.testing.assert_close(logits.grad.sum(1), torch.zeros(2))
+    torch.testing.assert_close(logits.grad.sum(1), torch.zeros(2, device=device))
     assert logits.grad.any()

@@ -265,6 +265,17 @@ def test_without_a_mask_every_token_is_scored(backend, device, aggregation, pack
     assert_matches_oracles(inputs, aggregation=aggregation)
 
 
+@pytest.mark.parametrize("log_ratio_clamp", [None, 0.25, 1.0])
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+@pytest.mark.parametrize("clip", [(0.2, 0.2), (0.0, 1.0)], ids=str)
+def test_clips_and_clamps(backend, device, clip, dual_clip, log_ratio_clamp):
+    """Ratios far enough apart that every bound is crossed, by advantages of both signs."""
+    inputs = make_inputs([40, 30], 40, device, per_token=True, distance=0.8)
+    assert_matches_oracles(
+        inputs, clip_low=clip[0], clip_high=clip[1], dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp
+    )
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_kl_term(backend, device, estimator):
     inputs = make_inputs([9, 4], 9, device)

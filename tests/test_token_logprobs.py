@@ -153,10 +153,11 @@ def unchanged(base):
     softcap=st.sampled_from([None, 30.0, 2.0]),
     seed=st.integers(0, 99),
 )
-def test_matches_reference(backend, device, kinds, vocab_size, layout, dtype, temperature, softcap, seed):
-    rows, token_ids = random_rows(kinds, vocab_size, seed)
+def test_matches_reference(backend, device, emulated, kinds, vocab_size, layout, dtype, temperature, softcap, seed):
+    # Of a few rows eager PyTorch may happen to round every one well, which would make it too strict a measure.
+    rows, token_ids = random_rows(kinds if emulated else kinds * 5, vocab_size, seed)
     make_base, view = LAYOUTS[layout]
-    base = make_base(rows.to(device, dtype).view(2, 3, vocab_size))
+    base = make_base(rows.to(device, dtype).view(-1, 3, vocab_size))
     token_ids = token_ids.to(device)
     token_ids = token_ids[0] if layout == "one row" else token_ids.view(view(base).shape[:-1])
     assert_matches_reference(
@@ -186,6 +187,17 @@ def test_gradient_is_rounded_not_truncated(backend, device, dtype):
     """Enough rows for the signed-bias check to see half an ulp."""
     logits, token_ids, upstream = plain((64, 129), device, dtype)
     assert_matches_reference(logits, unchanged, token_ids, upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradient_rounds_ties_to_even(backend, device, dtype):
+    """The gradient of a token of probability 0 is the upstream gradient, here half-way between two numbers."""
+    upstream = 1 + torch.finfo(dtype).eps * (torch.arange(8, device=device) + 0.5)
+    logits = torch.zeros(8, 5, device=device, dtype=dtype)
+    logits[:, 2] = -INF
+    logprobs = token_logprobs(logits.requires_grad_(), torch.full((8,), 2, device=device))
+    logprobs.backward(upstream)
+    assert torch.equal(logits.grad[:, 2], upstream.to(dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)

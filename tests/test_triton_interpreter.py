@@ -1,4 +1,8 @@
-"""The arithmetic under the Triton kernels: the interpreter's bfloat16 casts, and the functions of _math.py."""
+"""Under the Triton kernels: the interpreter's bfloat16 casts, the functions of _math.py, and accesses out of range."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +115,28 @@ def test_elementary_function(name):
     wanted = exact(x.double())
     error = (apply(getattr(_math, name), x).double() - wanted).abs()
     assert (error / wanted.abs().clamp(min=torch.finfo(torch.float32).smallest_normal)).max() <= ulps * 2**-23
+
+
+BOUNDS = Path(__file__).with_name("triton_bounds.py")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
+def test_kernels_stay_in_range():
+    """Whatever ids and cu_seqlens hold."""
+    run = subprocess.run([sys.executable, BOUNDS], capture_output=True, text=True)
+    assert run.stdout.endswith("done\n"), (
+        f"ended with {run.returncode} in: {run.stdout.splitlines()[-1:]}\n{run.stderr}"
+    )
+
+
+@pytest.mark.parametrize(("after", "offset"), [(True, "tensor.nbytes"), (False, "-1")])
+def test_access_out_of_range_would_be_noticed(after, offset):
+    program = f"""
+import ctypes, torch, triton_bounds
+tensor = triton_bounds.guarded(torch.zeros(5), after={after})
+print("begun", flush=True)
+ctypes.c_char.from_address(tensor.data_ptr() + {offset}).value
+print("noticed nothing")
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=BOUNDS.parent, capture_output=True, text=True)
+    assert run.stdout == "begun\n" and run.returncode < 0

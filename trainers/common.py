@@ -55,16 +55,13 @@ def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"processing_class: no tokenizer could be loaded from '{path}': {error}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"processing_class: no tokenizer could be loaded from '{path}': {reason}") from error
 
 
 def check_columns(name: str, dataset: Any, *columns: str) -> None:
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            check_columns(f"{name}['{key}']", part, *columns)
-        return
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(f"{name} must have a length and be indexable; got {type(dataset).__name__}")
+    if isinstance(dataset, dict) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"{name} must be a sequence of rows; got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty")
     present = list(getattr(dataset, "column_names", None) or dataset[0])
@@ -77,7 +74,8 @@ def check_columns(name: str, dataset: Any, *columns: str) -> None:
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers inside come from `seed`; the streams outside do not notice."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type="cuda"):
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         set_seed(seed, device_specific=True)
         yield
     random.setstate(python)
@@ -262,10 +260,13 @@ class OnlineTrainer(BaseTrainer):
         if len(weights) != count:
             raise ValueError(f"reward_weights must have one entry per reward function, {count}; got {len(weights)}")
         if eval_dataset is not None:
-            check_columns("eval_dataset", eval_dataset, "prompt")
+            parts = eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]
+            for key, part in parts:
+                check_columns(f"eval_dataset['{key}']" if key else "eval_dataset", part, "prompt")
         tokenizer = processing_class or load_tokenizer(model)
         super().__init__(model, args, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs)
-        self.reward_weights = torch.tensor(weights, device=self.accelerator.device)
+        self.reward_weights = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
+        self.num_generations_eval = args.num_generations_eval or args.num_generations
         end_token_ids = end_tokens(model, tokenizer)
         padding = [token for token in (tokenizer.pad_token_id, *end_token_ids, 0) if token is not None]
         self.sampler = CompletionSampler(
@@ -285,12 +286,12 @@ class OnlineTrainer(BaseTrainer):
         extra: dict[str, list] = defaultdict(list)
         columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in RESERVED}
         rewards = self.rewards(
-            {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns},
+            {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids},
             trainer_state=self.state,
             log_extra=lambda column, values: extra[column].extend(values),
             log_metric=metrics.add,
         )
-        samples = Samples(
+        return Samples(
             prompts=prompts,
             prompt_ids=prompt_ids,
             completions=completions,
@@ -299,20 +300,20 @@ class OnlineTrainer(BaseTrainer):
             rewards=rewards.to(self.accelerator.device),
             extra=extra,
         )
-        self._record_lengths(samples, metrics)
-        return samples
 
-    def _record_lengths(self, samples: Samples, metrics: Metrics) -> None:
-        rows = [[len(ids), ended] for ids, ended in zip(samples.completion_ids, samples.ended, strict=True)]
-        pairs = torch.tensor(rows, dtype=torch.float32, device=self.accelerator.device)
-        lengths, ended = self.accelerator.gather_for_metrics(pairs).T
+    def gather_outcomes(self, samples: Samples) -> Tensor:
+        """Of all processes, [rows, functions + 2]: the rewards, the completion's length, whether it ended."""
+        device = self.accelerator.device
+        lengths = torch.tensor([[float(len(ids))] for ids in samples.completion_ids], device=device)
+        ended = torch.tensor([[float(ended)] for ended in samples.ended], device=device)
+        return self.accelerator.gather(torch.cat([samples.rewards, lengths, ended], 1))
+
+    def record_outcomes(self, outcomes: Tensor, metrics: Metrics) -> None:
+        rewards, lengths, ended = outcomes[:, :-2], outcomes[:, -2], outcomes[:, -1]
         metrics.add("completions/mean_length", lengths.mean())
         metrics.add("completions/min_length", lengths.min())
         metrics.add("completions/max_length", lengths.max())
         metrics.add("completions/clipped_ratio", 1 - ended.mean())
-
-    def _record_rewards(self, rewards: Tensor, metrics: Metrics) -> None:
-        """`rewards` [rows, functions] of all processes."""
 
         def std(values: Tensor) -> Tensor | float:
             return values.std() if len(values) > 1 else math.nan
@@ -326,8 +327,7 @@ class OnlineTrainer(BaseTrainer):
         metrics.add("reward_std", std(total))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> GroupSampler:
-        num_generations = self.args.num_generations_eval or self.args.num_generations
-        return GroupSampler(len(eval_dataset), 1, num_generations, 1, seed=None, epoch=lambda: 0)
+        return GroupSampler(len(eval_dataset), 1, self.num_generations_eval, 1, seed=None, epoch=lambda: 0)
 
     def evaluation_loop(
         self,
@@ -341,9 +341,11 @@ class OnlineTrainer(BaseTrainer):
         metrics = Metrics(self.accelerator.device)
         batches = []
         for inputs in dataloader:
-            batches.append(self.accelerator.gather_for_metrics(self.sample(inputs, metrics).rewards))
+            batches.append(self.gather_outcomes(self.sample(inputs, metrics)))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        rewards = torch.cat(batches)
-        self._record_rewards(rewards, metrics)
+        # Past its end the sampler starts over, to give every process a full batch.
+        count = len(dataloader.dataset) * self.num_generations_eval  # type: ignore[arg-type]
+        outcomes = torch.cat(batches)[:count]
+        self.record_outcomes(outcomes, metrics)
         values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=len(rewards))
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=len(outcomes))

@@ -1,5 +1,6 @@
 """Configs: `transformers.TrainingArguments` and the fields of each method. Names and defaults are TRL 1.16's."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -147,10 +148,24 @@ class GRPOConfig(BaseConfig):
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2, to have a group; got {self.num_generations}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0; got {self.temperature}")
-        if self.beta < 0:
-            raise ValueError(f"beta must not be negative; got {self.beta}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0; got {self.temperature}")
+        for name in ("beta", "epsilon", "epsilon_high", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
+        if self.num_generations_eval is not None and self.num_generations_eval < 1:
+            raise ValueError(f"num_generations_eval must be at least 1; got {self.num_generations_eval}")
+        if not all(math.isfinite(weight) for weight in self.reward_weights or []):
+            raise ValueError(f"reward_weights must be finite numbers; got {self.reward_weights}")
+        for name in ("model_init_kwargs", "chat_template_kwargs"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name} must be a mapping (JSON on the command line); got {getattr(self, name)!r}")
+        if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss"):
+            # There is no evaluation loss.
+            self.metric_for_best_model, self.greater_is_better = "reward", True
+        if self.deepspeed is not None:
+            raise ValueError("deepspeed is not supported yet: its engine would step once per micro-batch")
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size is not supported: a smaller batch would split groups")
         self._set_generation_batch()

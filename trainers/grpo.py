@@ -131,17 +131,17 @@ class GRPOTrainer(OnlineTrainer):
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> Rollouts:
         samples = self.sample(inputs, self.metrics)
-        # A group may lie on several processes.
-        rewards = self.accelerator.gather(samples.rewards)
+        outcomes = self.gather_outcomes(samples)
+        self.record_outcomes(outcomes, self.metrics)
+        # Rewards of all processes: a group may lie on several.
         advantages, signal = rlkernels.group_advantages(
-            rewards,
+            outcomes[:, :-2],
             group_size=self.args.num_generations,
             scale=self.args.scale_rewards,
             weights=self.reward_weights,
             normalize="after_sum" if self.args.multi_objective_aggregation == "sum_then_normalize" else "before_sum",
             return_signal=True,
         )
-        self._record_rewards(rewards, self.metrics)
         self.metrics.add("frac_reward_zero_std", 1 - signal.float().mean())
         first = self.accelerator.process_index * len(inputs)
         advantages = advantages[first : first + len(inputs)].tolist()
@@ -150,7 +150,7 @@ class GRPOTrainer(OnlineTrainer):
         in_loss = [ended or not self.args.mask_truncated_completions for ended in samples.ended]
         lengths = [len(ids) for ids in samples.completion_ids]
         scored = sum(length for length, counts in zip(lengths, in_loss, strict=True) if counts)
-        counts = torch.tensor([scored, sum(map(len, samples.prompt_ids)) + sum(lengths)], device=rewards.device)
+        counts = torch.tensor([scored, sum(map(len, samples.prompt_ids)) + sum(lengths)], device=outcomes.device)
         scored, seen = self.accelerator.reduce(counts).tolist()
         self.state.num_input_tokens_seen += seen
 

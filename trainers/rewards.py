@@ -54,7 +54,11 @@ class RewardFunctions:
             except Exception as error:
                 self._raise(function, error, rows, shared)
         if pending:
-            outcomes = self._gather([function(**rows, **shared) for function in pending.values()])
+            # Called inside the coroutine, so that a wrong signature too is the function's failure.
+            async def call(function: RewardFunction) -> Any:
+                return await function(**rows, **shared)
+
+            outcomes = self._gather([call(function) for function in pending.values()])
             for (index, function), outcome in zip(pending.items(), outcomes, strict=True):
                 if isinstance(outcome, Exception):
                     self._raise(function, outcome, rows, shared)
@@ -76,15 +80,17 @@ class RewardFunctions:
 
     def _raise(self, function: RewardFunction, error: Exception, rows: dict[str, list], shared: dict) -> NoReturn:
         """The run ends here, so the function is called once more, a row at a time, to name the row that it fails on."""
-        message = f"reward function '{name_of(function)}' raised {type(error).__name__}: {error}"
+        reason = " ".join(str(error).split())
+        message = f"reward function '{name_of(function)}' raised {type(error).__name__}: {reason}"
         for row in range(len(rows["prompts"])):
             one = {name: values[row : row + 1] for name, values in rows.items()}
             try:
                 outcome = function(**one, **shared)
                 if inspect.iscoroutine(outcome) and isinstance(failed := self._gather([outcome])[0], Exception):
                     raise failed
-            except Exception:
-                raise RewardError(f"{message}, at {_show(row, rows)}") from error
+            except Exception as alone:
+                if (type(alone), str(alone)) == (type(error), str(error)):
+                    raise RewardError(f"{message}, at {_show(row, rows)}") from error
         raise RewardError(f"{message}, on the whole batch but on no row alone") from error
 
 

@@ -51,8 +51,8 @@ void column_advantages(const GroupAdvantages& problem, const float* scores, floa
     const Group& spread = problem.scale == kScaleBatch ? batch : group;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = in_group(i);
-      advantages[row] = group_advantage(scores[row], group.statistics, spread.statistics, problem.baseline, problem.scale,
-                                        problem.eps, problem.keep_singleton);
+      advantages[row] = group_advantage(scores[row], group.statistics, spread.statistics, problem.baseline,
+                                        problem.scale, problem.eps, problem.keep_singleton);
       if (scores[row] != scores[row]) advantages[row] = kNan;
       signal[row] |= group.differs;
     }

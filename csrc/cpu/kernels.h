@@ -1,8 +1,8 @@
 #pragma once
 
 // The CPU kernels on raw pointers. Every function is compiled once per instruction set (see setup.py) as a member of
-// Kernels<that set>; bindings.cpp chooses one at run time. Functions with begin and end do that part of the work, so that
-// the caller can spread it over threads; where it is cut never changes a result.
+// Kernels<that set>; bindings.cpp chooses one at run time. Functions with begin and end do that part of the work, so
+// that the caller can spread it over threads; where it is cut never changes a result.
 
 #include <cstdint>
 
@@ -71,8 +71,7 @@ struct PolicyLoss {
 
   int64_t sequence_start(int64_t s) const { return cu_seqlens != nullptr ? cu_seqlens[s] : s * sequence_length; }
 
-  // Tokens per partial sum: fixed, so that the sum is the same whatever the number of threads, and so few that float
-  // accumulators do not lose digits.
+  // Tokens per partial sum: fixed, so that the sum is the same whatever the number of threads.
   static constexpr int64_t kBlock = 1024;
   int64_t blocks() const { return (tokens + kBlock - 1) / kBlock; }
 };
@@ -88,8 +87,8 @@ struct Kernels {
   static void token_logprobs_sums(const TokenLogprobs& problem, bool with_entropy, BlockSums* sums, int64_t begin,
                                   int64_t end);
   // Rows [begin, end). entropy may be null; row_stats is [2, rows].
-  static void token_logprobs_finish(const TokenLogprobs& problem, const BlockSums* sums, float* logprobs, float* entropy,
-                                    float* row_stats, int64_t begin, int64_t end);
+  static void token_logprobs_finish(const TokenLogprobs& problem, const BlockSums* sums, float* logprobs,
+                                    float* entropy, float* row_stats, int64_t begin, int64_t end);
   // Blocks [begin, end). Either gradient may be null; `gradient` may be the logits themselves.
   static void token_logprobs_backward(const TokenLogprobs& problem, const float* grad_logprobs,
                                       const float* grad_entropy, const float* logprobs, const float* entropy,

@@ -21,9 +21,9 @@ void Kernels<Isa::RLK_ISA>::kl_penalty_backward(const KlPenalty& options, const 
                                                 const float* ref_logprobs, float* grad_logprobs, int64_t begin,
                                                 int64_t end) {
   for_each_vector(begin, end, [&](int64_t i, int64_t count) {
-    const Vec derivative = kl_penalty_derivative(options.estimator, options.straight_through, load(logprobs + i, count),
-                                                 load(ref_logprobs + i, count), Vec(options.log_ratio_clamp),
-                                                 Vec(options.value_clamp));
+    const Vec derivative =
+        kl_penalty_derivative(options.estimator, options.straight_through, load(logprobs + i, count),
+                              load(ref_logprobs + i, count), Vec(options.log_ratio_clamp), Vec(options.value_clamp));
     store(grad_logprobs + i, load(grad + i, count) * derivative, count);
   });
 }

@@ -14,6 +14,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Vectors taken at once by the summing loop, so that additions do not wait for each other.
 constexpr int kUnroll = 4;
 constexpr int64_t kChunk = kUnroll * kLanes;
+constexpr int64_t kCacheLine = 64;
+// How far ahead the gradient's loop asks for logits: what arrives in the time a reading from memory takes.
+constexpr int64_t kPrefetchBytes = 2048;
 static_assert(TokenLogprobs::kBlock % kChunk == 0);
 
 template <typename Function>
@@ -50,8 +53,8 @@ F capped(F x, const TokenLogprobs& problem) {
   return scaled_logit(x, F(problem.softcap), F(1.0f), problem.softcap > 0);
 }
 
-// What a row's gradient needs beside its logits: log p = (x - origin) / temperature - log_sum. Both gradients are already
-// divided by the temperature.
+// What a row's gradient needs beside its logits: log p = (x - origin) / temperature - log_sum. Both gradients are
+// already divided by the temperature.
 struct RowGradient {
   float grad_logprob, grad_entropy, entropy, origin, log_sum;
 };
@@ -73,8 +76,8 @@ class Block {
     if (whole < size) add_edge(block + whole, size - whole, has_target ? target - whole : -1, problem);
   }
 
-  // Calls function(start, size, capped) for the parts: start has the type of the logits, or is of floats that are capped
-  // already.
+  // Calls function(start, size, capped) for the parts: start has the type of the logits, or is of floats that are
+  // capped already.
   template <typename Function>
   void for_each_part(Function function) const {
     for (const Run& run : runs_) function(run.start, run.size, false);
@@ -122,8 +125,8 @@ BlockSums block_sums(const Block<T>& block, const TokenLogprobs& problem) {
   Vec s[kUnroll] = {0.0f, 0.0f, 0.0f, 0.0f}, w[kUnroll] = {0.0f, 0.0f, 0.0f, 0.0f};
   block.for_each_part([&](const auto* x, int64_t size, bool capped_already) {
     for (int64_t i = 0; i < size; i += kChunk) {
-      for (int64_t ahead = 0; ahead < kChunk; ahead += 64 / sizeof(T))
-        __builtin_prefetch(x + i + TokenLogprobs::kBlock + ahead);
+      for (int64_t line = 0; line < kChunk; line += kCacheLine / sizeof(*x))
+        prefetch(x + i, 2 * TokenLogprobs::kBlock + line);  // the next block
       for (int u = 0; u < kUnroll; ++u) {
         const Vec z = scaled_logit(load(x + i + u * kLanes), softcap, Vec(1.0f), kCapped && !capped_already);
         const Vec d = (z - origin) * inverse_temperature;
@@ -146,7 +149,10 @@ void block_gradient(const T* x, T* gradient, int64_t size, const TokenLogprobs& 
     const Vec dz = row_gradient(log_p, Vec(row.entropy), Vec(row.grad_logprob), Vec(row.grad_entropy), kEntropy);
     return kCapped ? dz * scaled_logit_derivative(x, softcap, Vec(1.0f), true) : dz;
   };
-  for_each_vector(0, size, [&](int64_t i, int64_t count) { store(gradient + i, gradient_of(load(x + i, count)), count); });
+  for_each_vector(0, size, [&](int64_t i, int64_t count) {
+    prefetch(x + i, kPrefetchBytes / static_cast<int64_t>(sizeof(T)));
+    store(gradient + i, gradient_of(load(x + i, count)), count);
+  });
 }
 
 }  // namespace

@@ -11,13 +11,14 @@ namespace {
 // The last sequence that starts at or before `token`, which is the one that holds it.
 int64_t sequence_of(const PolicyLoss& problem, int64_t token) {
   if (problem.cu_seqlens == nullptr) return token / problem.sequence_length;
-  return std::upper_bound(problem.cu_seqlens, problem.cu_seqlens + problem.sequences + 1, token) - problem.cu_seqlens - 1;
+  return std::upper_bound(problem.cu_seqlens, problem.cu_seqlens + problem.sequences + 1, token) - problem.cu_seqlens -
+         1;
 }
 
 // Adds tokens [begin, end) of sequence s, whose advantage is `advantage` unless there is one per token.
 void add_run(const PolicyLoss& problem, int64_t begin, int64_t end, int64_t s, float divisor, PolicySums& sums,
              float* gradient) {
-  Vec loss = 0.0f, metrics[kNumTokens] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+  Sum loss, metrics[kNumTokens];
   const float* old_logprobs = problem.old_logprobs != nullptr ? problem.old_logprobs : problem.logprobs;
   const float* ref_logprobs = problem.ref_logprobs != nullptr ? problem.ref_logprobs : problem.logprobs;
   const Vec zero = 0.0f;
@@ -27,9 +28,9 @@ void add_run(const PolicyLoss& problem, int64_t begin, int64_t end, int64_t s, f
     const auto scored_only = [&](Vec x) { return select(scored, x, zero); };
     const Vec advantage =
         problem.advantage_per_token ? load(problem.advantages + i, count) : Vec(problem.advantages[s]);
-    const TokenLoss<Vec> token = policy_token_loss(
-        problem.options, scored_only(load(problem.logprobs + i, count)), scored_only(load(old_logprobs + i, count)),
-        scored_only(load(ref_logprobs + i, count)), scored_only(advantage));
+    const TokenLoss<Vec> token = policy_token_loss(problem.options, scored_only(load(problem.logprobs + i, count)),
+                                                   scored_only(load(old_logprobs + i, count)),
+                                                   scored_only(load(ref_logprobs + i, count)), scored_only(advantage));
     loss += scored_only(token.loss);
     metrics[kRatioMean] += scored_only(token.ratio);
     metrics[kClipLow] += scored_only(token.clipped_low);
@@ -38,8 +39,8 @@ void add_run(const PolicyLoss& problem, int64_t begin, int64_t end, int64_t s, f
     metrics[kRefKl] += scored_only(token.ref_kl);
     store(gradient + i, scored_only(token.derivative / Vec(divisor)), count);
   });
-  sums.loss += static_cast<double>(horizontal_sum(loss)) / divisor;
-  for (int k = 0; k < kNumTokens; ++k) sums.metrics[k] += horizontal_sum(metrics[k]);
+  sums.loss += loss.total() / divisor;
+  for (int k = 0; k < kNumTokens; ++k) sums.metrics[k] += metrics[k].total();
 }
 
 }  // namespace

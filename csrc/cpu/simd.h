@@ -76,10 +76,16 @@ struct Vec {
 };
 
 inline Vec select(Mask mask, Vec a, Vec b) { return mask.bits ? a.lanes : b.lanes; }
-// Where one is NaN these give the second, as the x86 instructions do.
+// Where one is NaN these give the second. GCC 12 makes a comparison and a blend of the expression, twice the work.
 #if defined(__AVX512F__)
 inline Vec max(Vec a, Vec b) { return _mm512_maskz_max_ps(kAllLanes, a.lanes, b.lanes); }
 inline Vec min(Vec a, Vec b) { return _mm512_maskz_min_ps(kAllLanes, a.lanes, b.lanes); }
+#elif defined(__AVX2__)
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a.lanes, b.lanes); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a.lanes, b.lanes); }
+#elif defined(__x86_64__)
+inline Vec max(Vec a, Vec b) { return _mm_max_ps(a.lanes, b.lanes); }
+inline Vec min(Vec a, Vec b) { return _mm_min_ps(a.lanes, b.lanes); }
 #else
 inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
@@ -87,6 +93,19 @@ inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 inline Vec from_bits(Ints bits) { return std::bit_cast<Floats>(bits); }
 inline Ints to_bits(Vec x) { return std::bit_cast<Ints>(x.lanes); }
 inline Vec abs(Vec x) { return from_bits(to_bits(x) & 0x7fffffff); }
+
+// Sums of many floats, kept in double.
+struct Sum {
+  using Doubles = double __attribute__((vector_size(8 * kLanes)));
+  Doubles lanes = {};
+
+  void operator+=(Vec x) { lanes += __builtin_convertvector(x.lanes, Doubles); }
+  double total() const {
+    double sum = 0.0;
+    for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+    return sum;
+  }
+};
 
 inline float horizontal_sum(Vec x) {
   float sum[kLanes];
@@ -145,7 +164,8 @@ inline Vec load(const Float16* p) {
   return _mm512_maskz_cvtph_ps(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline void store(Float16* p, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kAllLanes, x.lanes, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(kAllLanes, x.lanes, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__)
 inline Vec load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -153,9 +173,9 @@ inline void store(Float16* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.lanes, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// float16 has 5 bits of exponent and 10 of mantissa, float32 8 and 23. Multiplying by a power of two rebiases the exponent
-// and lets the hardware normalise or round; it is done at magnitudes where no float32 is denormal, since those may be
-// flushed to zero.
+// float16 has 5 bits of exponent and 10 of mantissa, float32 8 and 23. Multiplying by a power of two rebiases the
+// exponent and lets the hardware normalise or round; it is done at magnitudes where no float32 is denormal, since those
+// may be flushed to zero.
 inline Vec load(const Float16* p) {
   const Ints bits = widen(p);
   const Ints magnitude = (bits & 0x7fff) << 13;
@@ -197,6 +217,13 @@ void store(T* p, Vec x, int64_t count) {
   T padded[kLanes];
   store(padded, x);
   std::memcpy(p, padded, count * sizeof(T));
+}
+
+// Asks for the cache line at p + distance, which may lie past the end: where loops read far more than the caches hold,
+// the hardware's own prefetching leaves a third of the memory's bandwidth unused.
+template <typename T>
+void prefetch(const T* p, int64_t distance) {
+  __builtin_prefetch(p + distance, 0, 2);
 }
 
 // Calls function(i, count) for the elements i .. i + count of every vector that covers [begin, end).

@@ -1,7 +1,6 @@
 """Checks of arguments, made in Python before any memory is touched. Each error names the argument, what came, and
 what was wanted. Values inside tensors are the kernels' to check (on a GPU only with RLKERNELS_CHECK=1)."""
 
-import math
 import os
 from collections.abc import Iterable
 
@@ -49,9 +48,10 @@ def number(
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
     bounds = [f"> {above:g}"] if above is not None else [f">= {at_least:g}"] if at_least is not None else []
     bounds = (["finite"] if finite else []) + bounds
+    # Comparisons alone, which torch.compile can trace where a float has become an input of the graph.
     if (
-        math.isnan(value)
-        or (finite and math.isinf(value))
+        value != value
+        or (finite and abs(value) == float("inf"))
         or (above is not None and not value > above)
         or (at_least is not None and not value >= at_least)
     ):
@@ -62,6 +62,8 @@ def number(
 def integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits; got {value}")
 
 
 def mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> torch.Tensor:

@@ -97,6 +97,8 @@ def _load_module(backend: str, module: str, device_types: tuple[str, ...], absen
             raise
         _reasons[backend] = absent
     except (ImportError, OSError) as error:
+        if backend == "cpu" and os.environ.get("RLKERNELS_CPU_ISA"):
+            raise  # an instruction set was asked for by name
         _reasons[backend] = f"{module} failed to load: {error}"
         warnings.warn(f"{_reasons[backend]}; a slower backend serves instead", RuntimeWarning, stacklevel=2)
     else:

@@ -55,7 +55,8 @@ def group_advantages(
 
     Edge cases: a row without any reward gets advantage 0, no signal, and counts in no statistic. A group whose scores
     are all equal gets exactly 0 (with a baseline) and no signal. A standard deviation needs two scores: one alone is
-    not scaled but by 1 / (1 + eps). An infinite reward makes its group's advantages NaN or infinite.
+    not scaled but by 1 / (1 + eps). Beside an infinite reward a group has no finite mean: where the formula then gives
+    NaN the advantage is 0, as in TRL.
 
     Raises: TypeError, ValueError for wrong dtypes, shapes and options, and for rewards that require a gradient.
 
@@ -127,9 +128,11 @@ def group_advantages(
 def _weights(weights: Tensor | Sequence[float] | None, kinds: int, rewards: Tensor) -> Tensor | None:
     if weights is None:
         return None
+    if not isinstance(weights, Tensor | Sequence):
+        raise TypeError(f"weights must be a tensor or a sequence of numbers; got {type(weights).__name__}")
     if not isinstance(weights, Tensor):
         weights = torch.tensor([_checks.number("weights", weight) for weight in weights], dtype=rewards.dtype)
-        weights = weights.to(rewards.device)
+        weights = weights.to(rewards.device, non_blocking=True)
     _checks.tensor("weights", weights, _checks.FLOATS)
     _checks.shape("weights", weights, (kinds,), because="one weight a column of rewards")
     _checks.same_device("weights", weights, "rewards", rewards)

@@ -45,13 +45,14 @@ def token_logprobs(
 
     Differentiable: both outputs with respect to logits, once.
 
-    Edge cases: a -inf logit has probability 0 and contributes 0 to the entropy; a token whose own logit is -inf has the
-    logprob -inf; a row that is -inf throughout, or holds a NaN or +inf, gives NaN, as log_softmax does. With no rows
-    the result is empty.
+    Edge cases: a -inf logit has probability 0 and contributes 0 to the entropy (but a softcap makes it -softcap: mask
+    after capping, not before); a token whose own logit is -inf has the logprob -inf; a row that is -inf throughout, or
+    holds a NaN or +inf, gives NaN, as log_softmax does. With no rows the result is empty.
 
     Raises:
         TypeError, ValueError: for wrong dtypes, shapes, devices and options; for an id outside [0, V) that is not
-            ignore_index on a CPU. On a GPU such a row gives NaN, or raises with RLKERNELS_CHECK=1. With
+            ignore_index on a CPU. On a GPU, and in the reference under torch.compile, such a row gives NaN;
+            with RLKERNELS_CHECK=1 it raises there too, but under torch.compile. With
             inplace_backward also for leaf logits that require a gradient, and for logits whose elements overlap in
             memory.
 
@@ -76,7 +77,7 @@ def token_logprobs(
 
     backend = _registry.select(logits)
     if _checks.values_in_python(backend, token_ids):
-        _check_ids(token_ids, logits.shape[-1], ignore_index)
+        _check_ids(token_ids.long(), logits.shape[-1], ignore_index)
     if backend == "reference":
         logprobs, entropy = reference.token_logprobs(
             logits, token_ids.long(), temperature=temperature, softcap=softcap, ignore_index=ignore_index

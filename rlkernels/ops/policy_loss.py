@@ -68,13 +68,14 @@ def policy_loss(
             1 + clip_high where A > 0), both 0 for reinforce; approx_kl, the mean of ratio - 1 - d; ref_kl, the mean of
             the estimator, 0 without a reference; num_tokens.
 
-    Differentiable: the loss with respect to logprobs. Everything else is data and must not require a gradient.
+    Differentiable: the loss with respect to logprobs, once. Everything else is data and must not require a gradient.
 
     Edge cases: tokens that are not scored may hold NaN or inf and leave no trace. With nothing scored the loss, its
     gradient and the metrics are 0.
 
     Raises: TypeError, ValueError for wrong dtypes, shapes, devices and options, and, on a CPU, for cu_seqlens that do
-    not run from 0 to N without decreasing (on a GPU with RLKERNELS_CHECK=1).
+    not run from 0 to N without decreasing. On a GPU they make the loss and its gradient NaN, or raise with
+    RLKERNELS_CHECK=1.
 
     Traffic: reads each input once (the mask twice for seq_*, whose lengths come first) and writes the gradient;
     backward reads and writes the gradient once. No host synchronisation.
@@ -134,7 +135,7 @@ def policy_loss(
     if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
         _check_cu_seqlens(cu_seqlens, shape[0])
     if backend == "reference":
-        return reference.policy_loss(
+        loss, metrics = reference.policy_loss(
             work,
             old_logprobs,
             advantages,
@@ -152,25 +153,28 @@ def policy_loss(
             kl_estimator=kl_estimator,
             kl_straight_through=straight_through,
         )
-    loss, metrics, _, _ = _registry.op("policy_loss_forward", backend)(
-        work,
-        old_logprobs,
-        advantages,
-        mask,
-        cu_seqlens,
-        ref_logprobs,
-        normalizer if isinstance(normalizer, Tensor) else None,
-        normalizer_value,
-        OBJECTIVES.index(objective),
-        AGGREGATIONS.index(aggregation),
-        clip_low,
-        clip_high,
-        dual_limit,
-        log_ratio_limit,
-        kl_coef,
-        ESTIMATORS.index(kl_estimator),
-        straight_through,
-    )
+    else:
+        loss, metrics, _, _ = _registry.op("policy_loss_forward", backend)(
+            work,
+            old_logprobs,
+            advantages,
+            mask,
+            cu_seqlens,
+            ref_logprobs,
+            normalizer if isinstance(normalizer, Tensor) else None,
+            normalizer_value,
+            OBJECTIVES.index(objective),
+            AGGREGATIONS.index(aggregation),
+            clip_low,
+            clip_high,
+            dual_limit,
+            log_ratio_limit,
+            kl_coef,
+            ESTIMATORS.index(kl_estimator),
+            straight_through,
+        )
+    if cu_seqlens is not None and backend != "cpu":
+        loss = loss * _nan_unless_valid(cu_seqlens, shape[0], loss)
     return loss, metrics.detach()
 
 
@@ -199,6 +203,13 @@ def _check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
             raise ValueError(f"cu_seqlens must not decrease; got {values[index - 1]}, {values[index]} at {index - 1}")
 
 
+def _nan_unless_valid(cu_seqlens: Tensor, total: int, like: Tensor) -> Tensor:
+    """1, or NaN: said on the device, where the host does not look at values."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (starts <= ends).all()
+    return torch.where(valid, 1.0, float("nan")).to(like.dtype)
+
+
 def _forward_fake(logprobs, *rest):
     return (
         logprobs.new_empty(()),
@@ -216,8 +227,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, grad_metrics, grad_grad, grad_scale):
-    if grad_loss is None:
-        return (None,) * ctx.inputs
+    if grad_grad is not None or grad_scale is not None:
+        raise NotImplementedError("the gradient of policy_loss cannot be differentiated again")
     grad, scale = ctx.saved_tensors
     return grad * (scale * grad_loss), *(None,) * (ctx.inputs - 1)
 

@@ -13,14 +13,16 @@ def kl_penalty(
 ) -> Tensor:
     """Per-token estimate of KL(policy || reference); any shape. `estimator` without its "+"."""
     log_ratio = logprobs - ref_logprobs
-    value = estimate(log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp), estimator)
-    clamped = (log_ratio.abs() > log_ratio_clamp) | (value.abs() > value_clamp)
-    value = value.clamp(-value_clamp, value_clamp)
+    with torch.no_grad():
+        unclamped = estimate(log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp), estimator)
+        clamped = (log_ratio.abs() > log_ratio_clamp) | (unclamped.abs() > value_clamp)
+        value = unclamped.clamp(-value_clamp, value_clamp)
+    # Where clamped the value is a constant, and what would overflow is kept out of the differentiation: 0 * inf is NaN.
+    log_ratio = log_ratio.masked_fill(clamped, 0.0)
     if not straight_through:
-        return value
-    # The difference is 0 and carries the gradient of k2, but none where the value is a constant of the clamps.
-    k2 = 0.5 * log_ratio.masked_fill(clamped, 0.0).square()
-    return value.detach() + (k2 - k2.detach()).nan_to_num(nan=0.0)  # inf - inf beside an infinite log-ratio
+        return torch.where(clamped, value, estimate(log_ratio, estimator))
+    k2 = 0.5 * log_ratio.square()
+    return value + (k2 - k2.detach()).nan_to_num(nan=0.0)  # inf - inf beside an infinite log-ratio
 
 
 def estimate(log_ratio: Tensor, estimator: str) -> Tensor:

@@ -31,7 +31,7 @@ def policy_loss(
     else:
         count = cu_seqlens.shape[0] - 1
         position = torch.arange(logprobs.shape[0], device=logprobs.device)
-        sequence = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
+        sequence = torch.searchsorted(cu_seqlens[1:].long(), position, right=True).clamp(max=max(count - 1, 0))
     if advantages.shape != logprobs.shape:
         advantages = advantages[sequence]
 
@@ -40,12 +40,19 @@ def policy_loss(
     old = logprobs.detach() if old_logprobs is None else old_logprobs.masked_fill(~scored, 0.0)
     advantages = advantages.masked_fill(~scored, 0.0)
 
-    log_ratio = (logprobs - old).clamp(-log_ratio_clamp, log_ratio_clamp)
+    raw = logprobs - old
+    log_ratio = raw.detach().clamp(-log_ratio_clamp, log_ratio_clamp)
     ratio = log_ratio.exp()
     if objective == "ppo":
-        gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+        free, bound = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+        gain = torch.minimum(free, bound)
+        constant = (bound < free) | (raw.abs() > log_ratio_clamp)
         if dual_clip < float("inf"):
-            gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+            least = dual_clip * advantages
+            bounded = (advantages < 0) & (gain < least)
+            gain, constant = torch.where(bounded, least, gain), constant | bounded
+        # A clipped ratio may have overflowed, and is kept out of the differentiation: 0 * inf is NaN.
+        gain = torch.where(constant, gain, raw.masked_fill(constant, 0.0).exp() * advantages)
         clipped_low = (ratio < 1 - clip_low) & (advantages < 0)
         clipped_high = (ratio > 1 + clip_high) & (advantages > 0)
     else:
@@ -76,7 +83,7 @@ def policy_loss(
     if aggregation == "seq_mean_token_mean":
         loss = loss / lengths.clamp(min=1)[sequence]
     if normalizer is not None:
-        denominator = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+        denominator = torch.ones_like(num_tokens) * normalizer
     elif aggregation == "token_mean":
         denominator = num_tokens
     elif aggregation == "token_sum":

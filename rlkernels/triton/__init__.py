@@ -1,5 +1,6 @@
-"""The ops as Triton kernels, for NVIDIA and AMD GPUs. Importing this package registers them."""
+"""Triton kernels for GPUs. Importing this registers them; nothing else of the package needs triton."""
 
-from rlkernels.triton import groups, kl, logprobs, policy_loss
-
-__all__ = ["groups", "kl", "logprobs", "policy_loss"]
+import rlkernels.triton.groups
+import rlkernels.triton.kl
+import rlkernels.triton.logprobs
+import rlkernels.triton.policy_loss  # noqa: F401

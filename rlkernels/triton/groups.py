@@ -116,6 +116,8 @@ def _group_kernel(
     if offsets is not None:
         begin = tl.load(offsets + group)
         end = tl.load(offsets + group + 1)
+        if begin == end:
+            return
     else:
         begin = group * group_size
         end = begin + group_size

@@ -6,7 +6,7 @@ from torch import Tensor
 from rlkernels.triton._launch import implements
 from rlkernels.triton._math import LN2, LOG2E, expm1, softplus, tanh, tanh_derivative
 
-# A tile is some rows of 16 bytes for each thread. Four keep the memory busy; columns stay within a thread, so that the
+# A tile is up to four rows of 16 bytes for each thread, enough to keep the memory busy; its columns stay within a thread, so that the
 # loop over the vocabulary needs no barrier.
 THREADS = 128
 # Below the lowest logarithm of a positive float, and finite, so that its product with a weight of 0 is 0.
@@ -325,8 +325,8 @@ def _backward(
 
 
 def _tile_rows(softcap: float, aligned: bool) -> int:
-    """Fewer where tanh, or an address for each element, takes the registers."""
-    return 4 if aligned and softcap == 0 else 2
+    """Half as many where tanh takes the registers, half again where each element needs its own address."""
+    return 4 // (1 + (softcap > 0)) // (2 - aligned)
 
 
 def _aligned(logits: Tensor) -> bool:

@@ -5,7 +5,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = ["<eos>", *"abcdefghijklmnopqrstuvwxyz0123456789 .:?"]
+# More than the 50 tokens that transformers keeps of a distribution by default.
+WORDS = ["<eos>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .:?"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"

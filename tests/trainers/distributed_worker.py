@@ -17,6 +17,14 @@ def one_group_differs(completions, index, **kwargs):
     return [float(row % 2) if i % 2 == 0 else 1.0 for row, i in enumerate(index)]
 
 
+def record(function, results: list):
+    def recording(*args):
+        results.append(function(*args))
+        return results[-1]
+
+    return recording
+
+
 def train(folder: str, options: dict) -> dict:
     args = GRPOConfig(
         output_dir=folder,
@@ -37,12 +45,15 @@ def train(folder: str, options: dict) -> dict:
     )
     dataset = [{"prompt": "ab" + "c" * i, "index": i} for i in range(8)]
     trainer = GRPOTrainer(build_model(), one_group_differs, args, dataset, dataset[:3], build_tokenizer())
+    rollouts, micro_batches = [], []
+    trainer.roll_out = record(trainer.roll_out, rollouts)
+    trainer.micro_batches = record(trainer.micro_batches, micro_batches)
     trainer.train()
     return {
         "weights": torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]),
         "logs": [log for log in trainer.state.log_history if "loss" in log],
-        "completion_ids": trainer.rollouts.completion_ids,
-        "advantages": trainer.rollouts.advantages,
+        "rollouts": [vars(each) for each in rollouts],
+        "micro_batches": [len(each) for each in micro_batches],
         "table": trainer.completions,
         "eval": trainer.evaluate(),
     }

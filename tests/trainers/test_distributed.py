@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlkernels.trainers import GRPOConfig, GRPOTrainer
+from rlkernels.trainers.grpo import Rollouts
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-ONE_GROUP_EACH = {"per_device_train_batch_size": 4}
+ONE_GROUP_EACH = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 HALF_A_GROUP_EACH = {
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 2,
@@ -38,14 +41,16 @@ def results(tmp_path_factory) -> list[list[dict]]:
 def test_a_process_without_signal(results):
     """Each process holds one group, and one of the two has nothing to run: it must not leave the other waiting."""
     first, second = results[0]
-    assert any(first["advantages"]) != any(second["advantages"])
+    signal = [[any(rollouts["advantages"]) for rollouts in rank["rollouts"]] for rank in (first, second)]
+    assert signal == [[True] * 3, [False] * 3]
+    assert first["micro_batches"] == second["micro_batches"] == [2] * 3
     assert torch.equal(first["weights"], second["weights"])
-    assert first["completion_ids"] != second["completion_ids"]
     assert first["table"] == second["table"]
     assert len(first["table"]) == 8
     assert [log["frac_reward_zero_std"] for log in first["logs"]] == [0.5] * 3
     assert all(log["grad_norm"] > 0 for log in first["logs"])
-    assert first["eval"]["eval_reward"] == second["eval"]["eval_reward"]
+    # Three prompts, four completions each: those that fill the last batch of the second process are not counted.
+    assert first["eval"]["eval_reward"] == second["eval"]["eval_reward"] == pytest.approx((4 * 0.5 + 4 + 4 * 0.5) / 12)
 
 
 def test_a_group_over_two_processes(results):
@@ -55,5 +60,28 @@ def test_a_group_over_two_processes(results):
     rewards = torch.tensor([row["rewards/one_group_differs"] for row in first["table"]]).view(-1, 4)
     expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(torch.tensor([row["advantage"] for row in first["table"]]).view(-1, 4), expected)
-    assert len(first["advantages"]) == len(second["advantages"]) == 2
-    assert [row["advantage"] for row in first["table"]] == first["advantages"] + second["advantages"]
+    # The two were given the same prompt, and must not draw the same completions.
+    assert first["rollouts"][0]["completion_ids"] != second["rollouts"][0]["completion_ids"]
+    halves = [rank["rollouts"][-1]["advantages"] for rank in (first, second)]
+    assert [len(half) for half in halves] == [2, 2]
+    assert [row["advantage"] for row in first["table"]] == halves[0] + halves[1]
+
+
+def test_gradient_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
+    """Which holds the completions of both."""
+    first, second = (rank["rollouts"][0] for rank in results[0])
+    both = {name: first[name] + second[name] for name in ("prompt_ids", "completion_ids", "advantages", "in_loss")}
+    num_tokens = sum(map(len, both["completion_ids"]))
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    trainer = GRPOTrainer(make_model(), lambda **_: [], args, [{"prompt": "a"}] * 2, processing_class=tokenizer)
+    trainer.roll_out = lambda inputs: Rollouts(**both, num_tokens=num_tokens)
+    trainer.training_step(trainer.model, [])
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
+    assert norm.item() == pytest.approx(results[0][0]["logs"][0]["grad_norm"], rel=1e-4)

@@ -66,7 +66,7 @@ def test_metrics(make_trainer):
         log_extra("length", [len(text) for text in completions])
         return [None if i % 2 else 1.0 for i in range(len(completions))]
 
-    trainer = make_trainer([vowels, two], beta=0.1, max_steps=1)
+    trainer = make_trainer([vowels, two], beta=0.1, max_steps=1, reward_weights=[1, 1])
     trainer.train()
     log = history(trainer)[0]
     table = trainer.completions
@@ -265,6 +265,19 @@ def test_evaluation_leaves_training_alone(make_trainer):
     assert evaluated.evaluate()["eval_reward"] == last
 
 
+@pytest.mark.parametrize("rows, batch", [(13, 8), (5, 16), (3, 5)])
+def test_evaluation_counts_every_completion_once(make_trainer, rows, batch):
+    seen = []
+
+    def first(index, **kwargs):
+        seen.extend(index)
+        return [float(i == 0) for i in index]
+
+    trainer = make_trainer(first, eval_dataset=PROMPTS[:rows], per_device_eval_batch_size=batch, num_generations_eval=3)
+    assert trainer.evaluate()["eval_reward"] == pytest.approx(1 / rows)
+    assert seen == [i for i in range(rows) for _ in range(3)]
+
+
 def test_evaluation_of_several_sets(make_trainer):
     trainer = make_trainer(eval_dataset={"easy": PROMPTS[:3], "hard": PROMPTS[3:]}, num_generations_eval=2)
     metrics = trainer.evaluate()
@@ -340,11 +353,15 @@ def test_bad_input(make_trainer, tmp_path):
         make_trainer(train_dataset=[{"question": "a"}])
     with pytest.raises(ValueError, match="eval_dataset has no column 'prompt'"):
         make_trainer(eval_dataset=[{"question": "a"}])
+    with pytest.raises(ValueError, match=r"eval_dataset\['hard'\] has no column 'prompt'"):
+        make_trainer(eval_dataset={"easy": PROMPTS, "hard": [{"question": "a"}]})
+    with pytest.raises(TypeError, match="train_dataset must be a sequence of rows; got dict"):
+        make_trainer(train_dataset={"train": PROMPTS})
     with pytest.raises(ValueError, match="train_dataset has 1 rows, fewer than the 2 prompts"):
         make_trainer(train_dataset=PROMPTS[:1])
     with pytest.raises(ValueError, match="train_dataset is empty"):
         make_trainer(train_dataset=[])
-    with pytest.raises(TypeError, match="train_dataset must have a length"):
+    with pytest.raises(TypeError, match="train_dataset must be a sequence of rows; got NoneType"):
         make_trainer(train_dataset=None)
     with pytest.raises(ValueError, match="reward_weights must have one entry per reward function, 1; got 2"):
         make_trainer(reward_weights=[1.0, 2.0])

@@ -163,9 +163,22 @@ def test_a_function_that_raises_on_the_batch_only():
         call(batch)
 
 
-def test_a_function_without_the_keyword_arguments_of_the_contract():
+async def takes_completions_only(completions):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize("function", [lambda completions: [0.0] * 3, takes_completions_only], ids=["plain", "async"])
+def test_a_function_without_the_keyword_arguments_of_the_contract(function):
     with pytest.raises(RewardError, match=r"raised TypeError: .* unexpected keyword argument"):
-        call(lambda completions: [0.0] * 3)
+        call(function)
+
+
+def test_the_message_is_one_line():
+    def fails(**kwargs):
+        raise ValueError("first\n  second\nthird")
+
+    with pytest.raises(RewardError, match="raised ValueError: first second third, at row 0"):
+        call(fails)
 
 
 def test_long_texts_are_cut():

@@ -59,10 +59,11 @@ def test_log_probabilities_are_those_of_the_whole_sequence(make_model):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_samples_follow_the_trained_distribution(make_model):
+@pytest.mark.parametrize("temperature", [0.8, 8.0], ids=["steep", "flat"])
+def test_samples_follow_the_trained_distribution(make_model, temperature):
     """Frequencies of the first token against its log-probabilities, in two prompts of different lengths."""
     model = make_model()
-    sampler = rollout.CompletionSampler(end_token_ids=[0], pad_token_id=0, max_new_tokens=1, temperature=0.8)
+    sampler = rollout.CompletionSampler(end_token_ids=[0], pad_token_id=0, max_new_tokens=1, temperature=temperature)
     torch.manual_seed(0)
     count, vocabulary = 4000, model.config.vocab_size
     prompts = [[3, 4, 5, 6], [7]]
@@ -70,7 +71,7 @@ def test_samples_follow_the_trained_distribution(make_model):
     for prompt, drawn in zip(prompts, samples, strict=True):
         laid_out = rollout.lay_out([prompt] * vocabulary, [[token] for token in range(vocabulary)], 0, CPU)
         with torch.no_grad():
-            p = completion_logprobs(model, laid_out, 0.8)[:, 0].exp()
+            p = completion_logprobs(model, laid_out, temperature)[:, 0].exp()
         assert p.sum().item() == pytest.approx(1.0, abs=1e-4)
         seen = torch.bincount(drawn, minlength=vocabulary) / count
         # Each frequency is binomial; five standard deviations, and a count of one for the rarest tokens.

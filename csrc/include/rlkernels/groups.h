@@ -20,8 +20,9 @@ RLK_HD F sample_std(F squares, F size) {
   return sqrt(squares / (size - F(1)));
 }
 
-// (score - baseline) / (std + eps). The mean of the others is score - (score - mean) * n / (n - 1). A score alone has no
-// standard deviation, and is scaled as if it were 1. `spread` are the statistics of what scales: the group or the batch.
+// (score - baseline) / (std + eps). The mean of the others is score - (score - mean) * n / (n - 1). A score alone has
+// no standard deviation, and is scaled as if it were 1. `spread` are the statistics of what scales: the group or the
+// batch.
 template <class F>
 RLK_HD F group_advantage(F score, GroupStatistics<F> group, GroupStatistics<F> spread, int baseline, int scale, F eps,
                          bool keep_singleton) {

@@ -85,8 +85,7 @@ RLK_HD TokenLoss<F> policy_token_loss(const PolicyOptions& o, F logprob, F old_l
     // A coefficient of 0 leaves the loss alone, also where the estimate overflows.
     if (o.kl_coef != 0.0f) {
       t.loss = t.loss + F(o.kl_coef) * t.ref_kl;
-      t.derivative =
-          t.derivative + F(o.kl_coef) * kl_estimate_derivative(o.kl_estimator, o.kl_straight_through, d_ref);
+      t.derivative = t.derivative + F(o.kl_coef) * kl_estimate_derivative(o.kl_estimator, o.kl_straight_through, d_ref);
     }
   }
   return t;

@@ -1,0 +1,107 @@
+// What the kernels share: reductions over a block, and reads and writes of 16 bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "rlkernels/math.h"
+
+namespace rlk {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kMaxWarps = 32;
+
+template <typename T>
+__device__ T shuffle_xor(T value, int lanes) {
+  static_assert(sizeof(T) % 4 == 0);
+  unsigned words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof value);
+#pragma unroll
+  for (unsigned& word : words) word = __shfl_xor_sync(0xffffffffu, word, lanes);
+  memcpy(&value, words, sizeof value);
+  return value;
+}
+
+// Combines the values of all threads of the block, whole warps of them, into one that every thread gets. The order is
+// fixed by the block's size alone.
+template <typename T, typename Combine>
+__device__ T block_reduce(T value, Combine combine) {
+  __shared__ T warp_values[kMaxWarps];
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value = combine(value, shuffle_xor(value, lanes));
+  if (threadIdx.x % kWarp == 0) warp_values[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = warp_values[0];
+  for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp) value = combine(value, warp_values[warp]);
+  // The next reduction writes where slower warps still read.
+  __syncthreads();
+  return value;
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float(float x) {
+  return x;
+}
+template <>
+__device__ inline __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ inline __half from_float(float x) {
+  return __float2half_rn(x);
+}
+
+// Elements that one instruction reads or writes.
+template <typename T>
+constexpr int kVector = 16 / sizeof(T);
+
+// How many elements lie before the first multiple of 16 bytes.
+template <typename T>
+__device__ int elements_to_boundary(const T* address) {
+  return static_cast<int>(-reinterpret_cast<uintptr_t>(address) % 16 / sizeof(T));
+}
+
+// kVector elements in one read, or one by one where they do not start at a multiple of 16 bytes.
+template <typename T>
+__device__ uint4 load_vector(const T* elements, bool aligned) {
+  if (aligned) return *reinterpret_cast<const uint4*>(elements);
+  T copies[kVector<T>];
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) copies[i] = elements[i];
+  uint4 vector;
+  memcpy(&vector, copies, sizeof vector);
+  return vector;
+}
+
+template <typename T>
+__device__ void unpack(uint4 vector, float* values) {
+  T elements[kVector<T>];
+  memcpy(elements, &vector, sizeof vector);
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) values[i] = to_float(elements[i]);
+}
+
+template <typename T>
+__device__ void store_vector(T* aligned, const float* values) {
+  T elements[kVector<T>];
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) elements[i] = from_float<T>(values[i]);
+  uint4 vector;
+  memcpy(&vector, elements, sizeof vector);
+  *reinterpret_cast<uint4*>(aligned) = vector;
+}
+
+}  // namespace rlk

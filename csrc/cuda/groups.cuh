@@ -1,0 +1,118 @@
+// group_advantages: a block per group and column of scores.
+#pragma once
+
+#include "block.cuh"
+#include "rlkernels/groups.h"
+
+namespace rlk {
+
+// Row i of group g is order[offsets[g] + i], or g * group_size + i where both are null.
+struct Groups {
+  const int64_t *order, *offsets;
+  int64_t group_size;
+
+  __device__ int64_t begin(int64_t g) const { return offsets != nullptr ? offsets[g] : g * group_size; }
+  __device__ int64_t row(int64_t position) const { return order != nullptr ? order[position] : position; }
+};
+
+// The columns whose groups are compared: each reward on its own, or their weighted sum alone.
+struct Scores {
+  const float* rewards;  // [rows, kinds]
+  const float* weights;  // [kinds], or null: all 1
+  int64_t kinds;
+  bool summed;
+
+  __device__ bool any(int64_t row) const {
+    for (int64_t r = 0; r < kinds; ++r)
+      if (!isnan(rewards[row * kinds + r])) return true;
+    return false;
+  }
+  // Of `values` [rows, kinds], such as the rewards; NaN where no reward applied to the row.
+  __device__ float sum(const float* values, int64_t row) const {
+    if (!any(row)) return kNan;
+    float total = 0.0f;
+    for (int64_t r = 0; r < kinds; ++r) {
+      const float value = values[row * kinds + r] * (weights != nullptr ? weights[r] : 1.0f);
+      if (!isnan(value)) total += value;
+    }
+    return total;
+  }
+  __device__ float at(int64_t row, int64_t column) const {
+    return summed ? sum(rewards, row) : rewards[row * kinds + column];
+  }
+};
+
+struct ScoreRange {
+  double size, sum;
+  float low, high;
+};
+
+struct GroupSummary {
+  GroupStatistics<float> statistics;
+  bool differs;
+};
+
+// Of the scores at positions [begin, end) that are not NaN; the same for every thread. In double precision, because
+// what follows is the difference of a score and its mean.
+__device__ inline GroupSummary describe(const Scores& scores, const Groups& groups, int64_t column, int64_t begin,
+                                        int64_t end) {
+  ScoreRange range = {0.0, 0.0, kInfinity, -kInfinity};
+  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    const float score = scores.at(groups.row(i), column);
+    if (isnan(score)) continue;
+    range = {range.size + 1.0, range.sum + score, fminf(range.low, score), fmaxf(range.high, score)};
+  }
+  range = block_reduce(range, [](const ScoreRange& a, const ScoreRange& b) {
+    return ScoreRange{a.size + b.size, a.sum + b.sum, fminf(a.low, b.low), fmaxf(a.high, b.high)};
+  });
+  const float size = static_cast<float>(range.size);
+  if (!(range.high > range.low)) return {{size, range.low, 0.0f}, false};
+
+  const double mean = range.sum / range.size;
+  double squares = 0.0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    const double deviation = scores.at(groups.row(i), column) - mean;
+    if (!isnan(deviation)) squares += deviation * deviation;
+  }
+  squares = block_reduce(squares, [](double a, double b) { return a + b; });
+  return {{size, static_cast<float>(mean), sample_std(static_cast<float>(squares), size)}, true};
+}
+
+// Block c: of all scores of column c.
+__global__ void batch_statistics_kernel(Scores scores, int64_t rows, GroupStatistics<float>* statistics) {
+  const GroupSummary batch = describe(scores, Groups{nullptr, nullptr, rows}, blockIdx.x, 0, rows);
+  if (threadIdx.x == 0) statistics[blockIdx.x] = batch.statistics;
+}
+
+// Block g * columns + c: advantages [rows, columns] of group g in column c, 0 where the score is NaN; and, unless null,
+// signal [rows, columns]: the group's scores differ, and the row has one. batch_statistics is null where the group
+// scales.
+__global__ void group_advantages_kernel(Scores scores, Groups groups, int64_t columns,
+                                        const GroupStatistics<float>* batch_statistics, int baseline, int scale,
+                                        float eps, bool keep_singleton, float* advantages, bool* signal) {
+  const int64_t g = blockIdx.x / columns, column = blockIdx.x % columns;
+  const int64_t begin = groups.begin(g), end = groups.begin(g + 1);
+  if (begin == end) return;
+  const GroupSummary group = describe(scores, groups, column, begin, end);
+  const GroupStatistics<float> spread = batch_statistics != nullptr ? batch_statistics[column] : group.statistics;
+  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    const int64_t row = groups.row(i);
+    const float advantage =
+        group_advantage(scores.at(row, column), group.statistics, spread, baseline, scale, eps, keep_singleton);
+    advantages[row * columns + column] = isnan(advantage) ? 0.0f : advantage;
+    if (signal != nullptr) signal[row * columns + column] = group.differs && scores.any(row);
+  }
+}
+
+// The weighted sum of the advantages of each reward, and whether any of them has a signal. A thread per row.
+__global__ void sum_advantages_kernel(Scores scores, int64_t rows, const float* advantages, const bool* signals,
+                                      float* total, bool* signal) {
+  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  total[row] = scores.sum(advantages, row);
+  bool any = false;
+  for (int64_t r = 0; r < scores.kinds; ++r) any = any || signals[row * scores.kinds + r];
+  signal[row] = any;
+}
+
+}  // namespace rlk

@@ -1,0 +1,119 @@
+"""The CUDA extension as nvcc built it, without a GPU: what is in its machine code, and what it registers."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+if shutil.which("nvcc") is None:
+    pytest.skip("no nvcc", allow_module_level=True)
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+ROW_KERNELS = {"float": 4, "__nv_bfloat16": 2, "__half": 2}
+"""Vectors of 16 bytes that a thread of the row kernels has under way, by the type of the logits."""
+
+
+@pytest.fixture(scope="module")
+def extension():
+    spec = importlib.util.find_spec("rlkernels._C_cuda")
+    assert spec is not None, "nvcc is here, but rlkernels._C_cuda was not built"
+    return spec.origin
+
+
+def dump(extension, *options):
+    listing = subprocess.run([CUOBJDUMP, *options, extension], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["c++filt"], input=listing, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def resources(extension):
+    """{(architecture, kernel): {"REG": 40, "STACK": 0, ...}}"""
+    found, architecture, kernel = {}, None, None
+    for line in dump(extension, "--dump-resource-usage").splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (.*):$", line):
+            kernel = match[1]
+        elif "STACK:" in line:
+            found[architecture, kernel] = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def loops(extension):
+    """{(architecture, kernel): [the instructions of each loop]}"""
+    found, architecture = {}, None
+    for section in re.split(r"^\s*Function : ", dump(extension, "-sass"), flags=re.MULTILINE):
+        kernel, _, body = section.partition("\n")
+        code = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", body, flags=re.MULTILINE)
+        instructions = [(int(address, 16), text) for address, text in code]
+        backward = [
+            (int(match[1], 16), address)
+            for address, text in instructions
+            if (match := re.search(r"\bBRA.* (?:`\(.*\)|0x([0-9a-f]+))", text)) and int(match[1], 16) < address
+        ]
+        if architecture:
+            found[architecture, kernel] = [
+                [text for address, text in instructions if first <= address <= last] for first, last in backward
+            ]
+        if match := re.findall(r"^arch = (\w+)", section, flags=re.MULTILINE):
+            architecture = match[-1]
+    return found
+
+
+def kernels_of(table, architecture, name):
+    kernels = {kernel: entry for (arch, kernel), entry in table.items() if arch == architecture and name in kernel}
+    assert kernels, f"no {name} for {architecture}"
+    return kernels
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_spills(resources, architecture):
+    kernels = kernels_of(resources, architecture, "rlk::")
+    assert len(kernels) >= 35
+    for kernel, usage in kernels.items():
+        assert (usage["STACK"], usage["LOCAL"]) == (0, 0), kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["token_logprobs_forward_kernel", "token_logprobs_backward_kernel"])
+def test_rows_are_read_and_written_16_bytes_at_a_time(loops, architecture, name):
+    for kernel, bodies in kernels_of(loops, architecture, name).items():
+        vectors = next(count for dtype, count in ROW_KERNELS.items() if f"{name}<{dtype}," in kernel)
+        assert any(widest("LDG", body) >= vectors for body in bodies), kernel
+        if "backward" in name:
+            assert any(widest("LDG", body) >= vectors and widest("STG", body) >= vectors for body in bodies), kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "inputs"), [("kl_penalty_forward_kernel", 2), ("kl_penalty_backward_kernel", 3)])
+def test_elements_are_read_and_written_16_bytes_at_a_time(loops, architecture, name, inputs):
+    for bodies in kernels_of(loops, architecture, name).values():
+        assert any(widest("LDG", body) >= inputs and widest("STG", body) >= 1 for body in bodies)
+
+
+def widest(instruction, body):
+    """How many of a loop's instructions move 16 bytes."""
+    return sum(bool(re.search(rf"\b{instruction}\.E\.[\w.]*128", text)) for text in body)
+
+
+def test_newer_gpus_find_code_to_compile(extension):
+    assert "sm_100.ptx" in dump(extension, "--list-ptx")
+
+
+def test_every_op_is_registered():
+    """Beside a PyTorch without CUDA too."""
+    program = (
+        "import torch, rlkernels, rlkernels._C_cuda\n"
+        "names = [n for n in torch._C._dispatch_get_all_op_names() if n[:11] == 'rlkernels::' and n[-5:] == '.cuda']\n"
+        "assert len(names) >= 7\n"
+        "print(*(n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, 'CUDA')))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []

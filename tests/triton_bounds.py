@@ -1,0 +1,107 @@
+"""Runs every Triton kernel, under the interpreter, on tensors with forbidden memory right before or right after them.
+
+A program of its own, because an access out of range ends it: `python triton_bounds.py` prints each case that it begins.
+"""
+
+import ctypes
+import math
+import mmap
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from rlkernels.triton import groups, kl, logprobs, policy_loss
+
+PAGE = mmap.PAGESIZE
+PROT_NONE = 0  # of <sys/mman.h>
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def guarded(tensor: torch.Tensor, *, after: bool) -> torch.Tensor:
+    """A copy that ends where a forbidden page begins, or begins where one ends."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return tensor
+    pages = math.ceil(size / PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for forbidden in (start, start + (pages + 1) * PAGE):
+        if _libc.mprotect(ctypes.c_void_p(forbidden), ctypes.c_size_t(PAGE), PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = (pages + 1) * PAGE - size if after else PAGE
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+class GuardedOutputs(TorchFunctionMode):
+    """What the launchers allocate is guarded too."""
+
+    def __init__(self, after: bool) -> None:
+        self.after = after
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty):
+            with torch._C.DisableTorchFunction():
+                return guarded(result.fill_(1), after=self.after)
+        return result
+
+
+def run_all(after: bool) -> None:
+    def guard(values) -> torch.Tensor:
+        return guarded(values if isinstance(values, torch.Tensor) else torch.tensor(values), after=after)
+
+    for vocab_size in (1, 31, 64, 4097):
+        for softcap in (0.0, 30.0):
+            print(f"token_logprobs {vocab_size=} {softcap=}", flush=True)
+            ids = [0, vocab_size - 1, vocab_size, -1, -100, 2**31 + 1, 2**40, -(2**40), 2**62, -(2**63)]
+            logits = guard(torch.randn(1, len(ids), vocab_size).bfloat16())
+            token_ids = guard([ids])
+            saved = logprobs.token_logprobs_forward(logits, token_ids, 0.7, softcap, -100, True)
+            grads = guard(torch.randn(1, len(ids))), guard(torch.randn(1, len(ids)))
+            for backward in (logprobs.token_logprobs_backward, logprobs.token_logprobs_backward_):
+                backward(*grads, logits, token_ids, *saved, 0.7, softcap, -100)
+
+    print("kl_penalty", flush=True)
+    values = guard(torch.randn(1027))
+    for estimator in range(4):
+        kl.kl_penalty_forward(values, values, estimator, False, math.inf, math.inf)
+        kl.kl_penalty_backward(values, values, values, estimator, False, math.inf, math.inf)
+
+    print("group_advantages", flush=True)
+    rewards, weights = guard(torch.randn(70, 3)), guard(torch.randn(3))
+    order, offsets = guard(torch.randperm(70)), guard([0, 3, *[70] * 69])
+    for before_sum in (False, True):
+        for scale in range(3):
+            options = (1, scale, 1e-4, before_sum, False)
+            groups.group_advantages(rewards, weights, None, None, 70, *options)
+            groups.group_advantages(rewards, weights, order, offsets, 1, *options)
+
+    tokens = 1027
+    for starts in (
+        [0, 500, 500, tokens],
+        [5, 3, -7, 2**31 - 1],
+        [-(2**31)] * 4,
+        [2**31 - 1] * 4,
+        [tokens, tokens, 0, 0],
+        [7],
+    ):
+        print(f"policy_loss cu_seqlens={starts}", flush=True)
+        for aggregation in range(4):
+            policy_loss.policy_loss_forward(
+                guard(torch.randn(tokens)),
+                guard(torch.randn(tokens)),
+                guard(torch.randn(len(starts) - 1)),
+                guard(torch.rand(tokens) > 0.5),
+                guard(torch.tensor(starts, dtype=torch.int32)),
+                guard(torch.randn(tokens)),
+                None,
+                *(0.0, 0, aggregation, 0.2, 0.2, math.inf, math.inf, 0.1, 2, False),
+            )
+
+
+if __name__ == "__main__":
+    for after in (False, True):
+        with GuardedOutputs(after):
+            run_all(after)
+    print("done", flush=True)
