@@ -126,7 +126,7 @@ BlockSums block_sums(const Block<T>& block, const TokenLogprobs& problem) {
   block.for_each_part([&](const auto* x, int64_t size, bool capped_already) {
     for (int64_t i = 0; i < size; i += kChunk) {
       for (int64_t line = 0; line < kChunk; line += kCacheLine / sizeof(*x))
-        prefetch(x + i, 2 * TokenLogprobs::kBlock + line);  // the next block
+        prefetch<2>(x + i, TokenLogprobs::kBlock + line);  // the next block, in L2: L1 can await too few lines at once
       for (int u = 0; u < kUnroll; ++u) {
         const Vec z = scaled_logit(load(x + i + u * kLanes), softcap, Vec(1.0f), kCapped && !capped_already);
         const Vec d = (z - origin) * inverse_temperature;
@@ -150,7 +150,7 @@ void block_gradient(const T* x, T* gradient, int64_t size, const TokenLogprobs& 
     return kCapped ? dz * scaled_logit_derivative(x, softcap, Vec(1.0f), true) : dz;
   };
   for_each_vector(0, size, [&](int64_t i, int64_t count) {
-    prefetch(x + i, kPrefetchBytes / static_cast<int64_t>(sizeof(T)));
+    prefetch<1>(x + i, kPrefetchBytes / static_cast<int64_t>(sizeof(T)));
     store(gradient + i, gradient_of(load(x + i, count)), count);
   });
 }

@@ -219,11 +219,11 @@ void store(T* p, Vec x, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
-// Asks for the cache line at p + distance, which may lie past the end: where loops read far more than the caches hold,
-// the hardware's own prefetching leaves a third of the memory's bandwidth unused.
-template <typename T>
+// Asks for the cache line at p + distance, which may lie past the end, in the given level of cache: where loops read
+// far more than the caches hold, the hardware's own prefetching leaves a third of the memory's bandwidth unused.
+template <int kLevel, typename T>
 void prefetch(const T* p, int64_t distance) {
-  __builtin_prefetch(p + distance, 0, 2);
+  __builtin_prefetch(p + distance, 0, 4 - kLevel);
 }
 
 // Calls function(i, count) for the elements i .. i + count of every vector that covers [begin, end).

@@ -226,11 +226,21 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loss, grad_metrics, grad_grad, grad_scale):
-    if grad_grad is not None or grad_scale is not None:
+class _Gradient(torch.autograd.Function):
+    """grad * scale * grad_loss, which must not pass for differentiable: grad came out of the kernel."""
+
+    @staticmethod
+    def forward(ctx, grad, scale, grad_loss):
+        return grad * (scale * grad_loss)
+
+    @staticmethod
+    def backward(ctx, *gradients):
         raise NotImplementedError("the gradient of policy_loss cannot be differentiated again")
+
+
+def _backward(ctx, grad_loss, grad_metrics, grad_grad, grad_scale):
     grad, scale = ctx.saved_tensors
-    return grad * (scale * grad_loss), *(None,) * (ctx.inputs - 1)
+    return _Gradient.apply(grad, scale, grad_loss), *(None,) * (ctx.inputs - 1)
 
 
 _registry.define(

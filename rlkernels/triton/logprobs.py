@@ -6,8 +6,8 @@ from torch import Tensor
 from rlkernels.triton._launch import implements
 from rlkernels.triton._math import LN2, LOG2E, expm1, softplus, tanh, tanh_derivative
 
-# A tile is up to four rows of 16 bytes for each thread, enough to keep the memory busy; its columns stay within a thread, so that the
-# loop over the vocabulary needs no barrier.
+# A tile is up to four rows of 16 bytes for each thread, enough to keep the memory busy. Its columns stay within a
+# thread, so that the loop over the vocabulary needs no barrier.
 THREADS = 128
 # Below the lowest logarithm of a positive float, and finite, so that its product with a weight of 0 is 0.
 LOWEST = tl.constexpr(-1e30)

@@ -186,7 +186,8 @@ void Machine::give_way() {
   Context& own = current().context;
   __sanitizer_start_switch_fiber(&own.fake_stack, scheduler_.stack, scheduler_.stack_bytes);
   jump(own, scheduler_, true);
-  __sanitizer_finish_switch_fiber(own.fake_stack, nullptr, nullptr);
+  // Another launch may come from another operating-system thread.
+  __sanitizer_finish_switch_fiber(own.fake_stack, &scheduler_.stack, &scheduler_.stack_bytes);
 }
 
 void Machine::resume(unsigned index) {
@@ -275,7 +276,7 @@ void Machine::forget_fibers() {
     thread.entered = false;
     thread.context.stack = stacks_ + i * kStackBytes;
     thread.context.stack_bytes = kStackBytes;
-    ASAN_UNPOISON_MEMORY_REGION(thread.context.stack, kStackBytes);
+    __asan_unpoison_memory_region(thread.context.stack, kStackBytes);
     getcontext(&thread.context.start);
     thread.context.start.uc_stack.ss_sp = stacks_ + i * kStackBytes;
     thread.context.start.uc_stack.ss_size = kStackBytes;
