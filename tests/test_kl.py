@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -265,3 +267,9 @@ def test_bad_input(backend, device, name):
         kl_penalty(**(arguments | changes))
     for fragment in fragments:
         assert fragment in str(raised.value)
+
+
+def test_value_clamp_alone_stops_the_gradient_of_what_overflows(backend, device):
+    logprobs = torch.tensor([-100.0, -1.0], device=device, requires_grad=True)
+    kl_penalty(logprobs, torch.zeros(2, device=device), value_clamp=10.0).sum().backward()
+    torch.testing.assert_close(logprobs.grad.cpu(), torch.tensor([0.0, 1 - math.e]))

@@ -534,10 +534,41 @@ def test_bad_cu_seqlens(backend, device, bounds, monkeypatch):
         with pytest.raises(ValueError, match=r"cu_seqlens.*got"):
             call()
     else:
-        call()  # gives some number, but stays within its memory
+        assert call()[0].isnan()
     monkeypatch.setattr("rlkernels.ops._checks.CHECK_VALUES", True)
     with pytest.raises(ValueError, match=r"cu_seqlens.*got"):
         call()
+
+
+@pytest.mark.only("cpu", "triton", "cuda")
+def test_second_derivative_is_refused(backend, device):
+    logprobs = torch.randn(2, 3, device=device, requires_grad=True)
+    loss, _ = policy_loss(logprobs, logprobs.detach() - 0.1, torch.ones(2, device=device))
+    gradient = torch.autograd.grad(loss, logprobs, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="differentiated again"):
+        gradient.square().sum().backward()
+
+
+def test_clipped_ratio_that_overflows_has_no_gradient(backend, device):
+    logprobs = torch.zeros(1, 2, device=device, requires_grad=True)
+    old = torch.tensor([[-100.0, -INF]], device=device)
+    policy_loss(logprobs, old, torch.ones(1, device=device))[0].backward()
+    assert (logprobs.grad == 0).all()
+
+
+@pytest.mark.only("reference", "cpu")
+def test_compile_once_for_changing_options(backend, device):
+    """Floats that change become inputs of the graph, which the checks must let through."""
+    torch._dynamo.reset()
+    inputs = make_inputs([3, 0, 4], 4, device)
+
+    def loss(number):
+        options = dict(normalizer=number, clip_low=0.1 * number, clip_high=number, kl_coef=number, dual_clip=1 + number)
+        return policy_loss(**inputs, **options)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for number in (0.5, 1.5, 2.5):
+        torch.testing.assert_close(compiled(number), loss(number))
 
 
 @pytest.mark.only("cpu", "triton", "cuda")

@@ -349,6 +349,12 @@ def test_token_ids_of_any_integer_dtype_and_strides(backend, device, dtype):
     assert torch.equal(token_logprobs(logits, token_ids.t().contiguous().t()), wanted)
 
 
+def test_token_ids_of_a_dtype_that_cannot_hold_the_vocabulary_size(backend, device):
+    logits = torch.randn(2, 50257, device=device)
+    token_ids = torch.tensor([3, 32767], device=device)
+    assert torch.equal(token_logprobs(logits, token_ids.short()), token_logprobs(logits, token_ids))
+
+
 def test_float64_is_computed_in_float64(backend, device):
     logits, token_ids, _ = plain((4, 63), device, torch.float64)
     logprobs, entropy = kernel(logits, token_ids)
