@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 OPS = ("logprobs", "kl", "groups", "policy_loss")
 CUDA_TARGETS = (80, 90, 100)
-# Each CPU kernel is compiled once for each of these; bindings.cpp chooses when the module is loaded.
+# Each CPU kernel is compiled once for each of these; bindings/module.cpp chooses when the module is loaded.
 INSTRUCTION_SETS = {"kBaseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["kAvx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -63,12 +63,13 @@ def cpu_module() -> Module | None:
         return None
     compile_flags, link_flags = binding_flags()
     # Vector operators become fused multiply-adds only where contraction may cross function calls.
-    flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Icsrc/include"]
-    steps = [Step([*CXX, *flags, *compile_flags], "csrc/bindings.cpp", Path("build/cpu/bindings.o"))]
-    for name, isa_flags in INSTRUCTION_SETS.items():
-        for op in OPS:
-            command = [*CXX, *flags, *isa_flags, f"-DRLK_ISA={name}"]
-            steps.append(Step(command, f"csrc/cpu/{op}.cpp", Path("build/cpu", name, f"{op}.o")))
+    flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
+    command, build = [*CXX, *flags, "-Icsrc/include", "-Icsrc"], Path("build/cpu")
+    sources = ("module", *OPS)
+    steps = [Step([*command, *compile_flags], f"csrc/bindings/{name}.cpp", build / f"{name}.o") for name in sources]
+    for isa, isa_flags in INSTRUCTION_SETS.items():
+        kernels = [*command, *isa_flags, f"-DRLK_ISA={isa}"]
+        steps += [Step(kernels, f"csrc/cpu/{op}.cpp", build / isa / f"{op}.o") for op in OPS]
     return Module("rlkernels._C", steps, [*CXX, "-shared", *link_flags])
 
 

@@ -604,7 +604,7 @@ def test_compile(backend, device, compiler, packed):
 def test_nothing_is_read_back_by_the_host(backend, device, aggregation, packed, monkeypatch):
     """Fake tensors have no values: an .item(), a comparison or a data-dependent shape on the way raises. As on a GPU,
     where values are not checked."""
-    monkeypatch.setattr("rlkernels.ops.policy_loss._check_cu_seqlens", lambda *values: None)
+    monkeypatch.setattr("rlkernels.ops._checks.cu_seqlens_values", lambda *values: None)
     inputs = make_inputs([3, 0, 4], 4, device, packed=packed)
     inputs["normalizer"] = torch.tensor(9.0, device=device)
     with FakeTensorMode() as mode:

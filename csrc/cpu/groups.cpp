@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "cpu/groups.h"
 
 namespace rlk {
 namespace {
@@ -62,7 +62,7 @@ void column_advantages(const GroupAdvantages& problem, const float* scores, floa
 }  // namespace
 
 template <>
-void Kernels<Isa::RLK_ISA>::group_advantages(const GroupAdvantages& problem, float* advantages, bool* signal) {
+void GroupsKernels<Isa::RLK_ISA>::group_advantages(const GroupAdvantages& problem, float* advantages, bool* signal) {
   const int64_t rows = problem.rows, columns = problem.columns;
   std::vector<float> total(rows, 0.0f), column(rows), normalized(rows);
   std::vector<char> scored(rows, 0);

@@ -1,13 +1,14 @@
 #include "rlkernels/kl.h"
 
-#include "kernels.h"
+#include "cpu/kl.h"
 #include "simd.h"
 
 namespace rlk {
 
 template <>
-void Kernels<Isa::RLK_ISA>::kl_penalty_forward(const KlPenalty& options, const float* logprobs,
-                                               const float* ref_logprobs, float* penalty, int64_t begin, int64_t end) {
+void KlKernels<Isa::RLK_ISA>::kl_penalty_forward(const KlPenalty& options, const float* logprobs,
+                                                 const float* ref_logprobs, float* penalty, int64_t begin,
+                                                 int64_t end) {
   for_each_vector(begin, end, [&](int64_t i, int64_t count) {
     store(penalty + i,
           kl_penalty(options.estimator, load(logprobs + i, count), load(ref_logprobs + i, count),
@@ -17,9 +18,9 @@ void Kernels<Isa::RLK_ISA>::kl_penalty_forward(const KlPenalty& options, const f
 }
 
 template <>
-void Kernels<Isa::RLK_ISA>::kl_penalty_backward(const KlPenalty& options, const float* grad, const float* logprobs,
-                                                const float* ref_logprobs, float* grad_logprobs, int64_t begin,
-                                                int64_t end) {
+void KlKernels<Isa::RLK_ISA>::kl_penalty_backward(const KlPenalty& options, const float* grad, const float* logprobs,
+                                                  const float* ref_logprobs, float* grad_logprobs, int64_t begin,
+                                                  int64_t end) {
   for_each_vector(begin, end, [&](int64_t i, int64_t count) {
     const Vec derivative =
         kl_penalty_derivative(options.estimator, options.straight_through, load(logprobs + i, count),

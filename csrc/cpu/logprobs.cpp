@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels.h"
+#include "cpu/logprobs.h"
 #include "simd.h"
 
 namespace rlk {
@@ -158,8 +158,8 @@ void block_gradient(const T* x, T* gradient, int64_t size, const TokenLogprobs& 
 }  // namespace
 
 template <>
-void Kernels<Isa::RLK_ISA>::token_logprobs_sums(const TokenLogprobs& problem, bool with_entropy, BlockSums* sums,
-                                                int64_t begin, int64_t end) {
+void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_sums(const TokenLogprobs& problem, bool with_entropy,
+                                                        BlockSums* sums, int64_t begin, int64_t end) {
   const FlushDenormals flush;
   const LogitRows& logits = problem.logits;
   with_element_type(logits.dtype, [&]<typename T>(T) {
@@ -178,8 +178,9 @@ void Kernels<Isa::RLK_ISA>::token_logprobs_sums(const TokenLogprobs& problem, bo
 }
 
 template <>
-void Kernels<Isa::RLK_ISA>::token_logprobs_finish(const TokenLogprobs& problem, const BlockSums* sums, float* logprobs,
-                                                  float* entropy, float* row_stats, int64_t begin, int64_t end) {
+void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_finish(const TokenLogprobs& problem, const BlockSums* sums,
+                                                          float* logprobs, float* entropy, float* row_stats,
+                                                          int64_t begin, int64_t end) {
   const LogitRows& logits = problem.logits;
   const float inverse_temperature = 1.0f / problem.temperature;
   with_element_type(logits.dtype, [&]<typename T>(T) {
@@ -211,10 +212,10 @@ void Kernels<Isa::RLK_ISA>::token_logprobs_finish(const TokenLogprobs& problem, 
 }
 
 template <>
-void Kernels<Isa::RLK_ISA>::token_logprobs_backward(const TokenLogprobs& problem, const float* grad_logprobs,
-                                                    const float* grad_entropy, const float* logprobs,
-                                                    const float* entropy, const float* row_stats,
-                                                    const LogitRows& gradient, int64_t begin, int64_t end) {
+void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_backward(const TokenLogprobs& problem, const float* grad_logprobs,
+                                                            const float* grad_entropy, const float* logprobs,
+                                                            const float* entropy, const float* row_stats,
+                                                            const LogitRows& gradient, int64_t begin, int64_t end) {
   const FlushDenormals flush;
   const LogitRows& logits = problem.logits;
   const bool with_entropy = grad_entropy != nullptr;

@@ -2,18 +2,11 @@
 
 #include <algorithm>
 
-#include "kernels.h"
+#include "cpu/policy_loss.h"
 #include "simd.h"
 
 namespace rlk {
 namespace {
-
-// The last sequence that starts at or before `token`, which is the one that holds it.
-int64_t sequence_of(const PolicyLoss& problem, int64_t token) {
-  if (problem.cu_seqlens == nullptr) return token / problem.sequence_length;
-  return std::upper_bound(problem.cu_seqlens, problem.cu_seqlens + problem.sequences + 1, token) - problem.cu_seqlens -
-         1;
-}
 
 // Adds tokens [begin, end) of sequence s, whose advantage is `advantage` unless there is one per token.
 void add_run(const PolicyLoss& problem, int64_t begin, int64_t end, int64_t s, float divisor, PolicySums& sums,
@@ -46,23 +39,23 @@ void add_run(const PolicyLoss& problem, int64_t begin, int64_t end, int64_t s, f
 }  // namespace
 
 template <>
-void Kernels<Isa::RLK_ISA>::policy_loss_lengths(const PolicyLoss& problem, int64_t* lengths, int64_t begin,
-                                                int64_t end) {
+void PolicyLossKernels<Isa::RLK_ISA>::policy_loss_lengths(const PolicyLoss& problem, int64_t* lengths, int64_t begin,
+                                                          int64_t end) {
   for (int64_t s = begin; s < end; ++s) {
-    const int64_t first = problem.sequence_start(s), last = problem.sequence_start(s + 1);
+    const int64_t first = problem.sequences.start(s), last = problem.sequences.start(s + 1);
     lengths[s] = problem.mask != nullptr ? std::count(problem.mask + first, problem.mask + last, true) : last - first;
   }
 }
 
 template <>
-void Kernels<Isa::RLK_ISA>::policy_loss_sums(const PolicyLoss& problem, const int64_t* lengths, PolicySums* sums,
-                                             float* gradient, int64_t begin, int64_t end) {
+void PolicyLossKernels<Isa::RLK_ISA>::policy_loss_sums(const PolicyLoss& problem, const int64_t* lengths,
+                                                       PolicySums* sums, float* gradient, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     PolicySums block_sums = {};
-    const int64_t last = std::min(problem.tokens, (block + 1) * PolicyLoss::kBlock);
+    const int64_t last = std::min(problem.sequences.tokens, (block + 1) * PolicyLoss::kBlock);
     int64_t token = block * PolicyLoss::kBlock;
-    for (int64_t s = sequence_of(problem, token); token < last; ++s) {
-      const int64_t run_end = std::min(last, problem.sequence_start(s + 1));
+    for (int64_t s = problem.sequences.of(token); token < last; ++s) {
+      const int64_t run_end = std::min(last, problem.sequences.start(s + 1));
       const float divisor = problem.mean_over_sequence ? std::max<int64_t>(lengths[s], 1) : 1;
       add_run(problem, token, run_end, s, divisor, block_sums, gradient);
       token = run_end;

@@ -12,6 +12,8 @@
 #include <string>
 #include <tuple>
 
+#include "rlkernels/sequences.h"
+
 // The emulation of the tests registers the same launchers for CPU tensors.
 #ifndef RLK_CUDA_KEY
 #define RLK_CUDA_KEY CUDA
@@ -61,6 +63,12 @@ inline const float* floats(const Tensor& tensor) { return tensor.const_data_ptr<
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+// Of a padded [count, length] or packed [tokens] tensor.
+inline Sequences sequences_of(const Tensor& tensor, const std::optional<Tensor>& cu_seqlens) {
+  if (!cu_seqlens) return {nullptr, tensor.numel(), tensor.size(0), tensor.size(1)};
+  return {cu_seqlens->const_data_ptr<int32_t>(), tensor.numel(), cu_seqlens->numel() - 1, 0};
 }
 
 inline Tensor empty_like(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes,

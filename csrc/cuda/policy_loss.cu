@@ -20,32 +20,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_forward(
   batch.mask = data_or_null<bool>(mask);
   batch.advantages = floats(advantages);
   batch.advantage_per_token = advantages.dim() == logprobs.dim() && advantages.numel() == logprobs.numel();
-  batch.cu_seqlens = data_or_null<int32_t>(cu_seqlens);
-  batch.tokens = logprobs.numel();
-  batch.sequences = cu_seqlens ? cu_seqlens->numel() - 1 : logprobs.size(0);
-  batch.sequence_length = cu_seqlens ? 0 : logprobs.size(1);
+  batch.sequences = sequences_of(logprobs, cu_seqlens);
   const PolicyOptions options =
       make_policy_options(static_cast<int>(objective), ref_logprobs.has_value(), clip_low, clip_high, dual_clip,
                           log_ratio_clamp, kl_coef, static_cast<int>(kl_estimator), kl_straight_through);
 
   Tensor loss = empty_like(logprobs, {}), metrics = empty_like(logprobs, {kPolicyMetrics});
   Tensor gradient = empty_like(logprobs, logprobs.sizes()), scale = empty_like(logprobs, {});
-  const int64_t blocks = divide_up(batch.tokens, kBlockTokens);
+  const int64_t blocks = divide_up(batch.sequences.tokens, kBlockTokens);
   Tensor block_sums = empty_like(logprobs, {blocks, sizeof(PolicySums) / sizeof(float)});
   PolicySums* const sums = static_cast<PolicySums*>(block_sums.data_ptr());
 
   std::optional<Tensor> sequence_lengths;
   int* lengths = nullptr;
   if (aggregation == kSeqMeanTokenMean || aggregation == kSeqMeanTokenSum) {
-    sequence_lengths = empty_like(logprobs, {batch.sequences}, ScalarType::Int);
+    sequence_lengths = empty_like(logprobs, {batch.sequences.count}, ScalarType::Int);
     lengths = sequence_lengths->mutable_data_ptr<int>();
-    launch(sequence_lengths_kernel, batch.sequences, kSequenceThreads, batch, lengths);
+    launch(sequence_lengths_kernel, batch.sequences.count, kSequenceThreads, batch, lengths);
   }
   launch(policy_loss_kernel, blocks, kTokenThreads, batch, options,
          aggregation == kSeqMeanTokenMean ? lengths : nullptr, gradient.mutable_data_ptr<float>(), sums);
   const Denominator denominator = {data_or_null<float>(normalizer), static_cast<float>(normalizer_value),
                                    static_cast<int>(aggregation)};
-  launch(policy_loss_finish_kernel, 1, kFinishThreads, sums, blocks, lengths, batch.sequences, denominator,
+  launch(policy_loss_finish_kernel, 1, kFinishThreads, sums, blocks, lengths, batch.sequences.count, denominator,
          loss.mutable_data_ptr<float>(), metrics.mutable_data_ptr<float>(), scale.mutable_data_ptr<float>());
   return {loss, metrics, gradient, scale};
 }

@@ -3,6 +3,7 @@
 
 #include "block.cuh"
 #include "rlkernels/policy_loss.h"
+#include "rlkernels/sequences.h"
 
 namespace rlk {
 
@@ -17,31 +18,9 @@ struct PolicyBatch {
   const bool* mask;           // or null: every token is scored
   const float* advantages;    // [tokens] or [sequences]
   bool advantage_per_token;
-  const int32_t* cu_seqlens;  // [sequences + 1], or null: sequences of sequence_length tokens
-  int64_t tokens, sequences, sequence_length;
+  Sequences sequences;
 
   __device__ bool scored(int64_t token) const { return mask == nullptr || mask[token]; }
-
-  // Inside the buffers whatever cu_seqlens holds.
-  __device__ int64_t start(int64_t s) const {
-    if (cu_seqlens == nullptr) return s * sequence_length;
-    const int64_t position = cu_seqlens[s];
-    return position < 0 ? 0 : position < tokens ? position : tokens;
-  }
-
-  // The first sequence that ends after `token`; `sequences` if none does.
-  __device__ int64_t sequence(int64_t token) const {
-    if (cu_seqlens == nullptr) return token / sequence_length;
-    int64_t low = 0, high = sequences;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (cu_seqlens[middle + 1] > token)
-        high = middle;
-      else
-        low = middle + 1;
-    }
-    return low;
-  }
 };
 
 // Over some scored tokens: their loss, what the metrics average, and their number.
@@ -51,7 +30,7 @@ struct PolicySums {
 
 // Block s: the number of scored tokens of sequence s.
 __global__ void sequence_lengths_kernel(PolicyBatch batch, int* lengths) {
-  const int64_t begin = batch.start(blockIdx.x), end = batch.start(blockIdx.x + int64_t{1});
+  const int64_t begin = batch.sequences.start(blockIdx.x), end = batch.sequences.start(blockIdx.x + int64_t{1});
   int count = 0;
   for (int64_t token = begin + threadIdx.x; token < end; token += blockDim.x) count += batch.scored(token);
   count = block_reduce(count, [](int a, int b) { return a + b; });
@@ -65,7 +44,7 @@ __global__ void __launch_bounds__(kTokenThreads)
                        PolicySums* block_sums) {
   PolicySums sums = {};
   const int64_t first = int64_t{blockIdx.x} * kBlockTokens;
-  for (int64_t token = first + threadIdx.x; token < first + kBlockTokens && token < batch.tokens;
+  for (int64_t token = first + threadIdx.x; token < first + kBlockTokens && token < batch.sequences.tokens;
        token += kTokenThreads) {
     if (!batch.scored(token)) {
       gradient[token] = 0.0f;
@@ -74,8 +53,8 @@ __global__ void __launch_bounds__(kTokenThreads)
     float advantage = kNan, length = lengths != nullptr ? kNan : 1.0f;
     if (batch.advantage_per_token) advantage = batch.advantages[token];
     if (!batch.advantage_per_token || lengths != nullptr) {
-      const int64_t s = batch.sequence(token);
-      if (s < batch.sequences) {
+      const int64_t s = batch.sequences.of(token);
+      if (s < batch.sequences.count) {
         if (!batch.advantage_per_token) advantage = batch.advantages[s];
         if (lengths != nullptr) length = static_cast<float>(lengths[s]);
       }

@@ -74,6 +74,40 @@ def mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> 
     return (value if value.dtype == torch.bool else value != 0).contiguous()
 
 
+def sequences(name: str, value: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[int, torch.Tensor | None]:
+    """The number of sequences of a padded [B, T] or, with cu_seqlens, packed [N] tensor; and cu_seqlens, contiguous."""
+    if cu_seqlens is None:
+        if value.dim() != 2:
+            raise ValueError(f"{name} must have the shape [B, T], or [N] with cu_seqlens; got {list(value.shape)}")
+        return value.shape[0], None
+    tensor("cu_seqlens", cu_seqlens, (torch.int32,))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must have the shape [number of sequences + 1]; got {list(cu_seqlens.shape)}")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have the shape [N] when cu_seqlens is given; got {list(value.shape)}")
+    same_device("cu_seqlens", cu_seqlens, name, value)
+    return cu_seqlens.shape[0] - 1, cu_seqlens.contiguous()
+
+
+def cu_seqlens_values(cu_seqlens: torch.Tensor, total: int) -> None:
+    """The CPU kernels check by themselves; this is for the reference, and for GPUs with RLKERNELS_CHECK=1."""
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != total:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to {total}, the number of tokens; got {values[0]} to {values[-1]}"
+        )
+    for index in range(1, len(values)):
+        if values[index] < values[index - 1]:
+            raise ValueError(f"cu_seqlens must not decrease; got {values[index - 1]}, {values[index]} at {index - 1}")
+
+
+def nan_unless_valid(cu_seqlens: torch.Tensor, total: int, like: torch.Tensor) -> torch.Tensor:
+    """1, or NaN: said on the device, where the host does not look at values."""
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (starts <= ends).all()
+    return torch.where(valid, 1.0, float("nan")).to(like.dtype)
+
+
 def values_in_python(backend: str, value: torch.Tensor) -> bool:
     """Whether values are checked before the kernel: where none would raise, and the host may wait for them."""
     if torch.compiler.is_compiling():

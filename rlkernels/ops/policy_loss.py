@@ -84,20 +84,8 @@ def policy_loss(
     2025 (DAPO, arXiv 2503.14476).
     """
     _checks.tensor("logprobs", logprobs, _checks.FLOATS)
-    if cu_seqlens is None and logprobs.dim() != 2:
-        raise ValueError(f"logprobs must have the shape [B, T], or [N] with cu_seqlens; got {list(logprobs.shape)}")
     shape = tuple(logprobs.shape)
-    if cu_seqlens is None:
-        sequences = shape[0]
-    else:
-        _checks.tensor("cu_seqlens", cu_seqlens, (torch.int32,))
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-            raise ValueError(f"cu_seqlens must have the shape [number of sequences + 1]; got {list(cu_seqlens.shape)}")
-        if logprobs.dim() != 1:
-            raise ValueError(f"logprobs must have the shape [N] when cu_seqlens is given; got {list(shape)}")
-        _checks.same_device("cu_seqlens", cu_seqlens, "logprobs", logprobs)
-        sequences = cu_seqlens.shape[0] - 1
-        cu_seqlens = cu_seqlens.contiguous()
+    sequences, cu_seqlens = _checks.sequences("logprobs", logprobs, cu_seqlens)
 
     work = _checks.working(logprobs)
     old_logprobs = _per_token("old_logprobs", old_logprobs, logprobs, work)
@@ -133,7 +121,7 @@ def policy_loss(
 
     backend = _registry.select(work)
     if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
-        _check_cu_seqlens(cu_seqlens, shape[0])
+        _checks.cu_seqlens_values(cu_seqlens, shape[0])
     if backend == "reference":
         loss, metrics = reference.policy_loss(
             work,
@@ -174,7 +162,7 @@ def policy_loss(
             straight_through,
         )
     if cu_seqlens is not None and backend != "cpu":
-        loss = loss * _nan_unless_valid(cu_seqlens, shape[0], loss)
+        loss = loss * _checks.nan_unless_valid(cu_seqlens, shape[0], loss)
     return loss, metrics.detach()
 
 
@@ -190,24 +178,6 @@ def _per_token(name: str, value: Tensor | None, logprobs: Tensor, work: Tensor) 
     _checks.same_device(name, value, "logprobs", logprobs)
     _checks.no_gradient(name, value, "the loss is differentiated by logprobs alone")
     return value.detach().to(work.dtype).contiguous()
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
-    values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != total:
-        raise ValueError(
-            f"cu_seqlens must run from 0 to {total}, the length of logprobs; got {values[0]} to {values[-1]}"
-        )
-    for index in range(1, len(values)):
-        if values[index] < values[index - 1]:
-            raise ValueError(f"cu_seqlens must not decrease; got {values[index - 1]}, {values[index]} at {index - 1}")
-
-
-def _nan_unless_valid(cu_seqlens: Tensor, total: int, like: Tensor) -> Tensor:
-    """1, or NaN: said on the device, where the host does not look at values."""
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    valid = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == total) & (starts <= ends).all()
-    return torch.where(valid, 1.0, float("nan")).to(like.dtype)
 
 
 def _forward_fake(logprobs, *rest):

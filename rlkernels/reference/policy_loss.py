@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor
 
+from rlkernels.reference._sequences import sequence_of_token
 from rlkernels.reference.kl import kl_penalty
 
 
@@ -25,13 +26,7 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-d) and metrics [6] of padded [B, T] or, with cu_seqlens, packed [N] log-probabilities."""
     scored = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
-    if cu_seqlens is None:
-        count = logprobs.shape[0]
-        sequence = torch.arange(count, device=logprobs.device).unsqueeze(1).expand_as(logprobs)
-    else:
-        count = cu_seqlens.shape[0] - 1
-        position = torch.arange(logprobs.shape[0], device=logprobs.device)
-        sequence = torch.searchsorted(cu_seqlens[1:].long(), position, right=True).clamp(max=max(count - 1, 0))
+    sequence, count = sequence_of_token(logprobs, cu_seqlens)
     if advantages.shape != logprobs.shape:
         advantages = advantages[sequence]
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rlkernels.triton._launch import implements
 from rlkernels.triton._math import clamp, expm1_minus_x
+from rlkernels.triton._sequences import bounds, sequence_of
 from rlkernels.triton.kl import kl_estimate, kl_estimate_derivative
 
 PPO = tl.constexpr(0)
@@ -20,33 +21,11 @@ SUMS = 7
 BLOCK = 1024
 
 
-@triton.jit
-def _sequence_of(position, cu_seqlens, sequences, steps):
-    """The last s with cu_seqlens[s] <= position, by bisection: the number of starts after the first that are not beyond
-    it. Stays within [0, sequences], whatever cu_seqlens holds."""
-    low = tl.zeros(position.shape, tl.int32)
-    high = low + sequences
-    for _ in range(steps):
-        middle = (low + high) // 2
-        searching = low < high
-        here = searching & (tl.load(cu_seqlens + 1 + middle, mask=searching, other=0) <= position)
-        low = tl.where(here, middle + 1, low)
-        high = tl.where(searching & ~here, middle, high)
-    return low
-
-
 @triton.jit(do_not_specialize=["sequence_length"])
 def _lengths_kernel(mask, cu_seqlens, lengths, count: tl.int64, sequence_length: tl.int64, BLOCK: tl.constexpr):
     """Scored tokens of each sequence."""
     sequence = tl.program_id(0).to(tl.int64)
-    if cu_seqlens is not None:
-        begin = tl.load(cu_seqlens + sequence).to(tl.int64)
-        end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
-        begin = tl.minimum(tl.maximum(begin, 0), count)
-        end = tl.minimum(tl.maximum(end, begin), count)
-    else:
-        begin = sequence * sequence_length
-        end = begin + sequence_length
+    begin, end = bounds(sequence, cu_seqlens, count, sequence_length)
     if mask is not None:
         scored = tl.zeros((BLOCK,), tl.int32)
         for start in range(begin, end, BLOCK):
@@ -94,7 +73,7 @@ def _token_kernel(
 
     if PER_SEQUENCE or lengths is not None:
         if cu_seqlens is not None:
-            sequence = _sequence_of(token, cu_seqlens, sequences, steps)
+            sequence = sequence_of(token, cu_seqlens, sequences, steps)
         else:
             # 64-bit division once a block, 32-bit division once a token.
             first = block * BLOCK

@@ -1,0 +1,42 @@
+#include "cpu/kl.h"
+
+#include "bindings.h"
+
+namespace rlk {
+namespace {
+
+Tensor kl_penalty_forward(Tensor logprobs, Tensor ref_logprobs, int64_t estimator, bool straight_through,
+                          double log_ratio_clamp, double value_clamp) {
+  const KlPenalty options = {static_cast<int>(estimator), straight_through, static_cast<float>(log_ratio_clamp),
+                             static_cast<float>(value_clamp)};
+  Tensor penalty = empty_floats(logprobs.sizes());
+  with_kernels<KlKernels>([&](auto kernels) {
+    parallel(logprobs.numel(), 1, [&](int64_t begin, int64_t end) {
+      kernels.kl_penalty_forward(options, floats(logprobs), floats(ref_logprobs), penalty.mutable_data_ptr<float>(),
+                                 begin, end);
+    });
+  });
+  return penalty;
+}
+
+Tensor kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, int64_t estimator, bool straight_through,
+                           double log_ratio_clamp, double value_clamp) {
+  const KlPenalty options = {static_cast<int>(estimator), straight_through, static_cast<float>(log_ratio_clamp),
+                             static_cast<float>(value_clamp)};
+  Tensor grad_logprobs = empty_floats(logprobs.sizes());
+  with_kernels<KlKernels>([&](auto kernels) {
+    parallel(logprobs.numel(), 1, [&](int64_t begin, int64_t end) {
+      kernels.kl_penalty_backward(options, floats(grad), floats(logprobs), floats(ref_logprobs),
+                                  grad_logprobs.mutable_data_ptr<float>(), begin, end);
+    });
+  });
+  return grad_logprobs;
+}
+
+}  // namespace
+}  // namespace rlk
+
+STABLE_TORCH_LIBRARY_IMPL(rlkernels, CPU, m) {
+  m.impl("kl_penalty_forward.cpu", TORCH_BOX(&rlk::kl_penalty_forward));
+  m.impl("kl_penalty_backward.cpu", TORCH_BOX(&rlk::kl_penalty_backward));
+}
