@@ -19,7 +19,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CXX = shlex.split(os.environ.get("CXX", "c++"))
-OPS = ("logprobs", "kl", "groups", "policy_loss")
 CUDA_TARGETS = (80, 90, 100)
 # Each CPU kernel is compiled once for each of these; bindings/module.cpp chooses when the module is loaded.
 INSTRUCTION_SETS = {"kBaseline": []}
@@ -65,11 +64,11 @@ def cpu_module() -> Module | None:
     # Vector operators become fused multiply-adds only where contraction may cross function calls.
     flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
     command, build = [*CXX, *flags, "-Icsrc/include", "-Icsrc"], Path("build/cpu")
-    sources = ("module", *OPS)
-    steps = [Step([*command, *compile_flags], f"csrc/bindings/{name}.cpp", build / f"{name}.o") for name in sources]
+    bindings, kernels = (sorted(Path("csrc", folder).glob("*.cpp")) for folder in ("bindings", "cpu"))
+    steps = [Step([*command, *compile_flags], str(s), build / f"{s.stem}.o") for s in bindings]
     for isa, isa_flags in INSTRUCTION_SETS.items():
-        kernels = [*command, *isa_flags, f"-DRLK_ISA={isa}"]
-        steps += [Step(kernels, f"csrc/cpu/{op}.cpp", build / isa / f"{op}.o") for op in OPS]
+        isa_command = [*command, *isa_flags, f"-DRLK_ISA={isa}"]
+        steps += [Step(isa_command, str(s), build / isa / f"{s.stem}.o") for s in kernels]
     return Module("rlkernels._C", steps, [*CXX, "-shared", *link_flags])
 
 
@@ -83,8 +82,8 @@ def cuda_module() -> Module | None:
     host = [f"-ccbin={CXX[0]}", "-forward-unknown-to-host-compiler"]
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fPIC", "-fvisibility=hidden", *compile_flags]
     command = ["nvcc", *host, *flags, *targets]
-    sources = ("module.cpp", *(f"{op}.cu" for op in OPS))
-    steps = [Step(command, f"csrc/cuda/{name}", Path("build/cuda", name).with_suffix(".o")) for name in sources]
+    sources = sorted(Path("csrc/cuda").glob("*.c*"))
+    steps = [Step(command, str(s), Path("build/cuda", s.stem + ".o")) for s in sources if s.suffix != ".cuh"]
     # The runtime is linked in, since a machine without a GPU has none to load.
     return Module("rlkernels._C_cuda", steps, ["nvcc", "-shared", "-nodlink", *host, "-cudart=static", *link_flags])
 
