@@ -293,11 +293,12 @@ inline Vec exp(Vec x) {
   return scale(exp_reduced(r), n);
 }
 
+// 2^n (exp(r) - 1) + (2^n - 1), from half of 2^n, which exists up to the largest n, 128.
 inline Vec expm1(Vec x) {
-  const auto [n, r] = reduce(min(Vec(80.0f), max(Vec(-20.0f), x)));
-  const Vec power = power_of_two(to_int(n));
-  const Vec value = power * (series(r) * (r * r) + r) + (power - Vec(1.0f));
-  return select(x > Vec(80.0f), exp(x), value);
+  const auto [n, r] = reduce(min(Vec(89.0f), max(Vec(-20.0f), x)));
+  const Vec half = power_of_two(to_int(n) - 1);
+  const Vec value = half * (series(r) * (r * r) + r) + (half - Vec(0.5f));
+  return value + value;
 }
 
 inline Vec tanh(Vec x) {
