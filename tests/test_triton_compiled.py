@@ -296,3 +296,35 @@ def test_two_variants_serve_every_vocabulary_and_temperature(dtype, compile_laun
         "logprobs._forward_kernel": 2,
         "logprobs._backward_kernel": 2,
     }
+
+
+LENGTHS = [1, 2, 3, 7, 15, 16, 17, 31, 32, 63, 64, 129, 1000, 1023, 1024, 1025, 4096, 8192, 50257, 2**21]
+"""Twenty numbers of tokens: one, odd ones, powers of two and their neighbours."""
+
+
+def test_two_variants_of_kl_penalty_serve_every_length(compile_launches):
+    def launches():
+        for length in LENGTHS:
+            for clamps in ((INF, INF), (20.0, 10.0)):
+                values = empty(length)
+                kl.kl_penalty_forward(values, values, 2, False, *clamps)
+                kl.kl_penalty_backward(values, values, values, 2, False, *clamps)
+
+    compiled = compile_launches(TARGETS["sm_90"], launches)
+    assert {name: len(kernels) for name, kernels in compiled.items()} == {
+        "kl._forward_kernel": 2,
+        "kl._backward_kernel": 2,
+    }
+
+
+def test_one_variant_of_group_advantages_serves_every_length(compile_launches):
+    def launches():
+        for length in LENGTHS:
+            for size in {1, length}:
+                groups.group_advantages(empty(length, 1), None, None, None, size, 0, 1, 1e-4, False, False)
+
+    compiled = compile_launches(TARGETS["sm_90"], launches)
+    assert {name: len(kernels) for name, kernels in compiled.items()} == {
+        "groups._batch_divisor_kernel": 1,
+        "groups._group_kernel": 1,
+    }

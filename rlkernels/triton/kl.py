@@ -4,7 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlkernels.triton._launch import implements
-from rlkernels.triton._math import clamp, expm1, expm1_minus_x
+from rlkernels.triton._math import clamp, expm1, expm1_minus_x, known_even
 
 K1 = tl.constexpr(0)
 K2 = tl.constexpr(1)
@@ -40,39 +40,41 @@ def kl_estimate_derivative(d, ESTIMATOR: tl.constexpr, STRAIGHT_THROUGH: tl.cons
         return tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _forward_kernel(
     logprobs,
     ref_logprobs,
     values,
-    count,
+    count: tl.int64,
     log_ratio_clamp,
     value_clamp,
     ESTIMATOR: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = token < count
+    inside = token < known_even(count, EVEN)
     d = tl.load(logprobs + token, mask=inside) - tl.load(ref_logprobs + token, mask=inside)
     value = clamp(kl_estimate(clamp(d, log_ratio_clamp), ESTIMATOR), value_clamp)
     tl.store(values + token, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _backward_kernel(
     grad,
     logprobs,
     ref_logprobs,
     grad_logprobs,
-    count,
+    count: tl.int64,
     log_ratio_clamp,
     value_clamp,
     ESTIMATOR: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = token < count
+    inside = token < known_even(count, EVEN)
     log_ratio = tl.load(logprobs + token, mask=inside) - tl.load(ref_logprobs + token, mask=inside)
     d = clamp(log_ratio, log_ratio_clamp)
     clamped = (tl.abs(log_ratio) > log_ratio_clamp) | (tl.abs(kl_estimate(d, ESTIMATOR)) > value_clamp)
@@ -93,7 +95,15 @@ def kl_penalty_forward(
     count = logprobs.numel()
     if count:
         _forward_kernel[(triton.cdiv(count, BLOCK),)](
-            logprobs, ref_logprobs, values, count, log_ratio_clamp, value_clamp, ESTIMATOR=estimator, BLOCK=BLOCK
+            logprobs,
+            ref_logprobs,
+            values,
+            count,
+            log_ratio_clamp,
+            value_clamp,
+            ESTIMATOR=estimator,
+            EVEN=count % 16 == 0,
+            BLOCK=BLOCK,
         )
     return values
 
@@ -121,6 +131,7 @@ def kl_penalty_backward(
             value_clamp,
             ESTIMATOR=estimator,
             STRAIGHT_THROUGH=straight_through,
+            EVEN=count % 16 == 0,
             BLOCK=BLOCK,
         )
     return grad_logprobs
