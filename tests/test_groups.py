@@ -253,6 +253,16 @@ def test_leave_one_out_is_rloo(backend, device):
     torch.testing.assert_close(got, wanted.flatten(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("missing", [slice(0, 64), slice(64, 128), slice(128, 200)], ids=["first", "middle", "last"])
+def test_a_whole_block_of_missing_rewards(backend, device, missing):
+    """Groups longer than what a kernel holds at once are described block by block."""
+    rewards = random_rewards((400,), 4)
+    rewards[missing] = NAN
+    rewards[200:][missing] = NAN
+    for normalize in ("after_sum", "before_sum"):
+        assert_matches_oracles(rewards, device, group_size=200, normalize=normalize)
+
+
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("value", [0.1, 1e6 + 0.1, -3.3e-7])

@@ -12,16 +12,19 @@ GROUP = tl.constexpr(0)
 BATCH = tl.constexpr(1)
 NO_SCALE = tl.constexpr(2)
 
-# Groups have tens of rows: one warp each. Longer ones, the whole batch among them, go in a loop.
+# Groups have tens of rows: up to BLOCK they are read once and held by one warp; longer ones are read twice, for the
+# statistics and for the advantages. One block for all, so that equal groups by size and by ids give the same bits.
 BLOCK = 64
+# The whole batch is one long group.
+BATCH_TILE = dict(BLOCK=1024, num_warps=4)
 
 
 @triton.jit
-def _score(rewards, weights, row, inside, columns, first_column, last_column):
+def _score(rewards, weights, row, inside, columns):
     """Weighted sum of a row's rewards that are not NaN; NaN if all are."""
     score = tl.zeros(row.shape, tl.float32)
     known = row < 0
-    for column in range(first_column, last_column):
+    for column in range(columns):
         reward = tl.load(rewards + row * columns + column, mask=inside, other=float("nan"))
         if weights is not None:
             weighted = reward * tl.load(weights + column)
@@ -33,43 +36,48 @@ def _score(rewards, weights, row, inside, columns, first_column, last_column):
 
 
 @triton.jit
-def _row(order, position, inside):
+def _rows(order, position, end):
+    inside = position < end
     if order is not None:
-        return tl.load(order + position, mask=inside, other=0)
+        return tl.load(order + position, mask=inside, other=0), inside
     else:
-        return position
+        return position, inside
 
 
 @triton.jit
-def _statistics(rewards, weights, order, begin, end, columns, first_column, last_column, BLOCK: tl.constexpr):
-    """Of a group's scores that are not NaN: size, mean, sample standard deviation, and whether they differ. Where they
-    do not, the mean is that score itself, so that score - mean is 0, not a rounding error."""
-    size = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    low = tl.full((BLOCK,), float("inf"), tl.float32)
-    high = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(begin, end, BLOCK):
-        position = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = position < end
-        score = _score(rewards, weights, _row(order, position, inside), inside, columns, first_column, last_column)
-        known = score == score
-        size += tl.where(known, 1.0, 0.0)
-        total += tl.where(known, score, 0.0)
-        low = tl.minimum(low, tl.where(known, score, float("inf")))
-        high = tl.maximum(high, tl.where(known, score, float("-inf")))
-    size = tl.sum(size, 0)
-    low = tl.min(low, 0)
-    differs = tl.max(high, 0) > low
-    mean = tl.where(differs, tl.sum(total, 0) / tl.maximum(size, 1.0), low)
+def _merge(size, mean, squares, low, high, score):
+    """The statistics of some scores (their number, mean, sum of squared deviations, least and greatest) and of those of
+    one more block that are not NaN. Chan et al. 1983: no sum of squares that cancels."""
+    known = score == score
+    block_size = tl.sum(tl.where(known, 1.0, 0.0), 0)
+    block_low = tl.min(tl.where(known, score, float("inf")), 0)
+    block_high = tl.max(tl.where(known, score, float("-inf")), 0)
+    # Where scores do not differ the mean is that score itself, so that score - mean is 0, not a rounding error.
+    block_mean = tl.sum(tl.where(known, score, 0.0), 0) / tl.maximum(block_size, 1.0)
+    block_mean = tl.where(block_high > block_low, block_mean, block_low)
+    deviation = tl.where(known, score - block_mean, 0.0)
+    block_squares = tl.sum(deviation * deviation, 0)
 
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(begin, end, BLOCK):
-        position = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = position < end
-        score = _score(rewards, weights, _row(order, position, inside), inside, columns, first_column, last_column)
-        deviation = tl.where(score == score, score - mean, 0.0)
-        squares += deviation * deviation
-    std = tl.where(differs, tl.sqrt(tl.sum(squares, 0) / tl.maximum(size - 1.0, 1.0)), 0.0)
+    # The mean of nothing is infinite.
+    both = (size > 0.0) & (block_size > 0.0)
+    distance = tl.where(both, block_mean - mean, 0.0)
+    share = block_size / tl.maximum(size + block_size, 1.0)
+    mean = tl.where(size > 0.0, mean + distance * share, block_mean)
+    squares += block_squares + distance * distance * size * share
+    return size + block_size, mean, squares, tl.minimum(low, block_low), tl.maximum(high, block_high)
+
+
+@triton.jit
+def _nothing():
+    zero = tl.full((), 0.0, tl.float32)
+    return zero, zero, zero, tl.full((), float("inf"), tl.float32), tl.full((), float("-inf"), tl.float32)
+
+
+@triton.jit
+def _finish(size, mean, squares, low, high):
+    """Size, mean, sample standard deviation, and whether the scores differ."""
+    differs = high > low
+    std = tl.where(differs, tl.sqrt(squares / tl.maximum(size - 1.0, 1.0)), 0.0)
     return size, mean, std, differs
 
 
@@ -79,16 +87,45 @@ def _divisor(size, std, eps):
     return tl.where(size > 1.0, std, 1.0) + eps
 
 
+@triton.jit
+def _advantage(score, size, mean, divisor, BASELINE: tl.constexpr, SCALE: tl.constexpr, KEEP_SINGLETON: tl.constexpr):
+    advantage = score
+    if BASELINE != NO_BASELINE:
+        advantage = score - mean
+        if BASELINE == LEAVE_ONE_OUT:
+            # score - mean of the others = (score - mean of all) * n / (n - 1)
+            advantage *= size / tl.maximum(size - 1.0, 1.0)
+        advantage = tl.where(size == 1.0, score if KEEP_SINGLETON else 0.0, advantage)
+    if SCALE != NO_SCALE:
+        advantage /= divisor
+    return tl.where(advantage == advantage, advantage, 0.0)
+
+
+@triton.jit
+def _bounds(group, offsets, group_size):
+    if offsets is not None:
+        return tl.load(offsets + group), tl.load(offsets + group + 1)
+    else:
+        return group * group_size, (group + 1) * group_size
+
+
 @triton.jit(do_not_specialize=["count", "columns"])
 def _batch_divisor_kernel(
     rewards, weights, divisors, count: tl.int64, columns, eps, PER_COLUMN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    result = tl.program_id(0)
-    first_column = result if PER_COLUMN else 0
-    last_column = result + 1 if PER_COLUMN else columns
-    begin = tl.zeros((), tl.int64)
-    size, _, std, _ = _statistics(rewards, weights, None, begin, count, columns, first_column, last_column, BLOCK)
-    tl.store(divisors + result, _divisor(size, std, eps))
+    """Of the weighted sum of the rewards, or, one program each, of every reward on its own."""
+    column = tl.program_id(0)
+    size, mean, squares, low, high = _nothing()
+    for start in range(0, count, BLOCK):
+        row = start + tl.arange(0, BLOCK).to(tl.int64)
+        inside = row < count
+        if PER_COLUMN:
+            score = tl.load(rewards + row * columns + column, mask=inside, other=float("nan"))
+        else:
+            score = _score(rewards, weights, row, inside, columns)
+        size, mean, squares, low, high = _merge(size, mean, squares, low, high, score)
+    size, mean, std, _ = _finish(size, mean, squares, low, high)
+    tl.store(divisors + column, _divisor(size, std, eps))
 
 
 @triton.jit(do_not_specialize=["group_size", "columns"])
@@ -106,52 +143,88 @@ def _group_kernel(
     BASELINE: tl.constexpr,
     SCALE: tl.constexpr,
     KEEP_SINGLETON: tl.constexpr,
-    PER_COLUMN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64)
-    result = tl.program_id(1)
-    first_column = result if PER_COLUMN else 0
-    last_column = result + 1 if PER_COLUMN else columns
-    if offsets is not None:
-        begin = tl.load(offsets + group)
-        end = tl.load(offsets + group + 1)
-        if begin == end:
-            return
+    """Advantages of the weighted sum of the rewards. `signal` may be None."""
+    begin, end = _bounds(tl.program_id(0).to(tl.int64), offsets, group_size)
+    if begin == end:
+        return
+    size, mean, squares, low, high = _nothing()
+    first_row, first_inside = _rows(order, begin + tl.arange(0, BLOCK).to(tl.int64), end)
+    first_score = _score(rewards, weights, first_row, first_inside, columns)
+    size, mean, squares, low, high = _merge(size, mean, squares, low, high, first_score)
+    for start in range(begin + BLOCK, end, BLOCK):
+        row, inside = _rows(order, start + tl.arange(0, BLOCK).to(tl.int64), end)
+        score = _score(rewards, weights, row, inside, columns)
+        size, mean, squares, low, high = _merge(size, mean, squares, low, high, score)
+    size, mean, std, differs = _finish(size, mean, squares, low, high)
+    if SCALE == BATCH:
+        divisor = tl.load(divisors)
     else:
-        begin = group * group_size
-        end = begin + group_size
-
-    size, mean, std, differs = _statistics(
-        rewards, weights, order, begin, end, columns, first_column, last_column, BLOCK
-    )
-    if SCALE == GROUP:
         divisor = _divisor(size, std, eps)
-    elif SCALE == BATCH:
-        divisor = tl.load(divisors + result)
+
     for start in range(begin, end, BLOCK):
-        position = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = position < end
-        row = _row(order, position, inside)
-        score = _score(rewards, weights, row, inside, columns, first_column, last_column)
-        advantage = score
-        if BASELINE != NO_BASELINE:
-            advantage = score - mean
-            if BASELINE == LEAVE_ONE_OUT:
-                # score - mean of the others = (score - mean of all) * n / (n - 1)
-                advantage *= size / tl.maximum(size - 1.0, 1.0)
-            advantage = tl.where(size == 1.0, score if KEEP_SINGLETON else 0.0, advantage)
-        if SCALE != NO_SCALE:
-            advantage /= divisor
-        advantage = tl.where(advantage == advantage, advantage, 0.0)
+        row, inside, score = first_row, first_inside, first_score
+        if start > begin:
+            row, inside = _rows(order, start + tl.arange(0, BLOCK).to(tl.int64), end)
+            score = _score(rewards, weights, row, inside, columns)
         known = score == score
-        at = row * tl.num_programs(1) + result
-        if PER_COLUMN:
-            tl.store(advantages + at, tl.where(known, advantage, float("nan")), mask=inside)
-            tl.store(signal + at, tl.where(differs, inside, False), mask=inside)
-        else:
-            tl.store(advantages + at, tl.where(known, advantage, 0.0), mask=inside)
-            tl.store(signal + at, tl.where(differs, known, False), mask=inside)
+        advantage = _advantage(score, size, mean, divisor, BASELINE, SCALE, KEEP_SINGLETON)
+        tl.store(advantages + row, tl.where(known, advantage, 0.0), mask=inside)
+        if signal is not None:
+            tl.store(signal + row, tl.where(differs, known, False), mask=inside)
+
+
+@triton.jit(do_not_specialize=["group_size", "columns"])
+def _column_kernel(
+    rewards,
+    weights,
+    order,
+    offsets,
+    divisors,
+    totals,
+    signal,
+    group_size: tl.int64,
+    columns,
+    eps,
+    BASELINE: tl.constexpr,
+    SCALE: tl.constexpr,
+    KEEP_SINGLETON: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The weighted sum of the advantages of each reward on its own, NaN where a row has no reward; and whether any of
+    them has a signal."""
+    begin, end = _bounds(tl.program_id(0).to(tl.int64), offsets, group_size)
+    for start in range(begin, end, BLOCK):
+        row, inside = _rows(order, start + tl.arange(0, BLOCK).to(tl.int64), end)
+        total = tl.zeros((BLOCK,), tl.float32)
+        known = row < 0
+        any_differs = begin < 0
+        for column in range(columns):
+            # Of a group longer than a block each block needs the statistics, and finds them again: a second kind of
+            # kernel for groups of that size and several rewards would be run by nobody.
+            size, mean, squares, low, high = _nothing()
+            score = tl.load(rewards + row * columns + column, mask=inside, other=float("nan"))
+            if end - begin <= BLOCK:
+                size, mean, squares, low, high = _merge(size, mean, squares, low, high, score)
+            else:
+                for other in range(begin, end, BLOCK):
+                    other_row, other_inside = _rows(order, other + tl.arange(0, BLOCK).to(tl.int64), end)
+                    others = tl.load(rewards + other_row * columns + column, mask=other_inside, other=float("nan"))
+                    size, mean, squares, low, high = _merge(size, mean, squares, low, high, others)
+            size, mean, std, differs = _finish(size, mean, squares, low, high)
+            if SCALE == BATCH:
+                divisor = tl.load(divisors + column)
+            else:
+                divisor = _divisor(size, std, eps)
+            weighted = _advantage(score, size, mean, divisor, BASELINE, SCALE, KEEP_SINGLETON)
+            if weights is not None:
+                weighted *= tl.load(weights + column)
+            total += tl.where((score == score) & (weighted == weighted), weighted, 0.0)
+            known = known | (score == score)
+            any_differs = any_differs | differs
+        tl.store(totals + row, tl.where(known, total, float("nan")), mask=inside)
+        tl.store(signal + row, tl.where(any_differs, known, False), mask=inside)
 
 
 @implements("group_advantages")
@@ -167,62 +240,30 @@ def group_advantages(
     normalize_before_sum: bool,
     keep_singleton: bool,
 ) -> tuple[Tensor, Tensor]:
-    count = rewards.shape[0]
+    count, columns = rewards.shape
+    advantages = rewards.new_empty(count)
+    signal = rewards.new_empty(count, dtype=torch.bool)
     if not count:
-        return rewards.new_empty(0), rewards.new_empty(0, dtype=torch.bool)
+        return advantages, signal
 
-    by_group = (order, offsets, count if offsets is not None else count // group_size, group_size)
-    options = (baseline, scale, eps, keep_singleton)
-    if not normalize_before_sum:
-        advantages, signal = _launch(rewards, weights, *by_group, *options, per_column=False)
-        return advantages.view(count), signal.view(count)
-    normalized, signals = _launch(rewards, None, *by_group, *options, per_column=True)
-    whole = (None, None, 1, count)
-    options = (MEAN.value, GROUP.value, eps, keep_singleton)
-    advantages, _ = _launch(normalized, weights, *whole, *options, per_column=False)
-    return advantages.view(count), signals.any(1) & ~rewards.isnan().all(1)
-
-
-def _launch(
-    rewards: Tensor,
-    weights: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    groups: int,
-    group_size: int,
-    baseline: int,
-    scale: int,
-    eps: float,
-    keep_singleton: bool,
-    *,
-    per_column: bool,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and signal of the weighted sum of the rewards, [B, 1], or of each reward on its own, [B, R]."""
-    count, kinds = rewards.shape
-    results = kinds if per_column else 1
-    advantages = rewards.new_empty(count, results)
-    signal = rewards.new_empty(count, results, dtype=torch.bool)
-    divisors = rewards.new_empty(results) if scale == BATCH.value else None
-    if divisors is not None:
+    divisors = None
+    if scale == BATCH.value:
+        results = columns if normalize_before_sum else 1
+        divisors = rewards.new_empty(results)
         _batch_divisor_kernel[(results,)](
-            rewards, weights, divisors, count, kinds, eps, PER_COLUMN=per_column, BLOCK=BLOCK, num_warps=1
+            rewards, weights, divisors, count, columns, eps, PER_COLUMN=normalize_before_sum, **BATCH_TILE
         )
-    _group_kernel[(groups, results)](
-        rewards,
-        weights,
-        order,
-        offsets,
-        divisors,
-        advantages,
-        signal,
-        group_size,
-        kinds,
-        eps,
-        BASELINE=baseline,
-        SCALE=scale,
-        KEEP_SINGLETON=keep_singleton,
-        PER_COLUMN=per_column,
-        BLOCK=BLOCK,
-        num_warps=1,
-    )
+    # The sizes of ragged groups are known to the device alone.
+    grid = (count if offsets is not None else count // group_size,)
+    options = dict(BASELINE=baseline, SCALE=scale, KEEP_SINGLETON=keep_singleton)
+    tile = dict(BLOCK=BLOCK, num_warps=1)
+    inputs = (rewards, weights, order, offsets, divisors)
+    if not normalize_before_sum:
+        _group_kernel[grid](*inputs, advantages, signal, group_size, columns, eps, **options, **tile)
+        return advantages, signal
+    totals = rewards.new_empty(count)
+    _column_kernel[grid](*inputs, totals, signal, group_size, columns, eps, **options, **tile)
+    options = dict(BASELINE=MEAN.value, SCALE=GROUP.value, KEEP_SINGLETON=keep_singleton)
+    whole = (totals, None, None, None, None)
+    _group_kernel[(1,)](*whole, advantages, None, count, 1, eps, **options, **BATCH_TILE)
     return advantages, signal
