@@ -3,6 +3,8 @@
     token_logprobs      log-probabilities and entropy of sampled tokens, from logits
     kl_penalty          per-token estimates of the KL divergence from a reference model
     group_advantages    rewards relative to their group: GRPO, RLOO, Dr. GRPO
+    masked_mean         mean of scored elements
+    masked_whiten       scored elements to mean 0 and variance 1, over one process or many
     policy_loss         PPO and REINFORCE losses with KL penalty, gradient and metrics in one pass
 
 Each is a function on tensors that serves CPUs (C++ SIMD) and GPUs (Triton, CUDA C++), is differentiable where its
@@ -15,9 +17,18 @@ from rlkernels.ops._registry import use_backend
 from rlkernels.ops.groups import group_advantages
 from rlkernels.ops.kl import kl_penalty
 from rlkernels.ops.logprobs import token_logprobs
+from rlkernels.ops.masked import masked_mean, masked_whiten
 from rlkernels.ops.policy_loss import policy_loss
 
 __version__ = "0.1.0"
-__all__ = ["group_advantages", "kl_penalty", "policy_loss", "token_logprobs", "use_backend"]
+__all__ = [
+    "group_advantages",
+    "kl_penalty",
+    "masked_mean",
+    "masked_whiten",
+    "policy_loss",
+    "token_logprobs",
+    "use_backend",
+]
 
 _registry.load()

@@ -17,7 +17,11 @@ import torch
 import rlkernels
 from rlkernels.ops import _registry
 
-OPS = ("token_logprobs", "kl_penalty", "group_advantages", "policy_loss")
+# Each op with the backends that have kernels for it; the others are plain PyTorch.
+OPS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("token_logprobs", "kl_penalty", "group_advantages", "policy_loss"), _registry.KERNEL_BACKENDS),
+    **dict.fromkeys(("masked_mean", "masked_whiten"), _registry.WITHOUT_CUDA),
+}
 
 
 class BadValue(Exception):
@@ -29,13 +33,14 @@ class BadValue(Exception):
 
 def serving_backends(device_type: str) -> dict[str, str]:
     """For each op the backend that serves tensors on a device."""
-    return dict.fromkeys(OPS, _registry.select(torch.empty(0, device=device_type)))
+    tensor = torch.empty(0, device=device_type)
+    return {op: _registry.select(tensor, backends) for op, backends in OPS.items()}
 
 
-def faster_backends(backend: str, device_type: str) -> dict[str, str]:
-    """The backends faster than `backend`, and for each the reason why it does not serve."""
+def faster_backends(op: str, backend: str, device_type: str) -> dict[str, str]:
+    """The backends faster than `backend` that have kernels for `op`, and for each the reason why it does not serve."""
     by_speed = ("cuda", "triton", "cpu", "reference")
-    faster = by_speed[: by_speed.index(backend)]
+    faster = [name for name in by_speed[: by_speed.index(backend)] if name in OPS[op]]
     return {name: _registry.status(name, device_type) or "another was asked for" for name in faster}
 
 
@@ -65,7 +70,7 @@ def info() -> None:
     for device_type in ("cuda", "cpu") if gpus else ("cpu",):
         print(f"\n{'op':17} serves {device_type:5} why not a faster one")
         for op, backend in serving_backends(device_type).items():
-            reasons = "; ".join(f"{name}: {why}" for name, why in faster_backends(backend, device_type).items())
+            reasons = "; ".join(f"{name}: {why}" for name, why in faster_backends(op, backend, device_type).items())
             print(f"{op:17} {backend:12} {reasons or '-'}")
 
 

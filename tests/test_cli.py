@@ -293,10 +293,19 @@ def test_info(capsys):
     rows = rows_of_info(capsys.readouterr().out)
     assert rows["torch"] == [torch.__version__]
     assert set(cli.OPS) == set(rlkernels.__all__) - {"use_backend"}
-    for op in cli.OPS:
-        assert rows[op][0] == _registry.select(torch.empty(0))
+    for op, backends in cli.OPS.items():
+        assert rows[op][0] == _registry.select(torch.empty(0), backends)
         if not torch.cuda.is_available():
-            assert "cuda: no NVIDIA GPU is available" in rows[op][1]
+            assert ("cuda: no NVIDIA GPU is available" in rows[op][1]) == ("cuda" in backends)
+
+
+def test_info_names_what_serves_each_op_on_a_gpu(monkeypatch):
+    """Where an op has no CUDA kernels, Triton, and nothing faster is missing."""
+    for name, devices in (("cuda", ("meta",)), ("triton", ("meta",)), ("cpu", ())):
+        monkeypatch.setitem(_registry._devices, name, devices)
+    serving = cli.serving_backends("meta")
+    assert (serving["policy_loss"], serving["masked_whiten"]) == ("cuda", "triton")
+    assert cli.faster_backends("masked_whiten", "triton", "meta") == {}
 
 
 def test_info_says_why_the_faster_backend_does_not_serve(capsys, monkeypatch):

@@ -26,7 +26,7 @@ from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver, jit  # noqa: E402
 
-from rlkernels.triton import groups, kl, logprobs, policy_loss  # noqa: E402
+from rlkernels.triton import groups, kl, logprobs, masked, policy_loss  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -149,9 +149,24 @@ def policy(
     )
 
 
+def masked_ops(
+    length: int = 4096,
+    *,
+    rows: int = 16,
+    with_mask: bool = True,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps_floor: bool = False,
+) -> None:
+    x, mask = empty(rows, length), empty(rows, length, dtype=torch.bool) if with_mask else None
+    masked.masked_mean(x, mask)
+    masked.masked_whiten(x, mask, masked.masked_moments(x, mask), shift_mean, 1e-8, unbiased, eps_floor)
+
+
 # name: launches, and the 16-byte loads that each thread of a kernel makes, "loop" where they are a loop's only loads.
 LOGPROBS_LOADS = {"logprobs._forward_kernel": "loop", "logprobs._backward_kernel": "loop"}
 KL_LOADS = {"kl._forward_kernel": 2, "kl._backward_kernel": 3}
+MASKED_LOADS = {"masked._sums_kernel": 1, "masked._block_moments_kernel": 1, "masked._whiten_kernel": 1}
 CASES: dict[str, tuple[Callable[[], None], dict]] = {
     **{
         f"token_logprobs {str(dtype).removeprefix('torch.')} {name}": (
@@ -180,6 +195,12 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
         {},
     ),
     "group_advantages before sum": (lambda: group_advantages(weighted=True, scale=1, before_sum=True), {}),
+    "masked": (lambda: masked_ops(), MASKED_LOADS),
+    "masked unmasked": (
+        lambda: masked_ops(with_mask=False, shift_mean=False, unbiased=False, eps_floor=True),
+        MASKED_LOADS,
+    ),
+    "masked odd": (lambda: masked_ops(33, rows=1), {}),
     "policy_loss": (lambda: policy(), {"policy_loss._token_kernel": 2}),
     "policy_loss everything": (
         lambda: policy(ref=True, per_token=True, aggregation=1),
@@ -327,4 +348,19 @@ def test_one_variant_of_group_advantages_serves_every_length(compile_launches):
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
         "groups._batch_divisor_kernel": 1,
         "groups._group_kernel": 1,
+    }
+
+
+def test_two_variants_serve_masked_tensors_of_every_length(compile_launches):
+    def launches():
+        for length in VOCAB_SIZES:
+            masked_ops(length, rows=1)
+
+    compiled = compile_launches(TARGETS["sm_90"], launches)
+    assert {name: len(kernels) for name, kernels in compiled.items()} == {
+        "masked._sums_kernel": 2,
+        "masked._mean_kernel": 1,
+        "masked._block_moments_kernel": 2,
+        "masked._moments_kernel": 1,
+        "masked._whiten_kernel": 2,
     }

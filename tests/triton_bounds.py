@@ -10,7 +10,7 @@ import mmap
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rlkernels.triton import groups, kl, logprobs, policy_loss
+from rlkernels.triton import groups, kl, logprobs, masked, policy_loss
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0  # of <sys/mman.h>
@@ -76,6 +76,12 @@ def run_all(after: bool) -> None:
             options = (1, scale, 1e-4, before_sum, False)
             groups.group_advantages(rewards, weights, None, None, 70, *options)
             groups.group_advantages(rewards, weights, order, offsets, 1, *options)
+
+    print("masked", flush=True)
+    for length in (1, 1027):
+        x, mask = guard(torch.randn(3, length)), guard(torch.rand(3, length) > 0.5)
+        masked.masked_mean(x, mask)
+        masked.masked_whiten(x, mask, masked.masked_moments(x, mask), False, 1e-8, True, False)
 
     tokens = 1027
     for starts in (

@@ -19,6 +19,8 @@ KERNEL_BACKENDS = ("cpu", "cuda", "triton")
 """In order of preference where several serve a device. On NVIDIA the CUDA kernels precede Triton's, whose launch
 costs more host time; under Triton's interpreter the CPU kernels precede it."""
 BACKENDS = ("reference", *KERNEL_BACKENDS)
+WITHOUT_CUDA = ("cpu", "triton")
+"""Of ops whose CUDA kernels would do nothing that Triton's do not: Triton serves them on NVIDIA GPUs too."""
 
 # A plain module global, so that torch.compile guards on it and recompiles when it changes.
 _forced: str | None = None
@@ -31,12 +33,13 @@ def define(
     schema: str,
     fake: Callable,
     *,
+    backends: tuple[str, ...] = KERNEL_BACKENDS,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> None:
-    """Define `name` for every kernel backend: its schema, its shapes (`fake`), and its gradient if it has one:
-    `backward(backend)` gives the function that autograd calls."""
-    for backend in KERNEL_BACKENDS:
+    """Define `name` for the backends that have kernels for it: its schema, its shapes (`fake`), and its gradient if it
+    has one: `backward(backend)` gives the function that autograd calls."""
+    for backend in backends:
         LIBRARY.define(f"{name}.{backend}{schema}")
         qualified = f"rlkernels::{name}.{backend}"
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
@@ -114,8 +117,9 @@ def status(backend: str, device_type: str) -> str | None:
     return f"it serves {' and '.join(_devices[backend])} tensors only"
 
 
-def select(tensor: torch.Tensor) -> str:
-    """The backend that serves `tensor`. float64 is always served by the reference, in float64."""
+def select(tensor: torch.Tensor, backends: tuple[str, ...] = KERNEL_BACKENDS) -> str:
+    """The backend that serves `tensor`, of those that have kernels for the op; where the one that was asked for has
+    none, the next. float64 is always served by the reference, in float64."""
     if tensor.dtype == torch.float64:
         return "reference"
     device_type = tensor.device.type
@@ -125,8 +129,9 @@ def select(tensor: torch.Tensor) -> str:
                 f"backend {_forced!r} was asked for, but cannot serve a {device_type} tensor: "
                 f"{status(_forced, device_type)}"
             )
-        return _forced
-    for backend in KERNEL_BACKENDS:
+        if _forced == "reference" or _forced in backends:
+            return _forced
+    for backend in backends:
         if device_type in _devices[backend]:
             return backend
     return "reference"
@@ -145,8 +150,9 @@ class use_backend:
     """Choose the implementation of every op: "reference", "cpu", "triton", "cuda", or "auto" (by the tensors' device).
 
     Takes effect at once, for the whole process; as a context manager it is undone on leaving the block. A compiled
-    function recompiles when the choice changes. float64 tensors are always served by the reference. The environment
-    variable RLKERNELS_BACKEND sets the choice at import.
+    function recompiles when the choice changes. float64 tensors are always served by the reference, and an op without
+    kernels for the backend chosen (`masked_*` for "cuda") by the next that has some. The environment variable
+    RLKERNELS_BACKEND sets the choice at import.
 
     Raises ValueError for an unknown name, and for a backend that cannot serve on this machine (with the reason).
 

@@ -3,4 +3,5 @@
 import rlkernels.triton.groups
 import rlkernels.triton.kl
 import rlkernels.triton.logprobs
+import rlkernels.triton.masked
 import rlkernels.triton.policy_loss  # noqa: F401

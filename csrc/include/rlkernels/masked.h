@@ -1,0 +1,50 @@
+// masked_whiten: the moments of scored elements, combined from parts, and one element whitened by them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "rlkernels/math.h"
+
+namespace rlk {
+
+// Of some elements: how many, their mean, and the sum of their squared deviations from it.
+struct Moments {
+  double count, mean, squares;
+};
+
+// Of elements that were summed as they are and as deviations d = x - centre, where centre is about their mean. What the
+// rounding of the centre left behind stands in the sum of d, so that nothing cancels.
+RLK_HD Moments moments_of(double count, double centre, double sum_d, double sum_d_squared) {
+  if (count == 0.0) return {0.0, 0.0, 0.0};
+  const double rest = sum_d / count, squares = sum_d_squared - rest * sum_d;
+  return {count, centre + rest, squares < 0.0 ? 0.0 : squares};
+}
+
+// Of the elements of both.
+RLK_HD Moments combine(const Moments& a, const Moments& b) {
+  if (b.count == 0.0) return a;
+  const double count = a.count + b.count, share = b.count / count, delta = b.mean - a.mean;
+  return {count, a.mean + delta * share, a.squares + b.squares + delta * delta * a.count * share};
+}
+
+// The mean in two floats, whose difference from an element keeps its digits also where the mean is large.
+struct Whitening {
+  float mean_high, mean_low, scale, offset;
+};
+
+// eps is added to the variance, or, with eps_floor, the least that it may be.
+inline Whitening whitening_of(const Moments& m, bool shift_mean, double eps, bool unbiased, bool eps_floor) {
+  const double divisor = m.count - (unbiased ? 1.0 : 0.0), variance = m.squares / (divisor < 1.0 ? 1.0 : divisor);
+  const double scaled = eps_floor ? (variance < eps ? eps : variance) : variance + eps;
+  const float mean = static_cast<float>(m.mean);
+  return {mean, static_cast<float>(m.mean - mean), static_cast<float>(1.0 / std::sqrt(scaled)),
+          shift_mean ? 0.0f : mean};
+}
+
+template <class F>
+RLK_HD F whiten(const Whitening& w, F x) {
+  return ((x - F(w.mean_high)) - F(w.mean_low)) * F(w.scale) + F(w.offset);
+}
+
+}  // namespace rlk
