@@ -2,6 +2,7 @@
 
     token_logprobs      log-probabilities and entropy of sampled tokens, from logits
     kl_penalty          per-token estimates of the KL divergence from a reference model
+    shaped_rewards      per-token rewards: a score at the end of each sequence, less a KL penalty at every token
     group_advantages    rewards relative to their group: GRPO, RLOO, Dr. GRPO
     masked_mean         mean of scored elements
     masked_whiten       scored elements to mean 0 and variance 1, over one process or many
@@ -15,7 +16,7 @@ device does.
 from rlkernels.ops import _registry
 from rlkernels.ops._registry import use_backend
 from rlkernels.ops.groups import group_advantages
-from rlkernels.ops.kl import kl_penalty
+from rlkernels.ops.kl import kl_penalty, shaped_rewards
 from rlkernels.ops.logprobs import token_logprobs
 from rlkernels.ops.masked import masked_mean, masked_whiten
 from rlkernels.ops.policy_loss import policy_loss
@@ -27,6 +28,7 @@ __all__ = [
     "masked_mean",
     "masked_whiten",
     "policy_loss",
+    "shaped_rewards",
     "token_logprobs",
     "use_backend",
 ]

@@ -46,24 +46,30 @@ def resources(extension):
 
 
 @pytest.fixture(scope="module")
-def loops(extension):
-    """{(architecture, kernel): [the instructions of each loop]}"""
+def code(extension):
+    """{(architecture, kernel): [(address, instruction)]}"""
     found, architecture = {}, None
     for section in re.split(r"^\s*Function : ", dump(extension, "-sass"), flags=re.MULTILINE):
         kernel, _, body = section.partition("\n")
-        code = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", body, flags=re.MULTILINE)
-        instructions = [(int(address, 16), text) for address, text in code]
+        listed = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", body, flags=re.MULTILINE)
+        if architecture:
+            found[architecture, kernel] = [(int(address, 16), text) for address, text in listed]
+        if match := re.findall(r"^arch = (\w+)", section, flags=re.MULTILINE):
+            architecture = match[-1]
+    return found
+
+
+@pytest.fixture(scope="module")
+def loops(code):
+    """{(architecture, kernel): [the instructions of each loop]}"""
+    found = {}
+    for key, instructions in code.items():
         backward = [
             (int(match[1], 16), address)
             for address, text in instructions
             if (match := re.search(r"\bBRA.* (?:`\(.*\)|0x([0-9a-f]+))", text)) and int(match[1], 16) < address
         ]
-        if architecture:
-            found[architecture, kernel] = [
-                [text for address, text in instructions if first <= address <= last] for first, last in backward
-            ]
-        if match := re.findall(r"^arch = (\w+)", section, flags=re.MULTILINE):
-            architecture = match[-1]
+        found[key] = [[text for address, text in instructions if first <= address <= last] for first, last in backward]
     return found
 
 
@@ -76,7 +82,7 @@ def kernels_of(table, architecture, name):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills(resources, architecture):
     kernels = kernels_of(resources, architecture, "rlk::")
-    assert len(kernels) >= 35
+    assert len(kernels) >= 36
     for kernel, usage in kernels.items():
         assert (usage["STACK"], usage["LOCAL"]) == (0, 0), kernel
 
@@ -98,8 +104,17 @@ def test_elements_are_read_and_written_16_bytes_at_a_time(loops, architecture, n
         assert any(widest("LDG", body) >= inputs and widest("STG", body) >= 1 for body in bodies)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rewards_are_read_and_written_16_bytes_at_a_time(code, architecture):
+    """Once a thread, outside any loop."""
+    (instructions,) = kernels_of(code, architecture, "shaped_rewards_kernel").values()
+    texts = [text for _, text in instructions]
+    assert widest("LDG", texts) >= 2
+    assert widest("STG", texts) >= 1
+
+
 def widest(instruction, body):
-    """How many of a loop's instructions move 16 bytes."""
+    """How many of some move 16 bytes."""
     return sum(bool(re.search(rf"\b{instruction}\.E\.[\w.]*128", text)) for text in body)
 
 
@@ -112,7 +127,7 @@ def test_every_op_is_registered():
     program = (
         "import torch, rlkernels, rlkernels._C_cuda\n"
         "names = [n for n in torch._C._dispatch_get_all_op_names() if n[:11] == 'rlkernels::' and n[-5:] == '.cuda']\n"
-        "assert len(names) >= 7\n"
+        "assert len(names) >= 8\n"
         "print(*(n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, 'CUDA')))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

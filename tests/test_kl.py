@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 import rlkernels
 from op_calls import check_ops
-from rlkernels import kl_penalty
+from rlkernels import kl_penalty, shaped_rewards
 from tolerance import assert_as_accurate_as_torch
 
 INF = float("inf")
@@ -273,3 +274,269 @@ def test_value_clamp_alone_stops_the_gradient_of_what_overflows(backend, device)
     logprobs = torch.tensor([-100.0, -1.0], device=device, requires_grad=True)
     kl_penalty(logprobs, torch.zeros(2, device=device), value_clamp=10.0).sum().backward()
     torch.testing.assert_close(logprobs.grad.cpu(), torch.tensor([0.0, 1 - math.e]))
+
+
+# shaped_rewards
+
+
+def rewards_by_loops(
+    scores, logprobs, ref_logprobs, mask=None, kl_coef=0.1, estimator="k1", cu_seqlens=None, score_at="last"
+):
+    """One sequence after the other, one token after the other."""
+    rewards = torch.zeros_like(logprobs)
+    if cu_seqlens is None:
+        spans = [(row, slice(None)) for row in range(logprobs.shape[0])]
+    else:
+        spans = [(slice(start, end),) for start, end in itertools.pairwise(cu_seqlens.tolist())]
+    for number, span in enumerate(spans):
+        scored = torch.ones_like(logprobs[span]) if mask is None else mask[span]
+        positions = scored.nonzero().flatten().tolist()
+        for t in positions:
+            penalty = eager(logprobs[span][t], ref_logprobs[span][t], estimator)
+            rewards[span][t] = -kl_coef * penalty if kl_coef else 0.0
+        if positions:
+            at = positions[-1]
+            if score_at == "after_last" and at + 1 < len(scored):
+                at += 1
+            rewards[span][at] += scores[number]
+    return rewards
+
+
+def reward_inputs(lengths, width, device, dtype=torch.float32, packed=False, holes=0.0, garbage=NAN, seed=0):
+    """Sequences whose first `length` tokens are scored, but for holes, and the others garbage; packed without those
+    that no sequence has, but with one more token each that is not scored."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), width)
+    mask = torch.arange(width) < torch.tensor(lengths).view(-1, 1)
+    mask &= torch.rand(shape, generator=generator) >= holes
+    logprobs, ref_logprobs = (-3 * torch.rand(shape, generator=generator) for _ in range(2))
+    scores = torch.randn(len(lengths), generator=generator)
+    cu_seqlens = None
+    if packed:
+        there = torch.arange(width) < (torch.tensor(lengths).view(-1, 1) + 1)
+        logprobs, ref_logprobs, mask = logprobs[there], ref_logprobs[there], mask[there]
+        cu_seqlens = torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0)).int().to(device)
+    logprobs, ref_logprobs = (value.masked_fill(~mask, garbage) for value in (logprobs, ref_logprobs))
+    values = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
+    values = {name: value.to(device, dtype) for name, value in values.items()}
+    return {**values, "mask": mask.to(device), "cu_seqlens": cu_seqlens}
+
+
+def assert_rewards_match(inputs, **options):
+    options = {"kl_coef": 0.1, **options}
+    got = shaped_rewards(**inputs, **options)
+    floats = ("scores", "logprobs", "ref_logprobs")
+    in_double = inputs | {name: inputs[name].double() for name in floats}
+    in_float = inputs | {name: inputs[name].float() for name in floats}
+    with rlkernels.use_backend("reference"):
+        oracle = shaped_rewards(**in_double, **options)
+    by_loops = rewards_by_loops(**{name: v if v is None else v.cpu() for name, v in in_double.items()}, **options)
+    torch.testing.assert_close(oracle.cpu(), by_loops, rtol=1e-12, atol=1e-14)
+    naive = rewards_by_loops(**{name: v if v is None else v.cpu() for name, v in in_float.items()}, **options)
+    assert_as_accurate_as_torch(got, oracle, naive)
+    return got
+
+
+SCORE_AT = ("last", "after_last")
+
+
+@given(
+    lengths=st.lists(st.integers(0, 12), max_size=6),
+    room=st.integers(0, 9),
+    dtype=st.sampled_from(DTYPES),
+    packed=st.booleans(),
+    holes=st.sampled_from([0.0, 0.3, 0.9]),
+    kl_coef=st.sampled_from([0.0, 0.1, -2.0]),
+    estimator=st.sampled_from(["k1", "k2", "k3", "abs"]),
+    score_at=st.sampled_from(SCORE_AT),
+    seed=st.integers(0, 99),
+)
+def test_rewards_match_loops(backend, device, lengths, room, dtype, packed, holes, kl_coef, estimator, score_at, seed):
+    width = max(lengths, default=0) + room
+    inputs = reward_inputs(lengths, width, device, dtype, packed, holes, seed=seed)
+    assert_rewards_match(inputs, kl_coef=kl_coef, estimator=estimator, score_at=score_at)
+
+
+@pytest.mark.parametrize("score_at", SCORE_AT)
+@pytest.mark.parametrize("length", [1022, 1023, 1024, 1025, 2047, 2048])
+def test_score_at_the_edge_of_a_block(backend, device, length, score_at):
+    """Kernels take blocks of 1,024 tokens; the token after the last may be the first of the next, and nothing but
+    padding may follow for blocks."""
+    for width in (length, length + 1, 3072):
+        assert_rewards_match(reward_inputs([length], width, device), score_at=score_at)
+    assert_rewards_match(reward_inputs([length, 0, 5, 1030], 2100, device, packed=True), score_at=score_at)
+    exact = torch.tensor([0, 1024, 1024, 2048], dtype=torch.int32, device=device)
+    inputs = reward_inputs([2048], 2048, device, holes=0.3)
+    inputs = {name: value if value is None else value.flatten() for name, value in inputs.items()}
+    scores = torch.tensor([1.0, 2.0, 3.0], device=device)
+    assert_rewards_match(inputs | {"scores": scores, "cu_seqlens": exact}, score_at=score_at)
+
+
+@pytest.mark.parametrize("score_at", SCORE_AT)
+@pytest.mark.parametrize("at", [[5], [5, 1500], [1023, 9000], [5, 1023, 9999], [1024], []], ids=str)
+def test_last_token_far_from_the_others(backend, device, at, score_at):
+    """Between the scored tokens nothing for longer than what a kernel looks at in one step."""
+    inputs = reward_inputs([0], 10_000, device, garbage=-1.0)
+    inputs["mask"][0, at] = True
+    assert_rewards_match(inputs, score_at=score_at)
+
+
+@pytest.mark.parametrize("score_at", SCORE_AT)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rewards_without_a_mask(backend, device, packed, score_at):
+    inputs = reward_inputs([1100, 1100], 1101, device, packed=packed, garbage=-1.0)
+    inputs["mask"] = None
+    got = assert_rewards_match(inputs, score_at=score_at)
+    last = got.view(2, -1)[:, -1] - got.new_tensor(0.0)
+    without_score = shaped_rewards(**(inputs | {"scores": torch.zeros(2, device=device)}), kl_coef=0.1)
+    torch.testing.assert_close(last, without_score.view(2, -1)[:, -1] + inputs["scores"])
+
+
+@pytest.mark.parametrize("score_at", SCORE_AT)
+def test_many_short_sequences(backend, device, emulated, score_at):
+    lengths = [index % 4 for index in range(400 if emulated else 70_000)]
+    for packed in (False, True):
+        inputs = reward_inputs(lengths, 4, device, packed=packed, garbage=-1.0)
+        got = shaped_rewards(**inputs, kl_coef=0.0, score_at=score_at)
+        scored = torch.tensor(lengths, device=device) > 0
+        assert torch.equal(got[got != 0], inputs["scores"][scored])
+    assert_rewards_match(reward_inputs(lengths[:300], 4, device, packed=True), score_at=score_at)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30], ids=str)
+def test_no_reward_from_what_is_not_scored(backend, device, packed, garbage):
+    """Not even by a score on a padding token, but where it was asked for."""
+    lengths = [7, 12, 0]
+    clean, dirty = (reward_inputs(lengths, 20, device, packed=packed, garbage=g, holes=0.2) for g in (-1.0, garbage))
+    for score_at in SCORE_AT:
+        rewards = shaped_rewards(**dirty, kl_coef=0.1, score_at=score_at)
+        assert torch.equal(rewards, shaped_rewards(**clean, kl_coef=0.1, score_at=score_at))
+        assert rewards[~dirty["mask"]].count_nonzero() == (2 if score_at == "after_last" else 0)
+    dirty["scores"][2] = NAN
+    assert shaped_rewards(**dirty, kl_coef=0.1).isfinite().all(), "the score of a sequence without a scored token"
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_tokens(backend, device, packed, lengths):
+    for width in (0, 3):
+        inputs = reward_inputs(lengths, width, device, packed=packed)
+        rewards = shaped_rewards(**inputs, kl_coef=0.1)
+        assert rewards.shape == inputs["logprobs"].shape
+        assert not rewards.any()
+
+
+def test_infinite_penalty_of_coefficient_zero_leaves_the_score_alone(backend, device):
+    inputs = reward_inputs([3], 4, device)
+    inputs["ref_logprobs"][0, 1] = -INF
+    for estimator in ("k1", "k2", "k3", "abs"):
+        rewards = shaped_rewards(**inputs, kl_coef=0.0, estimator=estimator)
+        assert torch.equal(rewards, torch.tensor([[0.0, 0.0, inputs["scores"].item(), 0.0]], device=device))
+        assert shaped_rewards(**inputs, kl_coef=0.1, estimator=estimator)[0, 1].isinf()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
+def test_reward_masks_of_other_dtypes_and_strides(backend, device, dtype):
+    inputs = reward_inputs([7, 12, 3], 12, device)
+    wanted = shaped_rewards(**inputs, kl_coef=0.1)
+    assert torch.equal(shaped_rewards(**(inputs | {"mask": 2 * inputs["mask"].to(dtype)}), kl_coef=0.1), wanted)
+    strided = {
+        name: value.t().contiguous().t() if value is not None and value.dim() == 2 else value
+        for name, value in inputs.items()
+    }
+    assert torch.equal(shaped_rewards(**strided, kl_coef=0.1), wanted)
+    beyond = {  # not at a multiple of 16 bytes
+        name: torch.cat([value.flatten()[:1], value.flatten()])[1:].view(value.shape)
+        for name, value in inputs.items()
+        if value is not None
+    }
+    assert torch.equal(shaped_rewards(**beyond, kl_coef=0.1), wanted)
+
+
+def test_rewards_of_a_row_do_not_depend_on_the_others_and_bits_repeat(backend, device):
+    inputs = reward_inputs([700, 12, 333], 800, device, holes=0.1)
+    together = shaped_rewards(**inputs, kl_coef=0.1, estimator="k3")
+    assert torch.equal(shaped_rewards(**inputs, kl_coef=0.1, estimator="k3"), together)
+    for row in range(3):
+        alone = {name: value if value is None else value[row : row + 1] for name, value in inputs.items()}
+        assert torch.equal(shaped_rewards(**alone, kl_coef=0.1, estimator="k3")[0], together[row])
+
+
+@pytest.mark.parametrize("bounds", [[0, 5, 11], [1, 5, 12], [0, 9, 5, 12], [0, 5, 13], [0]], ids=str)
+def test_rewards_of_bad_cu_seqlens(backend, device, bounds, monkeypatch):
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    tokens, mask = torch.zeros(12, device=device), torch.arange(12, device=device) < 9
+    scores = torch.ones(len(bounds) - 1, device=device)
+    if backend in ("cpu", "reference") and device.type == "cpu":
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            shaped_rewards(scores, tokens, tokens, mask, kl_coef=0.1, cu_seqlens=cu_seqlens)
+        return
+    for score_at in SCORE_AT:
+        rewards = shaped_rewards(scores, tokens, tokens, mask, kl_coef=0.1, cu_seqlens=cu_seqlens, score_at=score_at)
+        assert rewards.isnan().all()
+    monkeypatch.setattr("rlkernels.ops._checks.CHECK_VALUES", True)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        shaped_rewards(scores, tokens, tokens, mask, kl_coef=0.1, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.only("cpu", "triton", "cuda")
+@pytest.mark.parametrize("packed", [False, True])
+def test_rewards_opcheck(backend, device, packed):
+    inputs = reward_inputs([5, 3], 9, device, packed=packed, garbage=-1.0)
+    check_ops(lambda: shaped_rewards(**inputs, kl_coef=0.1), backend, "shaped_rewards")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rewards_compile(backend, device, packed):
+    torch._dynamo.reset()
+    inputs = reward_inputs([5, 3], 9, device, packed=packed, garbage=-1.0)
+
+    def function(scores, **inputs):
+        return 2 * shaped_rewards(scores * 1.5, **inputs, kl_coef=0.1, estimator="k3", score_at="after_last")
+
+    compiled = torch.compile(function, fullgraph=True, backend="inductor")
+    torch.testing.assert_close(compiled(**inputs), function(**inputs), rtol=1e-6, atol=1e-6)
+
+
+TWO = torch.zeros(2, 3)
+BAD_REWARDS = {
+    "scores shape": (dict(scores=torch.zeros(3)), ValueError, ("scores", "[2]", "[3]")),
+    "scores None": (dict(scores=None), TypeError, ("scores", "NoneType")),
+    "scores integer": (dict(scores=torch.zeros(2).long()), TypeError, ("scores", "float32", "int64")),
+    "scores gradient": (dict(scores=torch.zeros(2, requires_grad=True)), ValueError, ("scores", "detach")),
+    "scores device": (dict(scores=torch.zeros(2, device="meta")), ValueError, ("scores", "cpu", "meta")),
+    "logprobs 1-d": (dict(logprobs=torch.zeros(6)), ValueError, ("logprobs", "[B, T]", "[6]")),
+    "logprobs gradient": (dict(logprobs=torch.zeros(2, 3, requires_grad=True)), ValueError, ("logprobs", "detach")),
+    "ref_logprobs shape": (dict(ref_logprobs=torch.zeros(2, 4)), ValueError, ("ref_logprobs", "[2, 3]", "[2, 4]")),
+    "ref_logprobs gradient": (
+        dict(ref_logprobs=torch.zeros(2, 3, requires_grad=True)),
+        ValueError,
+        ("ref_logprobs", "detach"),
+    ),
+    "mask shape": (dict(mask=torch.ones(3)), ValueError, ("mask", "[2, 3]", "[3]")),
+    "kl_coef nan": (dict(kl_coef=NAN), ValueError, ("kl_coef", "finite", "nan")),
+    "kl_coef a tensor": (dict(kl_coef=torch.ones(())), TypeError, ("kl_coef", "number", "Tensor")),
+    "estimator straight-through": (dict(estimator="k3+"), ValueError, ("estimator", "k1, k2, k3, abs", "k3+")),
+    "score_at": (dict(score_at="eos"), ValueError, ("score_at", "last, after_last", "eos")),
+    "cu_seqlens with padded": (
+        dict(cu_seqlens=torch.tensor([0, 6], dtype=torch.int32)),
+        ValueError,
+        ("logprobs", "cu_seqlens", "[2, 3]"),
+    ),
+    "cu_seqlens int64": (
+        dict(cu_seqlens=torch.tensor([0, 6]), logprobs=torch.zeros(6)),
+        TypeError,
+        ("cu_seqlens", "int32", "int64"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REWARDS)
+def test_bad_rewards_input(backend, device, name):
+    changes, error, fragments = BAD_REWARDS[name]
+    arguments = {"scores": torch.zeros(2), "logprobs": TWO, "ref_logprobs": TWO, "kl_coef": 0.1}
+    with pytest.raises(error) as raised:
+        shaped_rewards(**(arguments | changes))
+    for fragment in fragments:
+        assert fragment in str(raised.value)

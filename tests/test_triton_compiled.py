@@ -111,6 +111,29 @@ def kl_penalty(estimator: int, straight_through: bool = False) -> None:
     kl.kl_penalty_backward(values, values, values, *options)
 
 
+def shaped_rewards(
+    *,
+    length: int = 4096,
+    rows: int = 16,
+    packed: bool = False,
+    with_mask: bool = True,
+    estimator: int = 0,
+    after_last: bool = False,
+) -> None:
+    shape = (rows * length,) if packed else (rows, length)
+    kl.shaped_rewards(
+        empty(rows),
+        empty(*shape),
+        empty(*shape),
+        empty(*shape, dtype=torch.bool) if with_mask else None,
+        empty(rows + 1, dtype=torch.int32) if packed else None,
+        empty() if packed else None,
+        0.1,
+        estimator,
+        after_last,
+    )
+
+
 def group_advantages(
     *, ragged: bool = False, weighted: bool = False, baseline: int = 0, scale: int = 0, before_sum: bool = False
 ) -> None:
@@ -189,6 +212,13 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
     "kl_penalty k3": (lambda: kl_penalty(2), KL_LOADS),
     "kl_penalty abs": (lambda: kl_penalty(3), KL_LOADS),
     "kl_penalty k3+": (lambda: kl_penalty(2, straight_through=True), KL_LOADS),
+    "shaped_rewards": (lambda: shaped_rewards(), {"kl._rewards_kernel": 2}),
+    "shaped_rewards k3": (lambda: shaped_rewards(estimator=2, with_mask=False), {"kl._rewards_kernel": 2}),
+    "shaped_rewards odd": (lambda: shaped_rewards(length=33, rows=1, estimator=1), {}),
+    "shaped_rewards packed": (
+        lambda: shaped_rewards(packed=True, after_last=True, estimator=3),
+        {"kl._rewards_kernel": 2},
+    ),
     "group_advantages": (lambda: group_advantages(), {}),
     "group_advantages ragged batch": (
         lambda: group_advantages(ragged=True, weighted=True, baseline=1, scale=1),
@@ -349,6 +379,16 @@ def test_one_variant_of_group_advantages_serves_every_length(compile_launches):
         "groups._batch_divisor_kernel": 1,
         "groups._group_kernel": 1,
     }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_variants_serve_rewards_of_every_length(packed, compile_launches):
+    def launches():
+        for length in VOCAB_SIZES:
+            shaped_rewards(length=length, rows=1, packed=packed)
+        shaped_rewards(length=4096, rows=70_000, packed=packed)
+
+    assert len(compile_launches(TARGETS["sm_90"], launches)["kl._rewards_kernel"]) == 2
 
 
 def test_two_variants_serve_masked_tensors_of_every_length(compile_launches):

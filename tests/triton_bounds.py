@@ -83,6 +83,11 @@ def run_all(after: bool) -> None:
         masked.masked_mean(x, mask)
         masked.masked_whiten(x, mask, masked.masked_moments(x, mask), False, 1e-8, True, False)
 
+    for rows, tokens in ((1, 1027), (3, 1025), (1030, 1)):
+        print(f"shaped_rewards {rows=} {tokens=}", flush=True)
+        values, mask = guard(torch.randn(rows, tokens)), guard(torch.rand(rows, tokens) > 0.999)
+        kl.shaped_rewards(guard(torch.randn(rows)), values, values, mask, None, None, 0.1, 0, True)
+
     tokens = 1027
     for starts in (
         [0, 500, 500, tokens],
@@ -92,6 +97,19 @@ def run_all(after: bool) -> None:
         [tokens, tokens, 0, 0],
         [7],
     ):
+        print(f"shaped_rewards cu_seqlens={starts}", flush=True)
+        for after_last in (False, True):
+            for scored in (0.0, 0.5, 1.0):
+                kl.shaped_rewards(
+                    guard(torch.randn(len(starts) - 1)),
+                    guard(torch.randn(tokens)),
+                    guard(torch.randn(tokens)),
+                    guard(torch.rand(tokens) < scored),
+                    guard(torch.tensor(starts, dtype=torch.int32)),
+                    guard(torch.tensor(1.0)),
+                    *(0.1, 2, after_last),
+                )
+
         print(f"policy_loss cu_seqlens={starts}", flush=True)
         for aggregation in range(4):
             policy_loss.policy_loss_forward(

@@ -33,10 +33,34 @@ Tensor kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, in
   return grad_logprobs;
 }
 
+// `valid` is for devices where nobody has looked at cu_seqlens.
+Tensor shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, std::optional<Tensor> mask,
+                      std::optional<Tensor> cu_seqlens, std::optional<Tensor>, double kl_coef, int64_t estimator,
+                      bool after_last) {
+  const ShapedRewards problem = {floats(scores),
+                                 floats(logprobs),
+                                 floats(ref_logprobs),
+                                 data_or_null<bool>(mask),
+                                 sequences_of(logprobs, cu_seqlens),
+                                 static_cast<int>(estimator),
+                                 static_cast<float>(kl_coef),
+                                 after_last};
+  Tensor rewards = empty_floats(logprobs.sizes());
+  float* const out = rewards.mutable_data_ptr<float>();
+  const int64_t tokens = problem.sequences.tokens, count = problem.sequences.count;
+  with_kernels<KlKernels>([&](auto kernels) {
+    parallel(tokens, 1, [&](int64_t begin, int64_t end) { kernels.shape_rewards(problem, out, begin, end); });
+    parallel(count, tokens / std::max<int64_t>(1, count),
+             [&](int64_t begin, int64_t end) { kernels.add_scores(problem, out, begin, end); });
+  });
+  return rewards;
+}
+
 }  // namespace
 }  // namespace rlk
 
 STABLE_TORCH_LIBRARY_IMPL(rlkernels, CPU, m) {
   m.impl("kl_penalty_forward.cpu", TORCH_BOX(&rlk::kl_penalty_forward));
   m.impl("kl_penalty_backward.cpu", TORCH_BOX(&rlk::kl_penalty_backward));
+  m.impl("shaped_rewards.cpu", TORCH_BOX(&rlk::shaped_rewards));
 }

@@ -1,5 +1,7 @@
 #include "rlkernels/kl.h"
 
+#include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "cpu/kl.h"
@@ -21,6 +23,14 @@ void with_estimator(int estimator, Function function) {
     default:
       return function(std::integral_constant<int, kAbs>{});
   }
+}
+
+// One past the last scored token of [begin, end), or begin. Rows may end with far more padding than they have tokens.
+int64_t end_of_scored(const bool* mask, int64_t begin, int64_t end) {
+  uint64_t tail;
+  while (end - begin >= 8 && (std::memcpy(&tail, mask + end - 8, 8), tail == 0)) end -= 8;
+  while (end > begin && !mask[end - 1]) --end;
+  return end;
 }
 
 }  // namespace
@@ -51,6 +61,26 @@ void KlKernels<Isa::RLK_ISA>::kl_penalty_backward(const KlPenalty& options, cons
       store(grad_logprobs + i, load(grad + i, count) * derivative, count);
     });
   });
+}
+
+template <>
+void KlKernels<Isa::RLK_ISA>::shape_rewards(const ShapedRewards& problem, float* rewards, int64_t begin, int64_t end) {
+  for_each_vector(begin, end, [&](int64_t i, int64_t count) {
+    const Mask scored = problem.mask != nullptr ? load_mask(problem.mask + i, count) : first_lanes(count);
+    const Vec reward = kl_reward(problem.estimator, load(problem.logprobs + i, count),
+                                 load(problem.ref_logprobs + i, count), problem.kl_coef);
+    store(rewards + i, select(scored, reward, Vec(0.0f)), count);
+  });
+}
+
+template <>
+void KlKernels<Isa::RLK_ISA>::add_scores(const ShapedRewards& problem, float* rewards, int64_t begin, int64_t end) {
+  for (int64_t s = begin; s < end; ++s) {
+    const int64_t first = problem.sequences.start(s), last = problem.sequences.start(s + 1);
+    const int64_t scored = problem.mask != nullptr ? end_of_scored(problem.mask, first, last) : last;
+    if (scored == first) continue;
+    rewards[problem.after_last ? std::min(scored, last - 1) : scored - 1] += problem.scores[s];
+  }
 }
 
 }  // namespace rlk

@@ -1,8 +1,9 @@
-// kl_penalty: elementwise, 16 bytes at a time.
+// kl_penalty: elementwise, 16 bytes at a time. shaped_rewards: the same, and a look ahead over the mask.
 #pragma once
 
 #include "block.cuh"
 #include "rlkernels/kl.h"
+#include "rlkernels/sequences.h"
 
 namespace rlk {
 
@@ -47,6 +48,120 @@ __global__ void kl_penalty_backward_kernel(const float* __restrict__ grad, const
   }
   for (int64_t i = 4 * elements.vectors + thread; i < elements.count; i += threads)
     grad_logprobs[i] = f(grad[i], logprobs[i], ref_logprobs[i]);
+}
+
+constexpr int kRewardThreads = 256;
+constexpr int kThreadTokens = 4;
+constexpr int kRewardTokens = kRewardThreads * kThreadTokens;
+// The mask beyond a block is read in steps: few bytes first, since a sequence mostly goes on there.
+constexpr int64_t kFirstLook = kRewardThreads, kLongestLook = 64 * kRewardThreads;
+
+struct RewardBatch {
+  const float* scores;    // [sequences]
+  const float* logprobs;  // [tokens], as are ref_logprobs and mask
+  const float* ref_logprobs;
+  const bool* mask;    // or null: every token is scored
+  const float* valid;  // NaN where cu_seqlens is not what it should be, else 1; or null: 1
+  Sequences sequences;
+  int estimator;
+  float kl_coef;
+  bool after_last;
+  bool aligned;  // whether four tokens can be read and written at once
+
+  __device__ bool scored(int64_t token) const { return mask == nullptr || mask[token]; }
+};
+
+// Whether any of the bits [from, to) is set.
+__device__ inline bool any_bit(const unsigned* words, int from, int to) {
+  for (int word = from / 32; word * 32 < to; ++word) {
+    unsigned bits = words[word];
+    if (word == from / 32) bits &= ~0u << from % 32;
+    if (to - word * 32 < 32) bits &= (1u << (to - word * 32)) - 1;
+    if (bits != 0) return true;
+  }
+  return false;
+}
+
+// Block b: tokens [b * kRewardTokens, (b + 1) * kRewardTokens), kThreadTokens to a thread. Which token is the last that
+// is scored in its sequence the block sees by itself, but for the sequence that goes on beyond it, whose mask it reads
+// up to the next scored token. Only a block with a scored token asks, and its answer lies before the next such block:
+// the mask is read twice, no more.
+__global__ void __launch_bounds__(kRewardThreads) shaped_rewards_kernel(RewardBatch batch, float* rewards) {
+  __shared__ unsigned scored_bits[kRewardTokens / 32];
+  const Sequences& sequences = batch.sequences;
+  const int64_t first = int64_t{blockIdx.x} * kRewardTokens;
+  const int64_t block_end = first + kRewardTokens < sequences.tokens ? first + kRewardTokens : sequences.tokens;
+  const int offset = static_cast<int>(threadIdx.x) * kThreadTokens;
+  const int64_t token = first + offset;
+  const bool whole = batch.aligned && token + kThreadTokens <= sequences.tokens;
+
+  bool scored[kThreadTokens] = {};
+  if (whole && batch.mask != nullptr) {
+    const uint32_t four = *reinterpret_cast<const uint32_t*>(batch.mask + token);
+#pragma unroll
+    for (int i = 0; i < kThreadTokens; ++i) scored[i] = (four >> 8 * i & 0xff) != 0;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kThreadTokens; ++i) scored[i] = token + i < sequences.tokens && batch.scored(token + i);
+  }
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) bits |= static_cast<unsigned>(scored[i]) << (offset % 32 + i);
+#pragma unroll
+  for (int lanes = 1; lanes < 32 / kThreadTokens; lanes *= 2) bits |= shuffle_xor(bits, lanes);
+  if (offset % 32 == 0) scored_bits[offset / 32] = bits;
+  __syncthreads();
+
+  bool later = batch.mask == nullptr;
+  if (batch.mask != nullptr && block_end < sequences.tokens) {
+    const int64_t s = sequences.of(block_end - 1), limit = s < sequences.count ? sequences.start(s + 1) : block_end;
+    // The token after the last one may bear its score.
+    const bool asks =
+        any_bit(scored_bits, 0, kRewardTokens) || (batch.after_last && first > 0 && batch.mask[first - 1]);
+    int64_t look = kFirstLook;
+    for (int64_t from = block_end; asks && !later && from < limit; from += look, look = kLongestLook) {
+      int found = 0;
+      for (int64_t t = from + threadIdx.x; t < from + look && t < limit; t += kRewardThreads) found |= batch.mask[t];
+      later = block_reduce(found, [](int a, int b) { return a | b; }) != 0;
+    }
+  }
+
+  float p[kThreadTokens], q[kThreadTokens], reward[kThreadTokens];
+  if (whole) {
+    unpack<float>(load_vector(batch.logprobs + token, true), p);
+    unpack<float>(load_vector(batch.ref_logprobs + token, true), q);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kThreadTokens; ++i) {
+      p[i] = scored[i] ? batch.logprobs[token + i] : 0.0f;
+      q[i] = scored[i] ? batch.ref_logprobs[token + i] : 0.0f;
+    }
+  }
+  const float valid = batch.valid != nullptr ? *batch.valid : 1.0f;
+  bool before = batch.after_last && token > 0 && token < sequences.tokens && batch.scored(token - 1);
+  int64_t s = token < sequences.tokens ? sequences.of(token) : sequences.count;
+#pragma unroll
+  for (int i = 0; i < kThreadTokens; ++i) {
+    const int64_t t = token + i;
+    reward[i] = scored[i] ? kl_reward(batch.estimator, p[i], q[i], batch.kl_coef) : 0.0f;
+    while (s < sequences.count && sequences.start(s + 1) <= t) ++s;
+    if (s < sequences.count && t < sequences.tokens) {
+      const int64_t end = sequences.start(s + 1), visible = (end < block_end ? end : block_end) - first;
+      bool bears = scored[i];
+      if (batch.after_last) bears = scored[i] ? t + 1 == end : before && t > sequences.start(s);
+      if (bears && !(end > block_end && later) && !any_bit(scored_bits, offset + i + 1, static_cast<int>(visible)))
+        reward[i] += batch.scores[s];
+    }
+    before = scored[i];
+    reward[i] *= valid;
+  }
+  if (whole) {
+    store_vector<float>(rewards + token, reward);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kThreadTokens; ++i)
+      if (token + i < sequences.tokens) rewards[token + i] = reward[i];
+  }
 }
 
 }  // namespace rlk

@@ -6,6 +6,7 @@ from rlkernels.reference import kl as reference
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 """In the order of the kernels' codes. "k1+", "k3+" and "abs+" are the straight-through forms."""
 STRAIGHT_THROUGH = ("k1+", "k3+", "abs+")
+SCORE_AT = ("last", "after_last")
 
 
 def kl_penalty(
@@ -76,6 +77,100 @@ def kl_penalty(
     )
 
 
+def shaped_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    kl_coef: float,
+    estimator: str = "k1",
+    cu_seqlens: Tensor | None = None,
+    score_at: str = "last",
+) -> Tensor:
+    """Per-token rewards of sequences with one score each: a KL penalty at every token, and the score at the end.
+
+        reward[t]  = -kl_coef * kl_penalty(logprobs[t], ref_logprobs[t])     at scored tokens, 0 elsewhere
+        reward[t] += scores[sequence]                                        at one token of each sequence
+
+    score_at="last": the sequence's last scored token (verl, OpenRLHF). "after_last": the token after it, which is not
+    scored and so has nothing but the score, or, where the sequence has no room for it, the last scored token (TRL's
+    last PPO, whose value mask goes one token further than its loss mask).
+
+    Args:
+        scores: [B], or [number of packed sequences]; float32, bfloat16, float16 or float64.
+        logprobs: [B, T] padded, or [N] packed with cu_seqlens; of these dtypes (float64 is served by the reference, in
+            float64); of the policy.
+        ref_logprobs: the same shape; of the reference model.
+        mask: the same shape, bool, integer or float; nonzero is scored; None scores every token. Scored tokens need not
+            be consecutive.
+        kl_coef: any number; with 0 nothing but the scores is left, also where an estimate would overflow.
+        estimator: "k1", "k2", "k3" or "abs", as in kl_penalty, not clamped. verl clamps k3 (log-ratio 20, value 10),
+            OpenRLHF each estimate at 10.
+        cu_seqlens: int32 [S + 1], from 0 to N, not decreasing: where each packed sequence starts.
+
+    Returns:
+        float32 of the shape of logprobs (float64 for float64 logprobs).
+
+    Not differentiable: rewards are data.
+
+    Edge cases: tokens that are not scored may hold NaN or inf and leave no trace. A sequence without a scored token has
+    rewards of 0, and its score is lost: there is no token that it could reward (verl and OpenRLHF put it on the last
+    padding token).
+
+    Raises: TypeError, ValueError for wrong dtypes, shapes, devices and options, for inputs that require a gradient,
+    and, on a CPU, for cu_seqlens that do not run from 0 to N without decreasing. On a GPU they make the rewards NaN, or
+    raise with RLKERNELS_CHECK=1.
+
+    Traffic: reads both log-probabilities once, the mask twice (to find the last scored token) and writes the rewards.
+    bfloat16 and float16 inputs are widened to float32 first. No host synchronisation.
+
+    References: Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155, equation 2); Stiennon et al. 2020 (arXiv 2009.01325).
+    """
+    because = "rewards are data for the loss"
+    _checks.tensor("logprobs", logprobs, _checks.FLOATS)
+    _checks.no_gradient("logprobs", logprobs, because)
+    sequences, cu_seqlens = _checks.sequences("logprobs", logprobs, cu_seqlens)
+    _checks.tensor("ref_logprobs", ref_logprobs, _checks.FLOATS)
+    _checks.shape("ref_logprobs", ref_logprobs, tuple(logprobs.shape), because="that of logprobs")
+    _checks.same_device("ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    _checks.no_gradient("ref_logprobs", ref_logprobs, because)
+    _checks.tensor("scores", scores, _checks.FLOATS)
+    _checks.shape("scores", scores, (sequences,), because="one a sequence")
+    _checks.same_device("scores", scores, "logprobs", logprobs)
+    _checks.no_gradient("scores", scores, because)
+    if mask is not None:
+        mask = _checks.mask("mask", mask, "logprobs", logprobs)
+    kl_coef = _checks.number("kl_coef", kl_coef)
+    _checks.choice("estimator", estimator, ESTIMATORS)
+    _checks.choice("score_at", score_at, SCORE_AT)
+
+    logprobs = _checks.working(logprobs.detach())
+    ref_logprobs, scores = (value.detach().to(logprobs.dtype).contiguous() for value in (ref_logprobs, scores))
+    after_last = score_at == "after_last"
+    backend = _registry.select(logprobs)
+    valid = None
+    if cu_seqlens is not None and backend != "cpu":
+        if _checks.values_in_python(backend, cu_seqlens):
+            _checks.cu_seqlens_values(cu_seqlens, logprobs.shape[0])
+        valid = _checks.nan_unless_valid(cu_seqlens, logprobs.shape[0], logprobs)
+    if backend == "reference":
+        rewards = reference.shaped_rewards(
+            scores,
+            logprobs,
+            ref_logprobs,
+            mask,
+            cu_seqlens,
+            kl_coef=kl_coef,
+            estimator=estimator,
+            after_last=after_last,
+        )
+        return rewards if valid is None else rewards * valid
+    return _registry.op("shaped_rewards", backend)(
+        scores, logprobs, ref_logprobs, mask, cu_seqlens, valid, kl_coef, ESTIMATORS.index(estimator), after_last
+    )
+
+
 def clamp_limit(name: str, value: float | None) -> float:
     return float("inf") if value is None else _checks.number(name, value, at_least=0.0)
 
@@ -111,4 +206,10 @@ _registry.define(
     f"(Tensor grad, Tensor logprobs, Tensor ref_logprobs, {_OPTIONS}) -> Tensor",
     lambda grad, logprobs, *rest: logprobs.new_empty(logprobs.shape),
     backward=_registry.no_second_derivative("kl_penalty_backward"),
+)
+_registry.define(
+    "shaped_rewards",
+    "(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, Tensor? cu_seqlens, Tensor? valid, "
+    "float kl_coef, int estimator, bool after_last) -> Tensor",
+    lambda scores, logprobs, *rest: logprobs.new_empty(logprobs.shape),
 )

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rlkernels.triton._launch import implements
 from rlkernels.triton._math import clamp, expm1, expm1_minus_x, known_even
+from rlkernels.triton._sequences import sequence_of
 
 K1 = tl.constexpr(0)
 K2 = tl.constexpr(1)
@@ -12,6 +13,9 @@ K3 = tl.constexpr(2)
 # What is neither of these is abs, 3.
 
 BLOCK = 1024
+# The mask beyond a block is read in steps: few bytes first, since a sequence mostly goes on there.
+FIRST_LOOK = 64
+LOOK = 4096
 
 
 @triton.jit
@@ -82,6 +86,95 @@ def _backward_kernel(
     tl.store(grad_logprobs + token, tl.load(grad + token, mask=inside) * derivative, mask=inside)
 
 
+@triton.jit
+def _any_scored(mask, start, end, BLOCK: tl.constexpr):
+    token = start + tl.arange(0, BLOCK)
+    return tl.max(tl.load(mask + token, mask=token < end, other=0).to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["count", "sequence_length", "sequences", "steps"])
+def _rewards_kernel(
+    scores,
+    logprobs,
+    ref_logprobs,
+    mask,
+    cu_seqlens,
+    valid,
+    rewards,
+    count: tl.int64,
+    sequence_length: tl.int32,
+    sequences: tl.int32,
+    steps: tl.int32,
+    kl_coef,
+    ESTIMATOR: tl.constexpr,
+    AFTER_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FIRST_LOOK: tl.constexpr,
+    LOOK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Which token is the last that is scored in its sequence a block sees by itself, but for the sequence that goes on
+    beyond it, whose mask it reads up to the next scored token. Only a block with a scored token asks, and its answer
+    lies before the next such block: the mask is read twice, no more."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    if ALIGNED:
+        count = count // 16 * 16  # in a form that shows the compiler that vectors of 16 bytes are whole
+    offset = tl.arange(0, BLOCK)
+    token = first + offset
+    inside = token < count
+    if cu_seqlens is not None:
+        sequence = sequence_of(token, cu_seqlens, sequences, steps)
+        known = inside & (sequence < sequences)
+        begin = tl.load(cu_seqlens + sequence, mask=known, other=0).to(tl.int64)
+        end = tl.load(cu_seqlens + sequence + 1, mask=known, other=0).to(tl.int64)
+    else:
+        # 64-bit division once a block, 32-bit division once a token.
+        within = (first % sequence_length).to(tl.int32) + offset
+        sequence = first // sequence_length + within // sequence_length
+        known = inside
+        begin = sequence * sequence_length
+        end = begin + sequence_length
+    limit = tl.minimum(tl.max(tl.where(known, end, 0), 0), count)
+    # Relative to the block, as far as that matters.
+    begin = tl.maximum(begin - first, -1).to(tl.int32)
+    end = tl.minimum(tl.maximum(end - first, 0), BLOCK + 1).to(tl.int32)
+
+    bears = offset + 1 == end
+    scored = inside
+    if mask is not None:
+        scored = scored & (tl.load(mask + token, mask=inside, other=0) != 0)
+        asks = tl.max(scored.to(tl.int32), 0)
+        if AFTER_LAST:
+            # The token after the last one may bear its score.
+            before_first = tl.load(mask + first - 1, mask=first > 0, other=0).to(tl.int32)
+            asks = tl.maximum(asks, before_first)
+            before = tl.gather(scored.to(tl.int32), tl.maximum(offset - 1, 0), 0)
+            before = tl.where(offset == 0, before_first, before)
+            bears = tl.where(scored, bears, (before != 0) & (offset > begin))
+        else:
+            bears = scored
+        later = 0
+        start = first + BLOCK
+        if (asks > 0) & (start < limit):
+            later = _any_scored(mask, start, limit, FIRST_LOOK)
+            start += FIRST_LOOK
+            while (later == 0) & (start < limit):
+                later = _any_scored(mask, start, limit, LOOK)
+                start += LOOK
+        # Scored tokens of the block from each token on, less those from the end of its sequence on.
+        onwards = tl.cumsum(scored.to(tl.int32), 0, reverse=True)
+        from_end = tl.gather(onwards, tl.minimum(end, BLOCK - 1), 0)
+        from_end = tl.where(end < BLOCK, from_end, tl.where(end > BLOCK, -later, 0))
+        bears = bears & (onwards - scored.to(tl.int32) == from_end)
+
+    reward = tl.load(logprobs + token, mask=inside, other=0.0) - tl.load(ref_logprobs + token, mask=inside, other=0.0)
+    reward = tl.where(scored & (kl_coef != 0.0), -kl_coef * kl_estimate(reward, ESTIMATOR), 0.0)
+    reward += tl.load(scores + sequence, mask=bears & known, other=0.0)
+    if valid is not None:
+        reward *= tl.load(valid)
+    tl.store(rewards + token, reward, mask=inside)
+
+
 @implements("kl_penalty_forward")
 def kl_penalty_forward(
     logprobs: Tensor,
@@ -135,3 +228,41 @@ def kl_penalty_backward(
             BLOCK=BLOCK,
         )
     return grad_logprobs
+
+
+@implements("shaped_rewards")
+def shaped_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    valid: Tensor | None,
+    kl_coef: float,
+    estimator: int,
+    after_last: bool,
+) -> Tensor:
+    rewards = torch.empty_like(logprobs)
+    count, sequences = logprobs.numel(), scores.shape[0]
+    if count:
+        _rewards_kernel[(triton.cdiv(count, BLOCK),)](
+            scores,
+            logprobs,
+            ref_logprobs,
+            mask,
+            cu_seqlens,
+            valid,
+            rewards,
+            count,
+            logprobs.shape[1] if cu_seqlens is None else 0,
+            sequences,
+            sequences.bit_length(),
+            kl_coef,
+            ESTIMATOR=estimator,
+            AFTER_LAST=after_last,
+            ALIGNED=count % 16 == 0,
+            FIRST_LOOK=FIRST_LOOK,
+            LOOK=LOOK,
+            BLOCK=BLOCK,
+        )
+    return rewards

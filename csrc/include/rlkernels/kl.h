@@ -1,4 +1,5 @@
-// kl_penalty: estimators of KL(policy || reference) from d = log policy - log reference of a sampled token.
+// kl_penalty, shaped_rewards: estimators of KL(policy || reference) from d = log policy - log reference of a sampled
+// token.
 #pragma once
 
 #include "rlkernels/math.h"
@@ -52,6 +53,14 @@ RLK_HD F kl_penalty_derivative(int estimator, bool straight_through, F logprob, 
   F derivative = kl_estimate_derivative(estimator, straight_through, d);
   derivative = select(abs(kl_estimate(estimator, d)) > value_clamp, F(0), derivative);
   return select(abs(raw) > log_ratio_clamp, F(0), derivative);
+}
+
+// Of a scored token, before the score of its sequence is added: -kl_coef * estimate. A coefficient of 0 leaves nothing,
+// also where the estimate overflows.
+template <class F>
+RLK_HD F kl_reward(int estimator, F logprob, F ref_logprob, float kl_coef) {
+  if (kl_coef == 0.0f) return F(0);
+  return F(-kl_coef) * kl_estimate(estimator, logprob - ref_logprob);
 }
 
 }  // namespace rlk
