@@ -1,59 +1,65 @@
-"""What every benchmark shares: the device's name in the header, and one small table of ratios at the end."""
+"""Runs the CASES of each file: every case on the device, in every implementation, checked and then timed."""
 
-import platform
-from collections import defaultdict
-from pathlib import Path
+import time
 
 import pytest
+import suite
 import torch
 
-OURS = ("cpu", "triton", "cuda")
-"""Names of implementations that are this package's kernels; "copy" is a yardstick, all others are peers."""
 
-_medians: dict[str, dict[str, float]] = defaultdict(dict)
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.addoption("--op", help="the cases of this op alone")
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
+def pytest_generate_tests(metafunc):
+    if "case" not in metafunc.fixturenames:
+        return
+    device, op = metafunc.config.getoption("device"), metafunc.config.getoption("op")
+    pairs = [
+        pytest.param(case, name, id=f"{case.name}-{name}")
+        for case in metafunc.module.CASES
+        if op in (None, case.op)
+        for name in suite.implementations(case, device)
+    ]
+    metafunc.parametrize(("case", "implementation"), pairs)
 
 
 @pytest.fixture
-def record(benchmark):
-    """Call it after timing: notes the bytes moved and GB/s beside the result, and keeps the median for the table."""
+def measure(request, benchmark):
+    device = request.config.getoption("device")
 
-    def keep(group: str, name: str, device: str, moved: int) -> None:
+    def run(case: suite.Case, implementation: str) -> None:
+        try:
+            call = suite.prepare(case, implementation, device)
+        except LookupError as error:
+            pytest.skip(str(error))
         if benchmark.disabled:
             return
-        median = benchmark.stats.stats.median
-        benchmark.extra_info.update(device=device_name(device), bytes_moved=moved, gb_per_s=moved / median / 1e9)
-        _medians[group][name] = median
 
-    return keep
+        def timed() -> None:
+            call.run()
+            suite.synchronize(device)
 
+        call.restore()
+        begin = time.perf_counter()
+        timed()
+        expected = time.perf_counter() - begin
+        fewest, most = suite.ROUNDS
+        rounds = min(max(int(suite.BUDGET / expected), fewest), most)
+        benchmark.group = case.name
+        benchmark.pedantic(timed, setup=call.restore, rounds=rounds)
+        result = {
+            "op": case.op,
+            "case": case.name,
+            "implementation": implementation,
+            "rounds": rounds,
+            **suite.percentiles(benchmark.stats.stats.data),
+            "bytes_moved": case.moved,
+            "copy_seconds": suite.copy_seconds(case.moved, device),
+            "peak_bytes": suite.peak_memory(call, device),
+        }
+        benchmark.extra_info.update(result)
+        request.node.user_properties.append(("result", result))
 
-def pytest_report_header() -> list[str]:
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return [f"{device}: {device_name(device)}" for device in devices] + [f"torch {torch.__version__}"]
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    if not _medians:
-        return
-    terminalreporter.section("kernels beside the fastest peer, medians")
-    row = "{:<46} {:>7} {:>9}   {:<16} {:>9} {:>8} {:>8}"
-    terminalreporter.line(row.format("", "", "ms", "fastest peer", "ms", "speed-up", "x copy"))
-    for group, medians in _medians.items():
-        peers = {name: median for name, median in medians.items() if name not in (*OURS, "reference", "copy")}
-        peer = min(peers, key=peers.__getitem__, default=None)
-        for name in OURS:
-            if name not in medians or peer is None:
-                continue
-            copies = f"{medians[name] / medians['copy']:.2f}" if "copy" in medians else ""
-            speedup = f"{peers[peer] / medians[name]:.2f}"
-            ours, theirs = f"{medians[name] * 1e3:.2f}", f"{peers[peer] * 1e3:.2f}"
-            terminalreporter.line(row.format(group, name, ours, peer, theirs, speedup, copies))
+    return run

@@ -1,0 +1,98 @@
+"""policy_loss and value_loss with their gradients and metrics, at the batch of one optimizer step."""
+
+import torch
+from suite import Case, Peer, response_mask
+
+import peer_modules
+import rlkernels
+
+SHAPE = (64, 1024)
+SIZE = 4 * SHAPE[0] * SHAPE[1]
+LOW, HIGH, BETA, CLIP = 0.2, 0.28, 0.04, 0.2
+
+
+def policy_inputs():
+    logprobs = -3 * torch.rand(SHAPE)
+    old = logprobs + 0.2 * torch.randn(SHAPE)
+    reference = logprobs + 0.3 * torch.randn(SHAPE)
+    return logprobs, old, 1 + torch.randn(SHAPE[0]), response_mask(SHAPE), reference
+
+
+def trl_policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs):
+    """The arithmetic of GRPOTrainer with beta > 0: k3, two-sided clipping, the mean over tokens, and its metrics."""
+    advantages = advantages.unsqueeze(1)
+    log_ratio = logprobs - old_logprobs
+    ratio = torch.exp(log_ratio)
+    kl = torch.exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - LOW, 1 + HIGH) * advantages) + BETA * kl
+    tokens = mask.sum()
+
+    def mean(values):
+        return (values * mask).sum() / tokens
+
+    with torch.no_grad():
+        metrics = [
+            mean(ratio),
+            mean((ratio < 1 - LOW) & (advantages < 0)),
+            mean((ratio > 1 + HIGH) & (advantages > 0)),
+            mean(ratio - 1 - log_ratio),
+            mean(kl),
+            tokens,
+        ]
+    return mean(loss), torch.stack([metric.float() for metric in metrics])
+
+
+def our_policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs):
+    options = dict(ref_logprobs=ref_logprobs, clip_low=LOW, clip_high=HIGH, kl_coef=BETA, kl_estimator="k3")
+    return rlkernels.policy_loss(logprobs, old_logprobs, advantages, mask, **options)
+
+
+def value_inputs():
+    values = torch.randn(SHAPE)
+    return values, values + 0.2 * torch.randn(SHAPE), values + torch.randn(SHAPE), response_mask(SHAPE)
+
+
+def eager_value_loss(values, old_values, returns, mask):
+    clipped = torch.clamp(values, old_values - CLIP, old_values + CLIP)
+    loss = torch.max((values - returns).square(), (clipped - returns).square())
+    return 0.5 * (loss * mask).sum() / mask.sum()
+
+
+def verl_layout(values, old_values, returns, mask):
+    return values, returns, old_values, mask.float()
+
+
+CASES = [
+    Case(
+        "policy_loss",
+        SHAPE,
+        policy_inputs,
+        ours=our_policy_loss,
+        eager=trl_policy_loss,
+        label="forward+backward, metrics, float32",
+        gradient=True,
+        # Three inputs, a mask and the gradient; the backward pass scales the gradient.
+        moved=6 * SIZE + SIZE // 4,
+        wanted={"eager": 6, "torch.compile": 2},
+    ),
+    Case(
+        "value_loss",
+        SHAPE,
+        value_inputs,
+        ours=lambda *inputs: rlkernels.value_loss(*inputs, clip=CLIP)[0],
+        eager=eager_value_loss,
+        peers={
+            "verl": Peer(
+                lambda: lambda *inputs: peer_modules.verl().compute_value_loss(*inputs, cliprange_value=CLIP)[0],
+                verl_layout,
+            ),
+        },
+        label="forward+backward, float32",
+        gradient=True,
+        moved=6 * SIZE + SIZE // 4,
+    ),
+]
+
+
+def test_policy_loss(case, implementation, measure):
+    measure(case, implementation)
