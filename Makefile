@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo bench lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
+.PHONY: help demo bench bench-results lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -21,8 +21,12 @@ help: ## list the targets
 demo: build $(STAMPS)/demo $(STAMPS)/demo-model ## train a real language model on verifiable rewards
 	@$(BIN)/python examples/demo.py
 
-bench: test-setup ## time the kernels beside what people use today
-	@$(BIN)/pytest benchmarks --benchmark-columns=median,iqr,rounds
+# make bench BENCH="--op gae"
+bench: test-setup ## time the kernels beside what people use today, other projects where `make test-peers` was run
+	@$(if $(wildcard $(STAMPS)/peers),$(PEERS),$(BIN))/python -m rlkernels bench $(BENCH)
+
+bench-results: test-setup $(STAMPS)/peers ## the same; keeps the results and draws the figure of the README
+	@$(PEERS)/python -m rlkernels bench --save benchmarks/results/ --plot
 
 lint: $(STAMPS)/base $(STAMPS)/lint ## ruff, clang-format and mypy, as in the pre-commit hook
 	@$(BIN)/pre-commit run --all-files --show-diff-on-failure

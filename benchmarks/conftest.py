@@ -3,8 +3,9 @@
 import time
 
 import pytest
-import suite
 import torch
+
+import suite
 
 
 def pytest_addoption(parser):
@@ -30,6 +31,8 @@ def measure(request, benchmark):
     device = request.config.getoption("device")
 
     def run(case: suite.Case, implementation: str) -> None:
+        result = {"op": case.op, "case": case.name, "implementation": implementation}
+        request.node.user_properties.append(("benchmark", result))
         try:
             call = suite.prepare(case, implementation, device)
         except LookupError as error:
@@ -49,17 +52,13 @@ def measure(request, benchmark):
         rounds = min(max(int(suite.BUDGET / expected), fewest), most)
         benchmark.group = case.name
         benchmark.pedantic(timed, setup=call.restore, rounds=rounds)
-        result = {
-            "op": case.op,
-            "case": case.name,
-            "implementation": implementation,
+        result |= {
             "rounds": rounds,
             **suite.percentiles(benchmark.stats.stats.data),
             "bytes_moved": case.moved,
-            "copy_seconds": suite.copy_seconds(case.moved, device),
-            "peak_bytes": suite.peak_memory(call, device),
+            "peak_bytes": suite.peak_bytes(call, device),
+            "wanted": case.wanted.get(implementation),
         }
         benchmark.extra_info.update(result)
-        request.node.user_properties.append(("result", result))
 
     return run

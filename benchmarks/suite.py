@@ -1,21 +1,25 @@
 """What a benchmark is: a function and its implementations on identical inputs, each checked before it is timed."""
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import rlkernels
+from peak_memory import peak_memory
 from rlkernels.ops import _registry
 
 BUDGET = 1.0
 """Seconds that the rounds of one implementation take, about."""
 ROUNDS = (5, 1000)
 """At least, for calls that take longer than that, and at most, for short ones."""
+COPIED = 256 * 2**20
+"""Bytes, several times what caches hold."""
 METRICS = 16
 """Up to so many numbers are metrics, each compared by itself: means of differences that eager PyTorch cancels."""
 METRICS_TOLERANCE = 1e-3
@@ -40,8 +44,8 @@ class Peer:
 class Case:
     """One function at one shape.
 
-    `ours` is the public function; on float64 inputs the float64 reference serves it, and gives what every implementation
-    is checked against. `eager` is timed as it is and under torch.compile.
+    `ours` is the public function. The float64 reference serves it on float64 inputs, and gives what every
+    implementation is checked against. `eager` is timed as it is and under torch.compile.
     """
 
     op: str
@@ -206,28 +210,17 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(call: Call, device: str) -> int:
-    """The most bytes that one run holds in torch tensors beyond its inputs; results count, until they are released.
-
-    A run apart from the timing. Not seen: memory that does not come from torch's allocators, such as the stack and heap
-    of C++, NumPy's and Python's own.
-    """
+def peak_bytes(call: Call, device: str) -> int:
+    """The most bytes that one run holds in tensors of its own. A run apart from the timing."""
     call.restore()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call.run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call.run()
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    if device == "cpu":
+        return peak_memory(call.run)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call.run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -235,21 +228,18 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return {"p20": tenths[1], "p50": tenths[4], "p80": tenths[7]}
 
 
-@cache
-def copy_seconds(moved: int, device: str) -> float:
-    """Median of a copy that moves as many bytes: half of them read, half written."""
-    import time
-
-    source = torch.empty(max(moved // 2, 1), dtype=torch.uint8, device=device).zero_()
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of a plain copy that no cache holds."""
+    source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
     destination = torch.empty_like(source)
     seconds = []
-    for _ in range(30):
+    for _ in range(10):
         synchronize(device)
         begin = time.perf_counter()
         destination.copy_(source)
         synchronize(device)
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[5:])
+    return 2 * COPIED / statistics.median(seconds[2:])
 
 
 def response_mask(shape: tuple[int, int]) -> Tensor:

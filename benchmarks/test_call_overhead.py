@@ -1,10 +1,10 @@
 """What a call costs before any work is done: eight numbers, where k1 is one subtraction."""
 
 import torch
-from suite import Case, Peer
 
 import rlkernels
 from rlkernels.ops import _registry
+from suite import Case, Peer
 
 NO_CLAMP = float("inf")
 

@@ -2,44 +2,47 @@
 
 import numpy as np
 import torch
-from suite import Case, Peer
+from trl.trainer.utils import nanstd
 
 import peer_modules
 import rlkernels
+from suite import Case, Peer
 
-COUNT, GROUP, EPS = 8192, 8, 1e-6
+COUNT, GROUP, EPS = 8192, 8, 1e-4
 
 
 def trl_formula(rewards):
-    """Of GRPOTrainer, whose means and deviations leave out NaN, a reward that does not apply."""
+    """Of GRPOTrainer, with its own nanstd: rewards may be NaN, where they do not apply."""
+    rewards = rewards.nansum(1)
     groups = rewards.view(-1, GROUP)
-    mean = groups.nanmean(1, keepdim=True)
-    scored = (~groups.isnan()).sum(1, keepdim=True)
-    deviation = ((groups - mean).square().nansum(1, keepdim=True) / (scored - 1).clamp(min=1)).sqrt()
-    return ((groups - mean) / (deviation + EPS)).view(-1).nan_to_num(0.0)
+    mean = torch.nanmean(groups, dim=1).repeat_interleave(GROUP, dim=0)
+    deviation = nanstd(groups, dim=1).repeat_interleave(GROUP, dim=0)
+    return torch.nan_to_num((rewards - mean) / (deviation + EPS), nan=0.0)
 
 
 def verl_layout(rewards):
     """One token each, and the name of each row's group."""
-    return rewards.unsqueeze(1), rewards.new_ones(len(rewards), 1), np.arange(len(rewards)) // GROUP
+    return rewards, torch.ones_like(rewards), np.arange(len(rewards)) // GROUP
 
 
-def first_of(function):
-    return lambda *inputs: function(*inputs)[0]
+def verl(name):
+    def load():
+        function = getattr(peer_modules.verl(), name)
+        return lambda *inputs: function(*inputs, epsilon=EPS)[0]
+
+    return load
 
 
 CASES = [
     Case(
         "group_advantages",
-        (COUNT,),
-        lambda: (torch.rand(COUNT),),
+        (COUNT, 1),
+        lambda: (torch.rand(COUNT, 1),),
         ours=lambda rewards: rlkernels.group_advantages(rewards, group_size=GROUP, eps=EPS),
         eager=trl_formula,
         peers={
-            "verl": Peer(lambda: first_of(peer_modules.verl().compute_grpo_outcome_advantage), verl_layout),
-            "verl vectorized": Peer(
-                lambda: first_of(peer_modules.verl().compute_grpo_vectorized_outcome_advantage), verl_layout
-            ),
+            "verl": Peer(verl("compute_grpo_outcome_advantage"), verl_layout),
+            "verl vectorized": Peer(verl("compute_grpo_vectorized_outcome_advantage"), verl_layout),
         },
         label="groups of 8, float32",
         moved=2 * 4 * COUNT,

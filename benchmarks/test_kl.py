@@ -3,10 +3,10 @@
 from functools import partial
 
 import torch
-from suite import Case, Peer, response_mask
 
 import peer_modules
 import rlkernels
+from suite import Case, Peer, response_mask
 
 SHAPE = (1024, 1024)
 SIZE = 4 * SHAPE[0] * SHAPE[1]
@@ -27,6 +27,10 @@ def shaped(scores, logprobs, ref_logprobs, mask):
     rewards = -KL_COEF * (logprobs - ref_logprobs) * mask
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1, keepdim=True)
     return rewards.scatter_add(1, last, scores.unsqueeze(1))
+
+
+def openrlhf_k3():
+    return partial(peer_modules.openrlhf("models.utils").compute_approx_kl, kl_estimator="k3")
 
 
 def openrlhf_shaped():

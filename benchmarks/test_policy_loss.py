@@ -1,10 +1,10 @@
 """policy_loss and value_loss with their gradients and metrics, at the batch of one optimizer step."""
 
 import torch
-from suite import Case, Peer, response_mask
 
 import peer_modules
 import rlkernels
+from suite import Case, Peer, response_mask
 
 SHAPE = (64, 1024)
 SIZE = 4 * SHAPE[0] * SHAPE[1]
@@ -58,6 +58,11 @@ def eager_value_loss(values, old_values, returns, mask):
     return 0.5 * (loss * mask).sum() / mask.sum()
 
 
+def verl_value_loss():
+    function = peer_modules.verl().compute_value_loss
+    return lambda *inputs: function(*inputs, cliprange_value=CLIP)[0]
+
+
 def verl_layout(values, old_values, returns, mask):
     return values, returns, old_values, mask.float()
 
@@ -82,10 +87,7 @@ CASES = [
         ours=lambda *inputs: rlkernels.value_loss(*inputs, clip=CLIP)[0],
         eager=eager_value_loss,
         peers={
-            "verl": Peer(
-                lambda: lambda *inputs: peer_modules.verl().compute_value_loss(*inputs, cliprange_value=CLIP)[0],
-                verl_layout,
-            ),
+            "verl": Peer(verl_value_loss, verl_layout),
         },
         label="forward+backward, float32",
         gradient=True,

@@ -1,9 +1,9 @@
 """token_logprobs with and without entropy, at the vocabularies of SmolLM2 and Qwen2.5."""
 
 import torch
-from suite import Case, Peer
 
 import rlkernels
+from suite import Case, Peer
 
 # As many rows as keep the logits near 200 and 300 MB in float32.
 SHAPES = [(1024, 49152), (512, 151936)]

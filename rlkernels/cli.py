@@ -1,4 +1,4 @@
-"""The command line: `rlkernels grpo` trains, `rlkernels info` says what serves here."""
+"""The command line: `rlkernels grpo` trains, `rlkernels bench` times, `rlkernels info` says what serves here."""
 
 import argparse
 import importlib
@@ -268,6 +268,27 @@ def grpo(arguments: list[str]) -> None:
     trainer.save_model(config.output_dir)
 
 
+# rlkernels bench
+
+
+def bench_folder() -> None:
+    """Make the benchmarks, which stand beside the package in its repository, importable as pyproject.toml's option
+    pythonpath does for pytest."""
+    root = Path(rlkernels.__file__).parents[1]
+    if not (root / "benchmarks" / "bench.py").is_file():
+        raise BadValue("the benchmarks are not installed with the package; run it in a checkout of rlkernels")
+    sys.path[:0] = [str(root / "benchmarks"), str(root / "tests")]
+
+
+def bench(arguments: list[str]) -> int:
+    bench_folder()
+    try:
+        module = importlib.import_module("bench")
+    except ModuleNotFoundError as error:
+        raise BadValue(f"{error.name} is not installed") from error
+    return module.main(arguments)
+
+
 def show(error: BaseException) -> str:
     """An error of the standard library rarely makes sense without its type's name; a plain ValueError does."""
     text = str(error)
@@ -279,6 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"rlkernels {rlkernels.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("grpo", add_help=False, help="train a causal language model on rewards of its completions")
+    commands.add_parser("bench", add_help=False, help="time the kernels beside what people use today")
     commands.add_parser("info", help="versions, instruction set, GPU, and which backend serves each op")
 
     def refuse(message: str) -> NoReturn:
@@ -292,6 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = f" {options.command}"
         if options.command == "grpo":
             grpo(rest)
+        elif options.command == "bench":
+            return bench(rest)
         elif rest:
             refuse(f"unrecognized arguments: {' '.join(rest)}")
         else:

@@ -1,0 +1,199 @@
+"""What a run of the benchmarks says: tables for a terminal of 120 columns, a JSON file, a comparison and a figure."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rlkernels
+from rlkernels.cli import instruction_set
+from suite import backends, copy_bandwidth
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "triton", "trl", "verl", "torchrl", "openrlhf")
+ROW = "  {:<16} {:>10} {:>20} {:>7} {:>8} {:>9}   {}"
+HEADER = ROW.format("implementation", "ms", "20 % - 80 %", "GB/s", "of copy", "peak MB", "").rstrip()
+
+Result = dict[str, Any]
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {threads} thread{'s' * (threads > 1)}, {instruction_set()}"
+
+
+def git(*command: str) -> str:
+    try:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def environment(device: str) -> Result:
+    """Where and of what a run was made."""
+    versions = {"rlkernels": rlkernels.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "device": device_name(device),
+        "device_type": device,
+        "copy_bytes_per_s": copy_bandwidth(device),
+        "commit": (git("rev-parse", "HEAD") or "unknown") + changed,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+    }
+
+
+def file_name(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") + ".json"
+
+
+def by_case(results: list[Result]) -> dict[str, list[Result]]:
+    cases: dict[str, list[Result]] = {}
+    for result in results:
+        cases.setdefault(result["case"], []).append(result)
+    return cases
+
+
+def ours_and_peers(results: list[Result], device: str) -> tuple[Result | None, list[Result]]:
+    """Of one case: the fastest of our kernels, and everything measured that is not ours."""
+    measured = [result for result in results if "p50" in result]
+    kernels = [result for result in measured if result["implementation"] in backends(device)[1:]]
+    peers = [result for result in measured if result["implementation"] not in backends(device)]
+    return min(kernels, key=lambda result: result["p50"], default=None), peers
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:,.0f}x" if ratio >= 20 else f"{ratio:.2f}x"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.{2 if seconds >= 1e-3 else 4}f}"
+
+
+def table(results: list[Result], device: str, copy_bandwidth: float) -> str:
+    """One case: each implementation a line, and how many times as fast ours is."""
+    ours, peers = ours_and_peers(results, device)
+    best = min(peers, key=lambda peer: peer["p50"], default=None)
+    lines = [results[0]["case"], HEADER]
+    for result in results:
+        name = result["implementation"]
+        if "p50" not in result:
+            what = "WRONG, not timed" if "wrong" in result else "absent"
+            lines.append(f"  {name:<16} {what}: {result.get('wrong') or result['absent']}"[:120])
+            continue
+        note = ""
+        if result is ours and best is not None:
+            note = f"{times(best['p50'] / result['p50'])} the best peer ({best['implementation']})"
+        elif ours is not None and result in peers:
+            ratio = result["p50"] / ours["p50"]
+            note = f"ours {times(ratio)}"
+            if wanted := result["wanted"]:
+                note += f", {times(wanted)} {'met' if ratio >= wanted else 'MISSED'}"
+        bandwidth = result["bytes_moved"] / result["p50"]
+        row = ROW.format(
+            name,
+            milliseconds(result["p50"]),
+            f"{milliseconds(result['p20'])} - {milliseconds(result['p80'])}",
+            f"{bandwidth / 1e9:.2f}",
+            f"{bandwidth / copy_bandwidth:.0%}",
+            f"{result['peak_bytes'] / 1e6:.2f}",
+            note,
+        )
+        lines.append(row.rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, content: Result) -> None:
+    """All of it or nothing: an interrupted run leaves an older file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(content, indent=1) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Result:
+    """Raises OSError, and ValueError for what is not the file of a run."""
+    try:
+        content = json.loads(path.read_text())
+        assert {"device", "commit", "date", "versions"} <= content.keys()
+        assert all({"case", "implementation"} <= result.keys() for result in content["results"])
+    except (ValueError, AssertionError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError("not a file that `rlkernels bench --save` wrote") from error
+    return content
+
+
+def comparison(old: Result, new: Result) -> str:
+    lines = [f"beside {old['commit'][:12]} of {old['date']}"]
+    for package, version in new["versions"].items():
+        if (before := old["versions"].get(package)) != version:
+            lines.append(f"  {package} {before or 'absent'} -> {version or 'absent'}")
+    row = "  {:<70} {:>12} {:>12} {:>10}"
+    lines.append(row.format("", "then, ms", "now, ms", "then/now"))
+    before = {(result["case"], result["implementation"]): result for result in old["results"] if "p50" in result}
+    found = False
+    for result in new["results"]:
+        then = before.get((result["case"], result["implementation"]))
+        if then is None or "p50" not in result:
+            continue
+        found = True
+        name = f"{result['case']}, {result['implementation']}"
+        ratio = f"{then['p50'] / result['p50']:.2f}"
+        lines.append(row.format(name, milliseconds(then["p50"]), milliseconds(result["p50"]), ratio))
+    if not found:
+        lines.append("  nothing was measured in both")
+    return "\n".join(lines)
+
+
+def plot(run: Result, path: Path) -> None:
+    """For each case how many times as fast as each peer ours is."""
+    from matplotlib import pyplot
+
+    device = run["device_type"]
+    bars = []
+    for case, results in by_case(run["results"]).items():
+        ours, peers = ours_and_peers(results, device)
+        if ours is not None:
+            bars += [(case, peer["implementation"], peer["p50"] / ours["p50"]) for peer in peers]
+    figure, axes = pyplot.subplots(figsize=(10, 0.8 + 0.24 * len(bars)), layout="constrained")
+    cases = list(dict.fromkeys(case for case, _, _ in bars))
+    colors = dict(zip(dict.fromkeys(peer for _, peer, _ in bars), pyplot.get_cmap("tab10").colors, strict=False))
+    for number, (_, peer, ratio) in enumerate(bars):
+        axes.barh(number, ratio, color=colors[peer])
+        axes.annotate(
+            f"{times(ratio)} {peer}", (ratio, number), (4, 0), textcoords="offset points", va="center", size=7
+        )
+    middles = [[number for number, bar in enumerate(bars) if bar[0] == case] for case in cases]
+    axes.set_yticks([sum(rows) / len(rows) for rows in middles], cases, size=7)
+    for rows in middles[1:]:
+        axes.axhline(rows[0] - 0.5, color="0.9", linewidth=0.6)
+    axes.axvline(1, color="0.4", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xmargin(0.15)
+    axes.set_ymargin(0.01)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"times as fast as each peer, ratio of medians in one run\n{run['device']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

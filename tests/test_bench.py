@@ -1,0 +1,292 @@
+"""`rlkernels bench`: wrong results are not timed, nothing is saved by halves, and a bad value ends in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import reporting
+import suite
+from peak_memory import peak_memory
+from rlkernels import cli
+
+TINY = """
+import os
+import signal
+
+import torch
+
+import rlkernels
+from suite import Case, Peer
+
+
+def inputs():
+    logprobs = torch.linspace(-3, 0, 64)
+    return logprobs, logprobs.flip(0)
+
+
+def not_installed():
+    raise ModuleNotFoundError("No module named 'elsewhere'", name="elsewhere")
+
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def slightly_wrong(logprobs, ref):
+    return logprobs - ref + (logprobs == 0) * 1e-3
+
+
+CASES = [
+    Case(
+        "tiny",
+        (64,),
+        inputs,
+        ours=lambda *inputs: rlkernels.kl_penalty(*inputs, estimator="k1"),
+        peers={
+            "subtraction": Peer(lambda: torch.sub),
+            "mistaken": Peer(lambda: slightly_wrong),
+            "elsewhere": Peer(not_installed),
+        },
+        moved=768,
+        wanted={"subtraction": 1000},
+    ),
+    Case("other", (64,), inputs, ours=lambda *inputs: inputs[0] - inputs[1]),
+    Case("interrupt", (64,), inputs, ours=torch.sub, peers={"Ctrl-C": Peer(interrupted)}),
+]
+
+
+def test_tiny(case, implementation, measure):
+    measure(case, implementation)
+"""
+
+
+class Run:
+    """Runs the command on the suite above, in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "test_tiny.py").write_text(TINY)
+        (folder / "conftest.py").write_text((bench.FOLDER / "conftest.py").read_text())
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess:
+        program = (
+            "import sys, pathlib; from rlkernels import cli; cli.bench_folder()\n"
+            "import bench, reporting, suite; suite.BUDGET, suite.COPIED = 0.001, 2**20\n"
+            f"bench.SUITES = [pathlib.Path({str(self.folder / 'test_tiny.py')!r})]\n"
+            f"bench.IMAGES = pathlib.Path({str(self.folder)!r})\n"
+            "sys.exit(cli.main(sys.argv[1:]))"
+        )
+        command = [sys.executable, "-c", program, "bench", "--device", "cpu", *arguments]
+        return subprocess.run(command, cwd=bench.FOLDER.parent, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return Run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def saved(run):
+    """A run of the first case, and where it was saved."""
+    path = run.folder / "out.json"
+    return run("--op", "tiny", "--save", str(path)), path
+
+
+def test_a_wrong_result_is_told_and_not_timed(saved):
+    done, path = saved
+    results = {result["implementation"]: result for result in json.loads(path.read_text())["results"]}
+    assert "p50" not in results["mistaken"] and "off by 0.001" in results["mistaken"]["wrong"]
+    assert "WRONG, not timed: output 0 is off by 0.001" in done.stdout
+    assert done.returncode == 1
+
+
+def test_a_peer_that_is_not_installed_is_told(saved):
+    done, _ = saved
+    assert "elsewhere is not installed: make test-peers" in done.stdout
+
+
+def test_what_is_saved(saved):
+    _, path = saved
+    run = json.loads(path.read_text())
+    assert run["device"] == reporting.device_name("cpu")
+    assert len(run["commit"].split()[0]) == 40 or run["commit"].startswith("unknown")
+    assert run["versions"]["torch"] == torch.__version__
+    timed = [result for result in run["results"] if "p50" in result]
+    assert [result["implementation"] for result in timed] == ["reference", "cpu", "subtraction"]
+    for result in timed:
+        assert 0 < result["p20"] <= result["p50"] <= result["p80"]
+        assert result["rounds"] >= suite.ROUNDS[0]
+        assert result["peak_bytes"] >= 256
+        assert result["op"] == "tiny"
+
+
+def test_the_table_fits_a_terminal_and_says_what_is_missed(saved):
+    done, _ = saved
+    lines = done.stdout.splitlines()
+    assert done.stdout.startswith("CPU: ") and max(map(len, lines)) <= 120
+    assert [line for line in lines if line.startswith("  subtraction") and "1,000x MISSED" in line]
+    assert [line for line in lines if line.startswith("  cpu") and "the best peer (subtraction)" in line]
+    assert "test session starts" not in done.stdout and done.stderr == ""
+
+
+def test_compare_and_plot(run, saved):
+    _, path = saved
+    done = run("--op", "tiny", "--compare", str(path), "--plot")
+    ratios = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("  tiny [64] forward")]
+    assert len(ratios) == 3 and all(float(ratio) > 0 for ratio in ratios)
+    assert (run.folder / "bench_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_in_common_is_told(run, saved):
+    _, path = saved
+    done = run("--op", "other", "--compare", str(path))
+    assert "nothing was measured in both" in done.stdout and done.returncode == 0
+
+
+def test_an_interrupted_run_leaves_the_older_file(run):
+    path = run.folder / "kept.json"
+    path.write_text("as it was")
+    done = run("--op", "interrupt", "--save", str(path))
+    assert done.returncode == 130 and done.stderr == "interrupted: nothing was saved\n"
+    assert path.read_text() == "as it was"
+    assert not list(run.folder.glob(".kept*"))
+
+
+def test_a_suite_that_does_not_import_is_told(tmp_path):
+    other = Run(tmp_path)
+    (tmp_path / "test_tiny.py").write_text("CASES = [no_such_name]\n")
+    done = other()
+    assert done.returncode == 1 and "NameError: name 'no_such_name' is not defined" in done.stderr
+
+
+def refusal(capsys, *arguments):
+    assert cli.main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("rlkernels bench: error: ")
+    return captured.err
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_in_this_process(monkeypatch):
+    monkeypatch.setattr(pytest, "main", None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def test_bad_values(capsys, tmp_path):
+    assert "--op gea: want one of call_overhead, " in refusal(capsys, "--op", "gea")
+    assert "invalid choice: 'tpu'" in refusal(capsys, "--device", "tpu")
+    assert "unrecognized arguments: --frobnicate" in refusal(capsys, "--frobnicate")
+    (tmp_path / "file").write_text("")
+    assert "cannot write in" in refusal(capsys, "--save", str(tmp_path / "file" / "out.json"))
+    assert "No such file" in refusal(capsys, "--compare", str(tmp_path / "none.json"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys):
+    assert "--device cuda: no GPU is available" in refusal(capsys, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", "null", '{"results": 3}', '{"device": "x", "results": [{}]}', "\xff"]
+)
+def test_not_the_file_of_a_run(capsys, tmp_path, text):
+    path = tmp_path / "old.json"
+    path.write_bytes(text.encode("latin-1"))
+    assert "not a file that `rlkernels bench --save` wrote" in refusal(capsys, "--compare", str(path))
+
+
+def test_a_run_of_another_device(capsys, tmp_path):
+    path = tmp_path / "old.json"
+    reporting.write(path, dict(device="Z80, 1 thread", commit="c", date="d", versions={}, results=[]))
+    assert "measured on Z80, 1 thread; this is " in refusal(capsys, "--device", "cpu", "--compare", str(path))
+
+
+def test_a_package_without_the_benchmarks(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli.rlkernels, "__file__", str(tmp_path / "rlkernels" / "__init__.py"))
+    assert "not installed with the package" in refusal(capsys)
+
+
+def test_a_folder_gets_a_file_named_after_the_device(tmp_path):
+    assert bench.place(tmp_path / "results", "cpu") == tmp_path / "results" / reporting.file_name("cpu")
+    assert bench.place(tmp_path / "out.json", "cpu") == tmp_path / "out.json"
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text("as it was")
+    with pytest.raises(TypeError):
+        reporting.write(path, {"results": object()})
+    assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]
+
+
+WANT = torch.linspace(-1, 1, 40, dtype=torch.float64).view(4, 10)
+MASK = torch.ones(4, 10, dtype=torch.bool)
+MASK[0, 0] = False
+UNSCORED = WANT.float().clone()
+UNSCORED[0, 0] = float("nan")
+
+
+def checked(got, want=(WANT,), **options):
+    case = suite.Case("op", (4, 10), lambda: (), ours=None, **options)
+    suite.check(case, (MASK,), got, want)
+
+
+def test_rounding_is_no_error():
+    checked((WANT.float() * (1 + 1e-6),))
+    checked((UNSCORED,), mask=0)
+
+
+@pytest.mark.parametrize(
+    ("got", "message"),
+    [
+        ((WANT.float() + 1e-5,), "output 0 is off by 1e-05"),
+        ((UNSCORED,), "output 0 is off by nan"),
+        ((WANT[:2].float(),), "has the shape"),
+        ((), "0 outputs, wanted 1"),
+    ],
+)
+def test_a_wrong_result_is_refused(got, message):
+    with pytest.raises(suite.WrongResult, match=message):
+        checked(got)
+
+
+def test_a_wrong_gradient_is_refused():
+    """By upstream gradients other than 1, which a sign or a transposed gradient would survive."""
+    x = torch.linspace(1, 2, 64)
+    want = suite.Call(lambda x: x.square(), (x.double(),), gradient=True).run()
+    case = suite.Case("op", (64,), lambda: (), ours=None)
+
+    def detached(x):
+        return x.detach() * x
+
+    suite.check(case, (x,), suite.Call(lambda x: x * x, (x,), gradient=True).run(), want)
+    with pytest.raises(suite.WrongResult, match="output 1"):
+        suite.check(case, (x,), suite.Call(detached, (x,), gradient=True).run(), want)
+
+
+def test_each_metric_is_compared_by_itself():
+    want = torch.tensor([1e-3, 1e5], dtype=torch.float64)
+    checked((torch.tensor([1e-3, 1e5]),), (want,))
+    with pytest.raises(suite.WrongResult):
+        checked((torch.tensor([1.1e-3, 1e5]),), (want,))
+
+
+def test_overwritten_inputs_are_restored():
+    call = suite.Call(lambda x: x.mul_(2), (torch.ones(3),), gradient=False, overwrites=True)
+    for _ in range(2):
+        call.restore()
+        assert torch.equal(call.run()[0], torch.full((3,), 2.0))
+    assert torch.equal(call.source, torch.ones(3))
+
+
+def test_peak_memory_counts_what_is_held_at_a_time():
+    x = torch.ones(1000)
+    assert peak_memory(lambda: x.exp()) == 4000
+    assert peak_memory(lambda: x.exp().exp()) == 8000
+    assert peak_memory(lambda: x.exp().sum() + x.exp().sum()) < 8000
