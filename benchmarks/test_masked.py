@@ -1,10 +1,10 @@
 """masked_mean and masked_whiten over the tokens of a batch."""
 
 import torch
-from suite import Case, Peer, response_mask
 
 import peer_modules
 import rlkernels
+from suite import Case, Peer, response_mask
 
 SHAPE = (64, 8192)
 SIZE = 4 * SHAPE[0] * SHAPE[1]

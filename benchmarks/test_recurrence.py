@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from suite import Case, Peer, response_mask
 
 import peer_modules
 import rlkernels
+from suite import Case, Peer, response_mask
 
 SHAPES = [(8, 32768), (64, 8192), (64, 1024)]
 GAMMA, LAM = 0.999, 0.95

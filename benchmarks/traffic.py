@@ -1,0 +1,233 @@
+"""Bytes that each Triton kernel reads and writes, beside the least possible. Triton's interpreter runs them: no GPU.
+
+    python benchmarks/traffic.py
+
+Counted is what a kernel asks for: every lane of a load or store that its mask lets through, lanes of one instruction
+at the same address once. What is read again counts again, whichever cache would hold it. The least possible is each
+input once and each output once; where a statistic of a row or of the batch must come before the output, what it is
+made of once more. Tokens and rows are fewer than in training; both numbers are proportional to them. Ends with 1 if
+a kernel of ours moves more than 1.05 times the least.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+import rlkernels
+
+MOST = 1.05
+
+
+@dataclass
+class Traffic:
+    read: int = 0
+    written: int = 0
+    kernels: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+
+@contextmanager
+def counting() -> Iterator[Traffic]:
+    """What the kernels that are launched inside move."""
+    traffic = Traffic()
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    originals = {
+        (executor, "__call__"): executor.__call__,
+        (builder, "create_masked_load"): builder.create_masked_load,
+        (builder, "create_masked_store"): builder.create_masked_store,
+        (builder, "create_atomic_rmw"): builder.create_atomic_rmw,
+        (builder, "create_atomic_cas"): builder.create_atomic_cas,
+    }
+
+    def launch(self, *args, **kwargs):
+        traffic.kernels[self.fn.__name__] = None
+        return originals[executor, "__call__"](self, *args, **kwargs)
+
+    def load(self, pointers, mask, *rest):
+        traffic.read += bytes_asked_for(pointers, mask)
+        return originals[builder, "create_masked_load"](self, pointers, mask, *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        traffic.written += bytes_asked_for(pointers, mask)
+        return originals[builder, "create_masked_store"](self, pointers, value, mask, *rest)
+
+    def atomic(*args):
+        raise NotImplementedError("the traffic of atomic operations is not counted")
+
+    try:
+        for (owner, name), replacement in zip(originals, (launch, load, store, atomic, atomic), strict=True):
+            setattr(owner, name, replacement)
+        yield traffic
+    finally:
+        for (owner, name), original in originals.items():
+            setattr(owner, name, original)
+
+
+def bytes_asked_for(pointers, mask) -> int:
+    asked = np.asarray(pointers.data)[np.asarray(mask.data, dtype=bool)]
+    return len(np.unique(asked)) * (pointers.get_element_ty().primitive_bitwidth // 8)
+
+
+def size_of(*tensors: Tensor | None) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+@dataclass
+class Line:
+    """Of the table."""
+
+    name: str
+    shape: str
+    traffic: Traffic
+    least: int
+    ours: bool = True
+
+    @property
+    def ratio(self) -> float:
+        return self.traffic.total / self.least
+
+
+Case = Callable[[], Iterator[Line]]
+
+
+def measured(name: str, function: Callable, *inputs, again: tuple = (), **options) -> Line:
+    """A function that is not differentiated, on its inputs."""
+    with counting() as traffic:
+        outputs = function(*inputs, **options)
+    tensors = [value for value in (*inputs, *options.values()) if isinstance(value, Tensor)]
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return Line(name, str(list(tensors[0].shape)), traffic, size_of(*tensors, *outputs, *again))
+
+
+def token_logprobs(name: str, function: Callable, dtype: torch.dtype, *, ours: bool = True) -> Iterator[Line]:
+    """Forward and backward, with entropy: saved and upstream numbers are a few a row."""
+    rows, vocab_size = 4, 49152
+    logits = torch.randn(rows, vocab_size).to(dtype).requires_grad_()
+    token_ids = torch.randint(vocab_size, (rows,))
+    shape = f"[rows, {vocab_size}] {str(dtype).removeprefix('torch.')}"
+    with counting() as traffic:
+        logprobs, entropy = function(logits * 1, token_ids)
+    yield Line(f"{name} forward", shape, traffic, size_of(logits, token_ids, logprobs, entropy), ours)
+    with counting() as traffic:
+        torch.autograd.grad([logprobs, entropy], logits, [torch.randn(rows), torch.randn(rows)])
+    per_row = size_of(token_ids, *[logprobs, entropy] * 3)
+    yield Line(f"{name} backward", shape, traffic, size_of(logits, logits) + per_row, ours)
+
+
+def trl_logprobs(dtype: torch.dtype) -> Iterator[Line]:
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+    return token_logprobs("TRL logprob_entropy", selective_log_softmax_and_entropy, dtype, ours=False)
+
+
+def our_logprobs(dtype: torch.dtype, **options) -> Iterator[Line]:
+    def function(logits, token_ids):
+        return rlkernels.token_logprobs(logits, token_ids, return_entropy=True, **options)
+
+    name = ", ".join(["token_logprobs", *(option.removesuffix("_backward") for option in options)])
+    return token_logprobs(name, function, dtype)
+
+
+BATCH, TIME = 8, 4096
+SHAPE = (BATCH, TIME)
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape or SHAPE)
+
+
+def response_mask() -> Tensor:
+    """Responses of all lengths up to the longest."""
+    return torch.arange(TIME) < torch.linspace(0.2, 1, BATCH).mul(TIME).long().unsqueeze(1)
+
+
+def cu_seqlens() -> Tensor:
+    return torch.tensor([0, 5000, 5001, 9000, BATCH * TIME], dtype=torch.int32)
+
+
+def kl_penalty() -> Iterator[Line]:
+    logprobs, reference = numbers().requires_grad_(), numbers()
+    with counting() as traffic:
+        values = rlkernels.kl_penalty(logprobs, reference)
+    yield Line("kl_penalty forward", str(list(SHAPE)), traffic, size_of(logprobs, reference, values))
+    with counting() as traffic:
+        torch.autograd.grad(values, logprobs, numbers())
+    yield Line("kl_penalty backward", str(list(SHAPE)), traffic, 4 * size_of(values))
+
+
+def group_advantages() -> Iterator[Line]:
+    function = partial(rlkernels.group_advantages, return_signal=True)
+    yield measured("group_advantages", function, numbers(1024, 1), group_size=8)
+    yield measured("group_advantages, 3 rewards", function, numbers(1024, 3), group_size=8, weights=numbers(3))
+    rewards = numbers(1024, 1)
+    yield measured("group_advantages, batch scale", function, rewards, group_size=8, scale="batch", again=(rewards,))
+
+
+def policy_loss_line(name: str, *inputs, again: tuple = (), **options) -> Line:
+    logprobs = inputs[0].requires_grad_()
+    line = measured(f"policy_loss, {name}", rlkernels.policy_loss, *inputs, again=(*again, logprobs), **options)
+    return line
+
+
+def policy_loss() -> Iterator[Line]:
+    """The gradient is written beside the loss: `again` holds it."""
+    mask, reference = response_mask(), numbers()
+    yield policy_loss_line("ppo", numbers(), numbers(), numbers(BATCH), mask)
+    yield policy_loss_line("with KL", numbers(), numbers(), numbers(BATCH), mask, ref_logprobs=reference, kl_coef=0.1)
+    yield policy_loss_line("per token", numbers(), numbers(), numbers(), mask)
+    by_sequence = dict(aggregation="seq_mean_token_mean", again=(mask,))
+    yield policy_loss_line("seq_mean_token_mean", numbers(), numbers(), numbers(BATCH), mask, **by_sequence)
+    packed = dict(cu_seqlens=cu_seqlens())
+    yield policy_loss_line("packed", numbers(BATCH * TIME), numbers(BATCH * TIME), numbers(4), **packed)
+
+
+CASES: list[Case] = [
+    *(lambda dtype=dtype: our_logprobs(dtype) for dtype in (torch.float32, torch.bfloat16)),
+    lambda: our_logprobs(torch.bfloat16, inplace_backward=True),
+    *(lambda dtype=dtype: trl_logprobs(dtype) for dtype in (torch.float32, torch.bfloat16)),
+    kl_penalty,
+    group_advantages,
+    policy_loss,
+]
+
+
+def lines() -> Iterator[Line]:
+    torch.manual_seed(0)
+    with rlkernels.use_backend("triton"), np.errstate(all="ignore"):
+        for case in CASES:
+            yield from case()
+
+
+def main() -> int:
+    row = "{:<36} {:<26} {:>9} {:>9} {:>9} {:>7}  {}"
+    print(row.format("", "shape", "read, kB", "written", "least", "ratio", "kernels"))
+    excessive = False
+    for line in lines():
+        traffic = line.traffic
+        kernels = ", ".join(f"{name.strip('_')}" for name in traffic.kernels)
+        sizes = (f"{size / 1e3:,.1f}" for size in (traffic.read, traffic.written, line.least))
+        print(row.format(line.name, line.shape, *sizes, f"{line.ratio:.3f}", kernels), flush=True)
+        excessive |= line.ours and line.ratio > MOST
+    if excessive:
+        print(f"error: a kernel of ours moves more than {MOST} times the least possible", file=sys.stderr)
+    return int(excessive)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
