@@ -55,7 +55,7 @@ test-cpu: test-setup ## every test that needs neither Triton's interpreter nor a
 
 test-triton: export TRITON_INTERPRET := 1
 test-triton: test-setup ## the Triton kernels, run by Triton's interpreter on CPU tensors
-	@$(PYTEST) -n 2 -m "not gpu" --backend triton $(OP_TESTS) tests/test_triton_interpreter.py; $(COUNT)
+	@$(PYTEST) -n 2 -m "not gpu" --backend triton $(OP_TESTS) tests/test_triton_interpreter.py tests/test_triton_traffic.py; $(COUNT)
 
 test-compile: test-setup ## the Triton and CUDA kernels, compiled for GPUs: no spills, wide loads
 	@$(PYTEST) -n 2 -m "not gpu" tests/test_triton_compiled.py tests/test_cuda_compiled.py; $(COUNT)

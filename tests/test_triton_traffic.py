@@ -1,0 +1,68 @@
+"""Each Triton kernel reads its inputs once and writes its outputs once; and the count of it can be trusted."""
+
+import pytest
+import torch
+
+from triton_interpreter import INTERPRETED
+
+if not INTERPRETED:
+    pytest.skip("Triton's interpreter counts; it needs TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+import rlkernels
+import traffic
+
+
+@pytest.mark.parametrize("case", traffic.CASES)
+def test_no_kernel_moves_more_than_it_must(case):
+    torch.manual_seed(0)
+    with rlkernels.use_backend("triton"):
+        for line in case():
+            assert line.traffic.kernels, line.name
+            assert line.ratio > 0.9, f"{line.name}: {line.ratio:.3f} of the least possible is not all"
+            if line.ours:
+                assert line.ratio <= traffic.MOST, f"{line.name}: {line.ratio:.3f} times the least possible"
+
+
+@triton.jit
+def _copy_kernel(source, scale, destination, count, TIMES: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for _ in range(TIMES):
+        value = tl.load(source + index, mask=index < count)
+    tl.store(destination + index, value * tl.load(scale), mask=index < count)
+
+
+def copy(source: torch.Tensor, times: int, scale: torch.Tensor) -> torch.Tensor:
+    destination = torch.empty_like(source)
+    _copy_kernel[(triton.cdiv(len(source), 256),)](source, scale, destination, len(source), TIMES=times, BLOCK=256)
+    return destination
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_lanes_that_the_mask_holds_back_are_not_counted(dtype):
+    source, scale = torch.ones(1000, dtype=dtype), torch.ones(1, dtype=dtype)
+    line = traffic.measured("copy", copy, source, 1, scale)
+    size = 1000 * dtype.itemsize
+    # Every program reads the scale, but from the cache that they share.
+    assert (line.traffic.read, line.traffic.written, line.ratio) == (size + dtype.itemsize, size, 1.0)
+    assert list(line.traffic.kernels) == ["_copy_kernel"]
+
+
+def test_reading_twice_is_seen(monkeypatch, capsys):
+    def case():
+        yield traffic.measured("copy", copy, torch.ones(1000), 2, torch.ones(1))
+
+    monkeypatch.setattr(traffic, "CASES", [case])
+    assert traffic.main() == 1
+    captured = capsys.readouterr()
+    assert "1.500" in captured.out and "error: " in captured.err
+
+
+def test_counting_ends():
+    load = traffic.interpreter.InterpreterBuilder.create_masked_load
+    with pytest.raises(ZeroDivisionError), traffic.counting() as counted:
+        copy(torch.ones(8), 1, torch.ones(1))
+        raise ZeroDivisionError
+    assert counted.total == 68 and traffic.interpreter.InterpreterBuilder.create_masked_load is load
