@@ -3,6 +3,8 @@ import functools
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from rlkernels.ops import _registry
@@ -25,3 +27,13 @@ def implements(name: str) -> Callable[[Callable], Callable]:
         return on_device
 
     return register
+
+
+@triton.jit
+def multiple_of_16(count, ALIGNED: tl.constexpr):
+    """`count`, in a form that shows the compiler a multiple of 16 where it is one: elements are then read 16 bytes at a
+    time. With `count` itself left out of the specialisation, two variants of a kernel serve every length."""
+    if ALIGNED:
+        return count // 16 * 16
+    else:
+        return count

@@ -70,13 +70,3 @@ def tanh_derivative(x):
 def clamp(x, limit):
     """x within [-limit, limit]; a NaN stays a NaN, as in PyTorch's clamp."""
     return tl.where(x < -limit, -limit, tl.where(x > limit, limit, x))
-
-
-@triton.jit
-def known_even(count, EVEN: tl.constexpr):
-    """`count`, in a form that shows the compiler a multiple of 16 where it is one: elements are then read 16 bytes at a
-    time. With `count` itself left out of the specialisation, two variants of a kernel serve every length."""
-    if EVEN:
-        return count // 16 * 16
-    else:
-        return count

@@ -3,8 +3,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkernels.triton._launch import implements
-from rlkernels.triton._math import clamp, expm1, expm1_minus_x, known_even
+from rlkernels.triton._launch import implements, multiple_of_16
+from rlkernels.triton._math import clamp, expm1, expm1_minus_x
 from rlkernels.triton._sequences import sequence_of
 
 K1 = tl.constexpr(0)
@@ -53,11 +53,11 @@ def _forward_kernel(
     log_ratio_clamp,
     value_clamp,
     ESTIMATOR: tl.constexpr,
-    EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = token < known_even(count, EVEN)
+    inside = token < multiple_of_16(count, ALIGNED)
     d = tl.load(logprobs + token, mask=inside) - tl.load(ref_logprobs + token, mask=inside)
     value = clamp(kl_estimate(clamp(d, log_ratio_clamp), ESTIMATOR), value_clamp)
     tl.store(values + token, value, mask=inside)
@@ -74,11 +74,11 @@ def _backward_kernel(
     value_clamp,
     ESTIMATOR: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
-    EVEN: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = token < known_even(count, EVEN)
+    inside = token < multiple_of_16(count, ALIGNED)
     log_ratio = tl.load(logprobs + token, mask=inside) - tl.load(ref_logprobs + token, mask=inside)
     d = clamp(log_ratio, log_ratio_clamp)
     clamped = (tl.abs(log_ratio) > log_ratio_clamp) | (tl.abs(kl_estimate(d, ESTIMATOR)) > value_clamp)
@@ -117,8 +117,7 @@ def _rewards_kernel(
     beyond it, whose mask it reads up to the next scored token. Only a block with a scored token asks, and its answer
     lies before the next such block: the mask is read twice, no more."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    if ALIGNED:
-        count = count // 16 * 16  # in a form that shows the compiler that vectors of 16 bytes are whole
+    count = multiple_of_16(count, ALIGNED)
     offset = tl.arange(0, BLOCK)
     token = first + offset
     inside = token < count
@@ -195,7 +194,7 @@ def kl_penalty_forward(
             log_ratio_clamp,
             value_clamp,
             ESTIMATOR=estimator,
-            EVEN=count % 16 == 0,
+            ALIGNED=count % 16 == 0,
             BLOCK=BLOCK,
         )
     return values
@@ -224,7 +223,7 @@ def kl_penalty_backward(
             value_clamp,
             ESTIMATOR=estimator,
             STRAIGHT_THROUGH=straight_through,
-            EVEN=count % 16 == 0,
+            ALIGNED=count % 16 == 0,
             BLOCK=BLOCK,
         )
     return grad_logprobs

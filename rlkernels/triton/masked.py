@@ -3,7 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkernels.triton._launch import implements
+from rlkernels.triton._launch import implements, multiple_of_16
 
 BLOCK = 1024
 # Parts that one step of a sum over blocks takes.
@@ -25,8 +25,7 @@ def _sums_kernel(
 ):
     """Of each block of a row: the sum and the number of its scored elements."""
     block = tl.program_id(0).to(tl.int64)
-    if ALIGNED:
-        length = length // 16 * 16  # in a form that shows the compiler that rows are of whole 16-byte words
+    length = multiple_of_16(length, ALIGNED)
     position = block % blocks_per_row * BLOCK + tl.arange(0, BLOCK)
     scored, value = _scored_values(x, mask, block // blocks_per_row * length + position, position < length)
     tl.store(sums + block, tl.sum(value, 0))
@@ -56,8 +55,7 @@ def _mean_kernel(sums, counts, means, scale, blocks_per_row: tl.int64, PARTS: tl
 def _block_moments_kernel(x, mask, parts, count: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """Of the scored elements of each block: their number, mean, and sum of squared deviations."""
     block = tl.program_id(0).to(tl.int64)
-    if ALIGNED:
-        count = count // 16 * 16
+    count = multiple_of_16(count, ALIGNED)
     element = block * BLOCK + tl.arange(0, BLOCK)
     scored, value = _scored_values(x, mask, element, element < count)
     size = tl.sum(scored.to(tl.float32), 0)
@@ -110,8 +108,7 @@ def _whiten_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if ALIGNED:
-        count = count // 16 * 16
+    count = multiple_of_16(count, ALIGNED)
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < count
     scored, value = _scored_values(x, mask, element, inside)
