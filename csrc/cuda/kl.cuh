@@ -71,15 +71,15 @@ struct RewardBatch {
   __device__ bool scored(int64_t token) const { return mask == nullptr || mask[token]; }
 };
 
-// Whether any of the bits [from, to) is set.
-__device__ inline bool any_bit(const unsigned* words, int from, int to) {
-  for (int word = from / 32; word * 32 < to; ++word) {
-    unsigned bits = words[word];
-    if (word == from / 32) bits &= ~0u << from % 32;
-    if (to - word * 32 < 32) bits &= (1u << (to - word * 32)) - 1;
-    if (bits != 0) return true;
+// The position of the first bit that is set at or after `from`; kRewardTokens if none is.
+__device__ inline int next_bit(const unsigned* words, int from) {
+  // Most threads find it in the first word.
+#pragma unroll 1
+  for (int word = from / 32; word < kRewardTokens / 32; ++word) {
+    const unsigned bits = word == from / 32 ? words[word] & ~0u << from % 32 : words[word];
+    if (bits != 0) return word * 32 + __ffs(static_cast<int>(bits)) - 1;
   }
-  return false;
+  return kRewardTokens;
 }
 
 // Block b: tokens [b * kRewardTokens, (b + 1) * kRewardTokens), kThreadTokens to a thread. Which token is the last that
@@ -88,6 +88,7 @@ __device__ inline bool any_bit(const unsigned* words, int from, int to) {
 // the mask is read twice, no more.
 __global__ void __launch_bounds__(kRewardThreads) shaped_rewards_kernel(RewardBatch batch, float* rewards) {
   __shared__ unsigned scored_bits[kRewardTokens / 32];
+  __shared__ int64_t limit;  // where the sequence of the block's last token ends
   const Sequences& sequences = batch.sequences;
   const int64_t first = int64_t{blockIdx.x} * kRewardTokens;
   const int64_t block_end = first + kRewardTokens < sequences.tokens ? first + kRewardTokens : sequences.tokens;
@@ -95,29 +96,31 @@ __global__ void __launch_bounds__(kRewardThreads) shaped_rewards_kernel(RewardBa
   const int64_t token = first + offset;
   const bool whole = batch.aligned && token + kThreadTokens <= sequences.tokens;
 
-  bool scored[kThreadTokens] = {};
+  bool scored[1 + kThreadTokens] = {};  // of the token before the thread's, where that matters, and of those
+  if (batch.after_last && token > 0 && token < sequences.tokens) scored[0] = batch.scored(token - 1);
   if (whole && batch.mask != nullptr) {
     const uint32_t four = *reinterpret_cast<const uint32_t*>(batch.mask + token);
 #pragma unroll
-    for (int i = 0; i < kThreadTokens; ++i) scored[i] = (four >> 8 * i & 0xff) != 0;
+    for (int i = 0; i < kThreadTokens; ++i) scored[1 + i] = (four >> 8 * i & 0xff) != 0;
   } else {
 #pragma unroll
-    for (int i = 0; i < kThreadTokens; ++i) scored[i] = token + i < sequences.tokens && batch.scored(token + i);
+    for (int i = 0; i < kThreadTokens; ++i) scored[1 + i] = token + i < sequences.tokens && batch.scored(token + i);
   }
   unsigned bits = 0;
 #pragma unroll
-  for (int i = 0; i < kThreadTokens; ++i) bits |= static_cast<unsigned>(scored[i]) << (offset % 32 + i);
+  for (int i = 0; i < kThreadTokens; ++i) bits |= static_cast<unsigned>(scored[1 + i]) << (offset % 32 + i);
 #pragma unroll
   for (int lanes = 1; lanes < 32 / kThreadTokens; lanes *= 2) bits |= shuffle_xor(bits, lanes);
   if (offset % 32 == 0) scored_bits[offset / 32] = bits;
+  int64_t s = sequences.of(token + kThreadTokens < block_end ? token + kThreadTokens - 1 : block_end - 1);
+  if (threadIdx.x == kRewardThreads - 1) limit = s < sequences.count ? sequences.start(s + 1) : block_end;
   __syncthreads();
 
   bool later = batch.mask == nullptr;
-  if (batch.mask != nullptr && block_end < sequences.tokens) {
-    const int64_t s = sequences.of(block_end - 1), limit = s < sequences.count ? sequences.start(s + 1) : block_end;
+  if (batch.mask != nullptr && block_end < limit) {
     // The token after the last one may bear its score.
     const bool asks =
-        any_bit(scored_bits, 0, kRewardTokens) || (batch.after_last && first > 0 && batch.mask[first - 1]);
+        next_bit(scored_bits, 0) < kRewardTokens || (batch.after_last && first > 0 && batch.mask[first - 1]);
     int64_t look = kFirstLook;
     for (int64_t from = block_end; asks && !later && from < limit; from += look, look = kLongestLook) {
       int found = 0;
@@ -133,26 +136,27 @@ __global__ void __launch_bounds__(kRewardThreads) shaped_rewards_kernel(RewardBa
   } else {
 #pragma unroll
     for (int i = 0; i < kThreadTokens; ++i) {
-      p[i] = scored[i] ? batch.logprobs[token + i] : 0.0f;
-      q[i] = scored[i] ? batch.ref_logprobs[token + i] : 0.0f;
+      p[i] = scored[1 + i] ? batch.logprobs[token + i] : 0.0f;
+      q[i] = scored[1 + i] ? batch.ref_logprobs[token + i] : 0.0f;
     }
   }
-  const float valid = batch.valid != nullptr ? *batch.valid : 1.0f;
-  bool before = batch.after_last && token > 0 && token < sequences.tokens && batch.scored(token - 1);
-  int64_t s = token < sequences.tokens ? sequences.of(token) : sequences.count;
 #pragma unroll
-  for (int i = 0; i < kThreadTokens; ++i) {
+  for (int i = 0; i < kThreadTokens; ++i)
+    reward[i] = select(scored[1 + i], kl_reward(batch.estimator, p[i], q[i], batch.kl_coef), 0.0f);
+
+  const float valid = batch.valid != nullptr ? *batch.valid : 1.0f;
+  const int next_in_block = next_bit(scored_bits, offset + kThreadTokens);
+  // The first scored token after the one in turn, as far as it matters: block_end stands for those beyond.
+  int64_t next = next_in_block < kRewardTokens ? first + next_in_block : later ? block_end : sequences.tokens;
+#pragma unroll
+  for (int i = kThreadTokens - 1; i >= 0; --i) {
     const int64_t t = token + i;
-    reward[i] = scored[i] ? kl_reward(batch.estimator, p[i], q[i], batch.kl_coef) : 0.0f;
-    while (s < sequences.count && sequences.start(s + 1) <= t) ++s;
-    if (s < sequences.count && t < sequences.tokens) {
-      const int64_t end = sequences.start(s + 1), visible = (end < block_end ? end : block_end) - first;
-      bool bears = scored[i];
-      if (batch.after_last) bears = scored[i] ? t + 1 == end : before && t > sequences.start(s);
-      if (bears && !(end > block_end && later) && !any_bit(scored_bits, offset + i + 1, static_cast<int>(visible)))
-        reward[i] += batch.scores[s];
-    }
-    before = scored[i];
+    while (s > 0 && sequences.start(s) > t) --s;
+    const int64_t end = sequences.start(s < sequences.count ? s + 1 : s);
+    const bool after = !scored[1 + i] & scored[i] & (t > sequences.start(s));
+    const bool last = batch.after_last ? after | (scored[1 + i] & (t + 1 == end)) : scored[1 + i];
+    if (last & (next >= end) & (s < sequences.count)) reward[i] += batch.scores[s];
+    if (scored[1 + i]) next = t;
     reward[i] *= valid;
   }
   if (whole) {
