@@ -7,6 +7,8 @@
     masked_mean         mean of scored elements
     masked_whiten       scored elements to mean 0 and variance 1, over one process or many
     policy_loss         PPO and REINFORCE losses with KL penalty, gradient and metrics in one pass
+    preference_loss     DPO and its relatives, on log-probabilities of pairs
+    reward_pair_loss    Bradley-Terry, on scores of pairs
 
 Each is a function on tensors that serves CPUs (C++ SIMD) and GPUs (Triton, CUDA C++), is differentiable where its
 docstring says so, and works under torch.compile. `use_backend` chooses the implementation; by default the tensors'
@@ -20,6 +22,7 @@ from rlkernels.ops.kl import kl_penalty, shaped_rewards
 from rlkernels.ops.logprobs import token_logprobs
 from rlkernels.ops.masked import masked_mean, masked_whiten
 from rlkernels.ops.policy_loss import policy_loss
+from rlkernels.ops.preference_loss import preference_loss, reward_pair_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +31,8 @@ __all__ = [
     "masked_mean",
     "masked_whiten",
     "policy_loss",
+    "preference_loss",
+    "reward_pair_loss",
     "shaped_rewards",
     "token_logprobs",
     "use_backend",

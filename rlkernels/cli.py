@@ -24,6 +24,7 @@ OPS: dict[str, tuple[str, ...]] = {
         _registry.KERNEL_BACKENDS,
     ),
     **dict.fromkeys(("masked_mean", "masked_whiten"), _registry.WITHOUT_CUDA),
+    **dict.fromkeys(("preference_loss", "reward_pair_loss"), ()),
 }
 
 
