@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo bench bench-results lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
+.PHONY: help demo bench bench-results evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,10 @@ bench: test-setup ## time the kernels beside what people use today, other projec
 
 bench-results: test-setup $(STAMPS)/peers ## the same; keeps the results and draws the figure of the README
 	@$(PEERS)/python -m rlkernels bench --save benchmarks/results/ --plot
+
+# What can be said of GPUs without one: the bytes that kernels move, and what they take of a GPU.
+evidence: test-setup ## count the kernels' traffic; write docs/resources.md
+	@$(BIN)/python benchmarks/traffic.py && $(BIN)/python benchmarks/resources.py > docs/resources.md
 
 lint: $(STAMPS)/base $(STAMPS)/lint ## ruff, clang-format and mypy, as in the pre-commit hook
 	@$(BIN)/pre-commit run --all-files --show-diff-on-failure
@@ -58,7 +62,7 @@ test-triton: test-setup ## the Triton kernels, run by Triton's interpreter on CP
 	@$(PYTEST) -n 2 -m "not gpu" --backend triton $(OP_TESTS) tests/test_triton_interpreter.py tests/test_triton_traffic.py; $(COUNT)
 
 test-compile: test-setup ## the Triton and CUDA kernels, compiled for GPUs: no spills, wide loads
-	@$(PYTEST) -n 2 -m "not gpu" tests/test_triton_compiled.py tests/test_cuda_compiled.py; $(COUNT)
+	@$(PYTEST) -n 2 -m "not gpu" tests/test_triton_compiled.py tests/test_cuda_compiled.py tests/test_triton_resources.py; $(COUNT)
 
 test-cuda-host: test-setup ## the CUDA kernels, run on the host under the sanitizers
 	@$(PYTEST) -n 2 tests/test_cuda_emulation.py; status=$$?; \

@@ -5,16 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import triton
+
+from gpu_assembly import dump, resource_usage
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ROW_KERNELS = {"float": 4, "__nv_bfloat16": 2, "__half": 2}
 """Vectors of 16 bytes that a thread of the row kernels has under way, by the type of the logits."""
 
@@ -26,23 +25,9 @@ def extension():
     return spec.origin
 
 
-def dump(extension, *options):
-    listing = subprocess.run([CUOBJDUMP, *options, extension], capture_output=True, text=True, check=True).stdout
-    return subprocess.run(["c++filt"], input=listing, capture_output=True, text=True, check=True).stdout
-
-
 @pytest.fixture(scope="module")
 def resources(extension):
-    """{(architecture, kernel): {"REG": 40, "STACK": 0, ...}}"""
-    found, architecture, kernel = {}, None, None
-    for line in dump(extension, "--dump-resource-usage").splitlines():
-        if match := re.match(r"arch = (\w+)", line):
-            architecture = match[1]
-        elif match := re.match(r"\s*Function (.*):$", line):
-            kernel = match[1]
-        elif "STACK:" in line:
-            found[architecture, kernel] = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)}
-    return found
+    return resource_usage(extension)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,9 @@
-"""Every Triton kernel, compiled for NVIDIA and AMD GPUs without one: no spills, 16-byte loads, no needless variants.
-
-The launchers run as they are, on tensors without memory; a stand-in for the GPU's driver makes Triton compile each
-launch with the specialisation that it would have on a GPU, and go no further.
-"""
+"""Every Triton kernel, compiled for NVIDIA and AMD GPUs without one: no spills, 16-byte loads, no needless variants."""
 
 import ast
 import math
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,61 +12,29 @@ from triton_interpreter import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("kernels do not compile in a process with TRITON_INTERPRET=1", allow_module_level=True)
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton import knobs  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver, jit  # noqa: E402
+from gpu_assembly import (
+    BARRIER,
+    LOAD,
+    SPILL,
+    STORE,
+    TARGETS,
+    WIDE_LOAD,
+    WIDE_STORE,
+    compile_for,
+    disassemble,
+    innermost_loop_with_loads,
+)
+from rlkernels.triton import groups, kl, logprobs, masked, policy_loss
 
-from rlkernels.triton import groups, kl, logprobs, masked, policy_loss  # noqa: E402
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 INF = math.inf
-
-
-class CompilingDriver:
-    """As much of a driver as choosing what to compile needs."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self):
-        return self  # a key of the kernels' caches: compiled kernels are shared between no two drivers
-
-    def get_current_stream(self, device) -> int:
-        return 0
 
 
 @pytest.fixture
 def compile_launches(monkeypatch, tmp_path):
     """compile_launches(target, launch): what running `launch` compiles, by the kernels' names."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    run = jit.JITFunction.run
-
-    def compile_for(target: GPUTarget, launch: Callable[[], None], compile: bool = True) -> dict[str, list]:
-        compiled: dict[str, list] = {}
-
-        def compile_only(self, *args, grid, warmup, **kwargs):
-            seen = compiled.setdefault(f"{self.module.rpartition('.')[2]}.{self.__name__}", [])
-            kernel = run(self, *args, grid=grid, warmup=True, **kwargs) if compile else None
-            if kernel not in seen:
-                seen.append(kernel)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(driver, "_active", CompilingDriver(target))
-            patch.setattr(jit.JITFunction, "run", compile_only)
-            patch.setattr(logprobs, "NUM_WARPS", logprobs.THREADS // target.warp_size)
-            launch()
-        return compiled
-
     return compile_for
 
 
@@ -268,52 +228,6 @@ def test_no_spills_and_16_byte_loads(case, target, compile_launches):
                 assert all(WIDE_STORE.fullmatch(store) for store in STORE.findall(loop)), name
             else:
                 assert len(WIDE_LOAD.findall(assembly.text)) >= wanted, name
-
-
-# SASS, or GCN.
-LOAD = re.compile(r"\bLDG\.[\w.]+|\b(?:global|buffer)_load_\w+")
-WIDE_LOAD = re.compile(r"\bLDG\.E\.128\b|\b(?:global|buffer)_load_dwordx4\b")
-STORE = re.compile(r"\bSTG\.[\w.]+|\b(?:global|buffer)_store_\w+")
-WIDE_STORE = re.compile(r"\bSTG\.E\.128\b|\b(?:global|buffer)_store_dwordx4\b")
-SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)_|\.[sv]gpr_spill_count: *[1-9]")
-BARRIER = re.compile(r"\bBAR\.|\bs_barrier\b")
-LABEL = re.compile(r"\.L(?:_x_|BB\d+_)\d+")
-
-
-class Assembly(NamedTuple):
-    text: str
-    bytes_of_stack: int
-
-
-def disassemble(kernel) -> Assembly:
-    if "amdgcn" in kernel.asm:
-        text = kernel.asm["amdgcn"]
-        return Assembly(text, int(re.search(r"\.private_segment_fixed_size: *(\d+)", text)[1]))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = run_tool(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        text = run_tool(knobs.nvidia.nvdisasm.path, "-c", file.name)
-    stack, local = re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage).groups()
-    return Assembly(text, int(stack) + int(local))
-
-
-def run_tool(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def innermost_loop_with_loads(text: str) -> str:
-    """The shortest stretch with loads between a label and the last branch back to it."""
-    lines = text.splitlines()
-    labels: dict[str, int] = {}
-    bodies: dict[str, str] = {}
-    for number, line in enumerate(lines):
-        for label in LABEL.findall(line):
-            if line.lstrip().startswith(f"{label}:"):
-                labels[label] = number
-            elif label in labels:
-                bodies[label] = "\n".join(lines[labels[label] : number])
-    return min((body for body in bodies.values() if LOAD.search(body)), key=len)
 
 
 def test_every_kernel_is_compiled_here(compile_launches):

@@ -1,0 +1,199 @@
+"""What every Triton and CUDA kernel takes of a GPU, and the occupancy that allows. Compiled for GPUs, without one.
+
+    python benchmarks/resources.py > docs/resources.md
+
+Of the variants of a kernel that tests/test_triton_compiled.py compiles, the greatest of each figure, and the least and
+the greatest width of the widest load. Occupancy is the share of a multiprocessor's warps that registers, shared memory
+and the number of blocks leave room for, at the least.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import triton  # noqa: E402
+
+from gpu_assembly import LOAD, TARGETS, compile_for, disassemble, dump, resource_usage  # noqa: E402
+
+THREADS_UNBOUND = 256
+"""Of a block of a CUDA kernel without __launch_bounds__, whose launch chooses them."""
+LOAD_BYTES = {".256": 32, ".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
+LOAD_BYTES |= {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "short": 2, "byte": 1}
+"""By what stands in an instruction's name; 4 without any."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a multiprocessor (CUDA C++ Programming Guide, compute capabilities) or compute unit (CDNA 3 ISA guide), which
+    has four parts with registers of their own."""
+
+    warps: int
+    blocks: int
+    registers: int
+    """Of a part, for each of a warp's threads."""
+    granule: int
+    shared_memory: int
+    reserved: int
+    """Shared memory that the system takes of every block."""
+
+
+NVIDIA = dict(warps=64, blocks=32, registers=512, granule=8, reserved=1024)
+LIMITS = {
+    "sm_80": Limits(**NVIDIA, shared_memory=164 * 1024),
+    "sm_90": Limits(**NVIDIA, shared_memory=228 * 1024),
+    "sm_100": Limits(**NVIDIA, shared_memory=228 * 1024),
+    "gfx942": Limits(warps=32, blocks=32, registers=512, granule=8, shared_memory=64 * 1024, reserved=0),
+}
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def occupancy(limits: Limits, warps: int, registers: int, shared_memory: int) -> float:
+    """Of blocks of so many warps."""
+    resident = 4 * (limits.registers // round_up(max(registers, 1), limits.granule))
+    blocks = min(limits.blocks, limits.warps // warps, resident // warps)
+    if taken := round_up(shared_memory, 128) + limits.reserved:
+        blocks = min(blocks, limits.shared_memory // taken)
+    return blocks * warps / limits.warps
+
+
+@dataclass
+class Kernel:
+    """One variant of a kernel."""
+
+    name: str
+    threads: int
+    registers: int
+    stack: int
+    shared_memory: int
+    load_bytes: int
+    occupancy: float
+
+
+def widest_load(text: str) -> int:
+    """In bytes."""
+
+    def width(load: str) -> int:
+        return next((size for name, size in LOAD_BYTES.items() if name in load), 4)
+
+    return max(map(width, LOAD.findall(text)), default=0)
+
+
+def triton_kernels(architecture: str, only: str = "") -> Iterator[Kernel]:
+    """Of every case, or of one."""
+    from test_triton_compiled import CASES
+
+    target, limits = TARGETS[architecture], LIMITS[architecture]
+    for launch, _ in [CASES[only]] if only else CASES.values():
+        for name, variants in compile_for(target, launch).items():
+            for variant in variants:
+                assembly, warps = disassemble(variant), variant.metadata.num_warps
+                yield Kernel(
+                    name,
+                    warps * target.warp_size,
+                    assembly.registers,
+                    assembly.bytes_of_stack,
+                    assembly.shared_memory,
+                    widest_load(assembly.text),
+                    occupancy(limits, warps, assembly.registers, assembly.shared_memory),
+                )
+
+
+def cuda_sections(extension: str, option: str, heading: str) -> Iterator[tuple[str, str, str]]:
+    """(architecture, kernel, text) of a listing in sections that begin with `heading` and the kernel's name."""
+    architecture = ""
+    for section in re.split(heading, dump(extension, option), flags=re.MULTILINE):
+        kernel, _, text = section.partition("\n")
+        if architecture:
+            yield architecture, kernel.strip(), text
+        if match := re.findall(r"^arch = (\w+)", section, flags=re.MULTILINE):
+            architecture = match[-1]
+
+
+def short_name(kernel: str) -> str:
+    """Without namespace, parameters, and template arguments that are not types."""
+    name = re.sub(r"^void |rlk::|\((?:bool|int)\)", "", kernel).partition("(")[0]
+    return re.sub(r", \d+(?=[,>])", "", name)
+
+
+def cuda_kernels(extension: str) -> dict[str, list[Kernel]]:
+    """By architecture."""
+    texts = {(arch, kernel): text for arch, kernel, text in cuda_sections(extension, "-sass", r"^\s*Function : ")}
+    bounds = {}
+    for architecture, kernel, text in cuda_sections(extension, "-elf", r"^\.nv\.info\."):
+        if match := re.search(r"EIATTR_MAX_THREADS\s+Format:.*\s+Value:\s+0x([0-9a-f]+)", text):
+            bounds[architecture, kernel] = int(match[1], 16)
+    found: dict[str, list[Kernel]] = {}
+    for (architecture, kernel), usage in resource_usage(extension).items():
+        limits, threads = LIMITS[architecture], bounds.get((architecture, kernel), THREADS_UNBOUND)
+        # From sm_90 on, cuobjdump adds what the system takes.
+        shared = usage["SHARED"] - (limits.reserved if architecture != "sm_80" and usage["SHARED"] else 0)
+        entry = Kernel(
+            short_name(kernel),
+            threads,
+            usage["REG"],
+            usage["STACK"] + usage["LOCAL"],
+            shared,
+            widest_load(texts[architecture, kernel]),
+            occupancy(limits, threads // 32, usage["REG"], shared),
+        )
+        found.setdefault(architecture, []).append(entry)
+    return found
+
+
+def table(kernels: list[Kernel]) -> str:
+    lines = [
+        "| kernel | variants | threads | registers | spilled, B | shared memory, B | widest load, B | occupancy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    by_name: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        by_name.setdefault(kernel.name, []).append(kernel)
+    for name, variants in sorted(by_name.items()):
+        loads = {kernel.load_bytes for kernel in variants}
+        cells = (
+            f"`{name}`",
+            len(variants),
+            max(kernel.threads for kernel in variants),
+            max(kernel.registers for kernel in variants),
+            max(kernel.stack for kernel in variants),
+            max(kernel.shared_memory for kernel in variants),
+            " - ".join(map(str, sorted({min(loads), max(loads)}))),
+            f"{min(kernel.occupancy for kernel in variants):.0%}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    paragraphs = (__doc__ or "").strip().split("\n\n")
+    print("# What the kernels take of a GPU\n")
+    print(f"Printed by `python benchmarks/resources.py`, with Triton {triton.__version__}.\n{paragraphs[2]}\n")
+    spec = importlib.util.find_spec("rlkernels._C_cuda")
+    by_architecture = cuda_kernels(spec.origin) if spec and spec.origin else {}
+    if by_architecture:
+        print(f"CUDA kernels without launch bounds are given {THREADS_UNBOUND} threads a block.")
+    else:
+        print("The CUDA extension is not built here.")
+    for architecture in TARGETS:
+        print(f"\n## {architecture}: Triton\n\n{table(list(triton_kernels(architecture)))}", flush=True)
+        if kernels := by_architecture.get(architecture):
+            print(f"\n## {architecture}: CUDA\n\n{table(kernels)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        sys.exit(main())

@@ -1,0 +1,137 @@
+"""Compiles Triton kernels for GPUs without one, and reads what is in the machine code of Triton and CUDA kernels.
+
+The launchers run as they are, on tensors without memory; a stand-in for the GPU's driver makes Triton compile each
+launch with the specialisation that it would have on a GPU, and go no further.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from rlkernels.triton import logprobs
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# SASS, or GCN.
+LOAD = re.compile(r"\bLDG\.[\w.]+|\b(?:global|buffer)_load_\w+")
+WIDE_LOAD = re.compile(r"\bLDG\.E\.128\b|\b(?:global|buffer)_load_dwordx4\b")
+STORE = re.compile(r"\bSTG\.[\w.]+|\b(?:global|buffer)_store_\w+")
+WIDE_STORE = re.compile(r"\bSTG\.E\.128\b|\b(?:global|buffer)_store_dwordx4\b")
+SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)_|\.[sv]gpr_spill_count: *[1-9]")
+BARRIER = re.compile(r"\bBAR\.|\bs_barrier\b")
+LABEL = re.compile(r"\.L(?:_x_|BB\d+_)\d+")
+
+
+class CompilingDriver:
+    """As much of a driver as choosing what to compile needs."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self):
+        return self  # a key of the kernels' caches: compiled kernels are shared between no two drivers
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+def compile_for(target: GPUTarget, launch: Callable[[], None], compile: bool = True) -> dict[str, list]:
+    """What running `launch` compiles, by the kernels' names."""
+    compiled: dict[str, list] = {}
+    run = jit.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        seen = compiled.setdefault(f"{self.module.rpartition('.')[2]}.{self.__name__}", [])
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs) if compile else None
+        if kernel not in seen:
+            seen.append(kernel)
+
+    with (
+        mock.patch.object(driver, "_active", CompilingDriver(target)),
+        mock.patch.object(jit.JITFunction, "run", compile_only),
+        mock.patch.object(logprobs, "NUM_WARPS", logprobs.THREADS // target.warp_size),
+    ):
+        launch()
+    return compiled
+
+
+class Assembly(NamedTuple):
+    """Of one kernel."""
+
+    text: str
+    registers: int
+    """Of a thread; on AMD vector registers, those for matrices included."""
+    bytes_of_stack: int
+    shared_memory: int
+
+
+def disassemble(kernel) -> Assembly:
+    """A kernel compiled by Triton."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+
+        def entry(name: str) -> int:
+            return int(re.search(rf"\.{name}: *(\d+)", text)[1])
+
+        return Assembly(text, entry("vgpr_count"), entry("private_segment_fixed_size"), kernel.metadata.shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        ((_, usage),) = resource_usage(file.name).items()
+        text = run_tool(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    return Assembly(text, usage["REG"], usage["STACK"] + usage["LOCAL"], kernel.metadata.shared)
+
+
+def run_tool(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def dump(file: str, *options: str) -> str:
+    """What cuobjdump says of a file, with C++ names."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    listing = run_tool(str(cuobjdump), *options, file)
+    return subprocess.run(["c++filt"], input=listing, capture_output=True, text=True, check=True).stdout
+
+
+def resource_usage(file: str) -> dict[tuple[str, str], dict[str, int]]:
+    """{(architecture, kernel): {"REG": 40, "STACK": 0, ...}}"""
+    found, architecture, kernel = {}, "", ""
+    for line in dump(file, "--dump-resource-usage").splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (.*):$", line):
+            kernel = match[1]
+        elif "STACK:" in line:
+            found[architecture, kernel] = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)}
+    return found
+
+
+def innermost_loop_with_loads(text: str) -> str:
+    """The shortest stretch with loads between a label and the last branch back to it."""
+    lines = text.splitlines()
+    labels: dict[str, int] = {}
+    bodies: dict[str, str] = {}
+    for number, line in enumerate(lines):
+        for label in LABEL.findall(line):
+            if line.lstrip().startswith(f"{label}:"):
+                labels[label] = number
+            elif label in labels:
+                bodies[label] = "\n".join(lines[labels[label] : number])
+    return min((body for body in bodies.values() if LOAD.search(body)), key=len)
