@@ -6,7 +6,8 @@
     group_advantages    rewards relative to their group: GRPO, RLOO, Dr. GRPO
     masked_mean         mean of scored elements
     masked_whiten       scored elements to mean 0 and variance 1, over one process or many
-    policy_loss         PPO and REINFORCE losses with KL penalty, gradient and metrics in one pass
+    policy_loss         the PPO and GRPO family of losses with KL penalty, gradient and metrics in one pass
+    value_loss          PPO's clipped value loss, the same way
     preference_loss     DPO and its relatives, on log-probabilities of pairs
     reward_pair_loss    Bradley-Terry, on scores of pairs
 
@@ -23,6 +24,7 @@ from rlkernels.ops.logprobs import token_logprobs
 from rlkernels.ops.masked import masked_mean, masked_whiten
 from rlkernels.ops.policy_loss import policy_loss
 from rlkernels.ops.preference_loss import preference_loss, reward_pair_loss
+from rlkernels.ops.value_loss import value_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "shaped_rewards",
     "token_logprobs",
     "use_backend",
+    "value_loss",
 ]
 
 _registry.load()

@@ -20,7 +20,7 @@ from rlkernels.ops import _registry
 # Each op with the backends that have kernels for it; the others are plain PyTorch.
 OPS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("token_logprobs", "kl_penalty", "shaped_rewards", "group_advantages", "policy_loss"),
+        ("token_logprobs", "kl_penalty", "shaped_rewards", "group_advantages", "policy_loss", "value_loss"),
         _registry.KERNEL_BACKENDS,
     ),
     **dict.fromkeys(("masked_mean", "masked_whiten"), _registry.WITHOUT_CUDA),

@@ -1,4 +1,3 @@
-import itertools
 import math
 
 import pytest
@@ -7,180 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import rlkernels
 from op_calls import check_ops
 from rlkernels import policy_loss
-from tolerance import assert_as_accurate_as_torch
+from token_losses import AGGREGATIONS, DTYPES, ESTIMATORS, INF, NAN, assert_matches_oracles, make_inputs, run
 
-NAN = float("nan")
-INF = float("inf")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OBJECTIVES = ("ppo", "reinforce")
-AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum")
-ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
-
-
-def kl(logprob, ref, estimator):
-    difference = logprob - ref
-    k2 = 0.5 * difference**2
-    value = {"k1": difference, "k2": k2, "k3": torch.exp(-difference) - 1 + difference, "abs": difference.abs()}[
-        estimator.removesuffix("+")
-    ]
-    return value.detach() + k2 - k2.detach() if estimator.endswith("+") else value
-
-
-def brute_force(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask=None,
-    cu_seqlens=None,
-    ref_logprobs=None,
-    objective="ppo",
-    aggregation="token_mean",
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    log_ratio_clamp=None,
-    kl_coef=0.0,
-    kl_estimator="k3",
-    normalizer=None,
-):
-    """One sequence after the other, only its scored tokens, the formula as in the papers; autograd does the rest.
-
-    Returns loss, metrics, and for each of both the mean of the absolute values that it is a sum and difference of."""
-    if cu_seqlens is None:
-        spans = [(row, slice(None)) for row in range(logprobs.shape[0])]
-    else:
-        spans = [(slice(start, end),) for start, end in itertools.pairwise(cu_seqlens.tolist())]
-    per_token = advantages.shape == logprobs.shape
-    sequences = []
-    tokens = []
-    for number, span in enumerate(spans):
-        scored = torch.ones_like(logprobs[span], dtype=torch.bool) if mask is None else mask[span]
-        if not scored.any():
-            continue
-        logprob = logprobs[span][scored]
-        old = logprob.detach() if old_logprobs is None else old_logprobs[span][scored]
-        advantage = advantages[span][scored] if per_token else advantages[number].expand(len(logprob))
-        log_ratio = logprob - old
-        if log_ratio_clamp is not None:
-            log_ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
-        ratio = log_ratio.exp()
-        clipped_low = clipped_high = penalty = torch.zeros_like(ratio)
-        difference = 0.0
-        if objective == "ppo":
-            loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))
-            if dual_clip is not None:
-                loss = torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
-            clipped_low = (ratio < 1 - clip_low) & (advantage < 0)
-            clipped_high = (ratio > 1 + clip_high) & (advantage > 0)
-        else:
-            loss = -advantage * logprob
-        if ref_logprobs is not None:
-            reference = ref_logprobs[span][scored]
-            difference = (logprob - reference).abs()
-            penalty = kl(logprob, reference, kl_estimator)
-        size = loss.abs() + kl_coef * (penalty.abs() + difference)
-        if kl_coef:
-            loss = loss + kl_coef * penalty
-        length = len(loss) if aggregation == "seq_mean_token_mean" else 1
-        sequences.append((loss / length, size / length))
-        approx_kl = ratio - 1 - log_ratio
-        sums = (ratio, clipped_low, clipped_high, approx_kl, penalty)
-        sizes = (ratio, clipped_low, clipped_high, ratio + 1 + log_ratio.abs(), penalty.abs() + difference)
-        tokens.append((torch.stack(sums), torch.stack(sizes)))
-    if not sequences:
-        nothing = (logprobs[:0].sum(), torch.zeros(6, dtype=logprobs.dtype))
-        return *nothing, *nothing
-    losses, sizes = (torch.cat(parts) for parts in zip(*sequences, strict=True))
-    metrics, metric_sizes = (
-        torch.cat([torch.cat(parts, 1).mean(1), torch.tensor([len(losses)])]).detach()
-        for parts in zip(*tokens, strict=True)
-    )
-    denominator = {"token_mean": len(losses), "token_sum": 1}.get(aggregation, len(sequences))
-    if normalizer is not None:
-        denominator = float(normalizer)
-    return losses.sum() / denominator, metrics.detach(), sizes.sum() / denominator, metric_sizes
-
-
-def run(function, inputs, upstream=1.0, **options):
-    """Loss, metrics and the gradient of the log-probabilities, whose loss is multiplied by `upstream` first."""
-    leaf = inputs["logprobs"].clone().requires_grad_()
-    loss, metrics, *sizes = function(**(inputs | {"logprobs": leaf}), **options)
-    (gradient,) = torch.autograd.grad(loss * upstream, leaf)
-    return loss.detach(), metrics, gradient, *(size.detach() for size in sizes)
-
-
-def assert_matches_oracles(inputs, upstream=-1.7, **options):
-    """The backend against the reference in float64, and that against loops."""
-    got = run(policy_loss, inputs, upstream, **options)
-    in_double = {name: v.double() if v is not None and v.is_floating_point() else v for name, v in inputs.items()}
-    with rlkernels.use_backend("reference"):
-        oracle = run(policy_loss, in_double, upstream, **options)
-        naive = run(policy_loss, inputs, upstream, **options)
-    on_host = {name: v if v is None else v.cpu() for name, v in in_double.items()}
-    *by_loops, loss_size, metric_sizes = run(brute_force, on_host, upstream, **options)
-    for one, other in zip(oracle, by_loops, strict=True):
-        torch.testing.assert_close(one.cpu(), other, rtol=1e-9, atol=1e-12)
-
-    assert_as_accurate_as_torch(got[2], oracle[2], naive[2], what="gradient", gradient=True)
-    for what, size, *three in zip(("loss", "metrics"), (loss_size, metric_sizes), got, oracle, naive, strict=False):
-        # A sum of terms of both signs is as accurate as its terms are.
-        value, exact, eager = (one.detach().double().cpu() for one in three)
-        allowed = 2 * (eager - exact).abs() + 2 * torch.finfo(torch.float32).eps * size
-        assert ((value - exact).abs() <= allowed).all(), f"{what}: {value}, wanted {exact}, PyTorch {eager}"
-    return got
-
-
-def make_inputs(
-    lengths,
-    width,
-    device,
-    dtype=torch.float32,
-    packed=False,
-    per_token=False,
-    distance=0.3,
-    old=True,
-    reference=True,
-    drop=0.2,
-    garbage=True,
-    seed=0,
-):
-    """Sequences of `lengths` tokens, a part of which (`drop`) is not scored, as if a tool had written it, padded to
-    `width` or packed. Every value at a token that is not scored is NaN or infinite."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(lengths), width)
-    logprobs = -3 * torch.rand(shape, generator=generator)
-    values = {
-        "logprobs": logprobs,
-        "old_logprobs": logprobs + distance * torch.randn(shape, generator=generator),
-        "ref_logprobs": logprobs + distance * torch.randn(shape, generator=generator),
-        "token_advantages": torch.randn(shape, generator=generator),
-    }
-    within = torch.arange(width) < torch.tensor(lengths, dtype=torch.int64).view(-1, 1)
-    mask = within & (torch.rand(shape, generator=generator) >= drop)
-    if garbage:
-        junk = torch.tensor([NAN, INF, -INF])[torch.randint(3, shape, generator=generator)]
-        values = {name: torch.where(mask, value, junk) for name, value in values.items()}
-    advantages = torch.randn(len(lengths), generator=generator)
-    if garbage:
-        advantages[~mask.any(1)] = NAN
-    if packed:
-        values = {name: value[within] for name, value in values.items()}
-        mask = mask[within]
-    inputs = {
-        "logprobs": values["logprobs"].to(device, dtype),
-        "old_logprobs": values["old_logprobs"].to(device, dtype) if old else None,
-        "advantages": (values["token_advantages"] if per_token else advantages).to(device),
-        "mask": mask.to(device),
-    }
-    if reference:
-        inputs["ref_logprobs"] = values["ref_logprobs"].to(device, dtype)
-    if packed:
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        inputs["cu_seqlens"] = ends.to(device, torch.int32)
-    return inputs
 
 
 @given(
@@ -413,6 +243,9 @@ def test_on_policy(backend, device):
         "clip_fraction_high": 0,
         "approx_kl": 0,
         "ref_kl": 0,
+        "entropy": 0,
+        "sampler_weight": 1,
+        "sampler_capped": 0,
         "num_tokens": tokens,
     }
 
@@ -485,7 +318,8 @@ def test_metrics_and_dtypes(backend, device):
     assert loss.requires_grad
     assert not metrics.requires_grad
     assert policy_loss.metrics == (
-        *("ratio_mean", "clip_fraction_low", "clip_fraction_high", "approx_kl", "ref_kl", "num_tokens"),
+        *("ratio_mean", "clip_fraction_low", "clip_fraction_high", "approx_kl", "ref_kl"),
+        *("entropy", "sampler_weight", "sampler_capped", "num_tokens"),
     )
     (gradient,) = torch.autograd.grad(loss, inputs["logprobs"])
     assert gradient.dtype == torch.bfloat16
@@ -612,7 +446,7 @@ def test_nothing_is_read_back_by_the_host(backend, device, aggregation, packed, 
         leaf = fake.pop("logprobs").requires_grad_()
         loss, metrics = policy_loss(leaf, **fake, aggregation=aggregation, kl_coef=0.1)
         (gradient,) = torch.autograd.grad(loss, leaf)
-    assert (loss.shape, metrics.shape, gradient.shape) == ((), (6,), leaf.shape)
+    assert (loss.shape, metrics.shape, gradient.shape) == ((), (9,), leaf.shape)
 
 
 TOKENS = torch.zeros(2, 3)

@@ -26,7 +26,7 @@ from gpu_assembly import (
     disassemble,
     innermost_loop_with_loads,
 )
-from rlkernels.triton import groups, kl, logprobs, masked, policy_loss
+from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, value_loss
 
 INF = math.inf
 
@@ -113,22 +113,50 @@ def policy(
     aggregation: int = 0,
     normalizer: float | None = None,
     estimator: int = 2,
+    sampler: int | None = None,
+    entropy: bool = False,
+    shape: tuple[int, int] = (16, 4096),
 ) -> None:
-    shape = (65536,) if packed else (16, 4096)
+    sequences = shape[0]
+    if packed:
+        shape = (math.prod(shape),)
     policy_loss.policy_loss_forward(
         empty(*shape),
         empty(*shape) if old else None,
-        empty(*shape) if per_token else empty(16),
+        empty(*shape) if per_token else empty(sequences),
         empty(*shape, dtype=torch.bool) if masked else None,
-        empty(17, dtype=torch.int32) if packed else None,
+        empty(sequences + 1, dtype=torch.int32) if packed else None,
         empty(*shape) if ref else None,
+        empty(*shape) if sampler is not None else None,
+        empty(*shape) if entropy else None,
         empty() if normalizer == 0 else None,
         normalizer or 0.0,
-        objective,
         aggregation,
-        *(0.2, 0.2, INF, INF, 0.1),
+        objective,
+        *(0.2, 0.2, INF, INF, INF, 2.0, 3.0, 3.0, 2.0, 0.1),
         estimator,
         False,
+        0.1 if entropy else 0.0,
+        sampler or 0,
+        3.0,
+        True,
+        entropy,
+    )
+
+
+def value(*, packed: bool = False, old: bool = True, masked: bool = True, aggregation: int = 0) -> None:
+    shape = (65536,) if packed else (16, 4096)
+    value_loss.value_loss_forward(
+        empty(*shape),
+        empty(*shape) if old else None,
+        empty(*shape),
+        empty(*shape, dtype=torch.bool) if masked else None,
+        empty(17, dtype=torch.int32) if packed else None,
+        None,
+        0.0,
+        aggregation,
+        0.2,
+        True,
     )
 
 
@@ -204,6 +232,32 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
     "policy_loss packed unmasked": (
         lambda: policy(packed=True, aggregation=2, masked=False),
         {"policy_loss._token_kernel": 2},
+    ),
+    **{
+        f"policy_loss {name}": (
+            lambda objective=objective: policy(objective=objective, ref=True),
+            {"policy_loss._token_kernel": 3, "policy_loss._sequences_kernel": 2}
+            if objective in (2, 5, 8)
+            else {"policy_loss._token_kernel": 3},
+        )
+        for objective, name in enumerate(("gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo"), start=2)
+    },
+    **{
+        f"policy_loss sampler {correction}": (
+            lambda correction=correction: policy(sampler=correction, entropy=True),
+            {"policy_loss._token_kernel": 4 if correction < 2 else 3},
+        )
+        for correction in range(4)
+    },
+    "policy_loss gmpo everything": (
+        lambda: policy(objective=5, packed=True, per_token=True, sampler=1, entropy=True, ref=True, aggregation=1),
+        {"policy_loss._token_kernel": 6},
+    ),
+    "value_loss": (lambda: value(), {"value_loss._token_kernel": 3}),
+    "value_loss packed": (lambda: value(packed=True, aggregation=1), {"value_loss._token_kernel": 3}),
+    "value_loss unclipped": (
+        lambda: value(old=False, masked=False, aggregation=2),
+        {"value_loss._token_kernel": 2},
     ),
     "policy_loss normalizer": (lambda: policy(aggregation=2, normalizer=0), {"policy_loss._token_kernel": 2}),
 }
@@ -317,4 +371,21 @@ def test_two_variants_serve_masked_tensors_of_every_length(compile_launches):
         "masked._block_moments_kernel": 2,
         "masked._moments_kernel": 1,
         "masked._whiten_kernel": 2,
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_two_variants_serve_every_batch_of_tokens(packed, compile_launches):
+    def launches():
+        for length in LENGTHS[packed:]:  # packed, one advantage a sequence of one token is one a token
+            for sequences in (1, 3, 16):
+                policy(objective=2, sampler=3, aggregation=1, packed=packed, shape=(sequences, length))
+                policy(aggregation=1, packed=packed, shape=(sequences, length))
+
+    compiled = compile_launches(TARGETS["sm_90"], launches)
+    assert {name: len(kernels) for name, kernels in compiled.items()} == {
+        "policy_loss._sequences_kernel": 2,
+        "policy_loss._token_kernel": 4,  # with its factors of sequences, and without
+        "policy_loss._finish_kernel": 1,
+        "_token_losses._lengths_kernel": 2,
     }

@@ -10,7 +10,7 @@ import mmap
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rlkernels.triton import groups, kl, logprobs, masked, policy_loss
+from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, value_loss
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0  # of <sys/mman.h>
@@ -110,18 +110,20 @@ def run_all(after: bool) -> None:
                     *(0.1, 2, after_last),
                 )
 
-        print(f"policy_loss cu_seqlens={starts}", flush=True)
+        print(f"policy_loss, value_loss cu_seqlens={starts}", flush=True)
+        packed = guard(torch.tensor(starts, dtype=torch.int32))
+        mask = guard(torch.rand(tokens) > 0.5)
+        numbers = [guard(torch.randn(tokens)) for _ in range(5)]
         for aggregation in range(4):
-            policy_loss.policy_loss_forward(
-                guard(torch.randn(tokens)),
-                guard(torch.randn(tokens)),
-                guard(torch.randn(len(starts) - 1)),
-                guard(torch.rand(tokens) > 0.5),
-                guard(torch.tensor(starts, dtype=torch.int32)),
-                guard(torch.randn(tokens)),
-                None,
-                *(0.0, 0, aggregation, 0.2, 0.2, math.inf, math.inf, 0.1, 2, False),
-            )
+            for objective in (0, 2, 5, 8):
+                old, ref, sampler, entropy, values = numbers
+                advantages = guard(torch.randn(len(starts) - 1))
+                options = (0.2, 0.2, math.inf, math.inf, math.inf, 2.0, 3.0, 3.0, 2.0, 0.1, 2, False, 0.1, 3, 3.0)
+                policy_loss.policy_loss_forward(
+                    *(values, old, advantages, mask, packed, ref, sampler, entropy, None, 0.0, aggregation, objective),
+                    *(*options, True, True),
+                )
+            value_loss.value_loss_forward(values, old, ref, mask, packed, None, 0.0, aggregation, 0.2, True)
 
 
 if __name__ == "__main__":

@@ -10,4 +10,7 @@ namespace rlk {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
+// Tokens per partial sum of a loss: fixed, so that the sum is the same whatever the number of threads.
+constexpr int64_t kLossBlock = 1024;
+
 }  // namespace rlk

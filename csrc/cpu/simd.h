@@ -9,6 +9,8 @@
 #include <cstring>
 #include <limits>
 
+#include "rlkernels/math.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -100,6 +102,11 @@ struct Sum {
   Doubles lanes = {};
 
   void operator+=(Vec x) { lanes += __builtin_convertvector(x.lanes, Doubles); }
+  void add_square(Vec x) {
+    const Doubles wide = __builtin_convertvector(x.lanes, Doubles);
+    lanes += wide * wide;
+  }
+  void operator+=(Sum other) { lanes += other.lanes; }
   double total() const {
     double sum = 0.0;
     for (int i = 0; i < kLanes; ++i) sum += lanes[i];
@@ -237,7 +244,10 @@ void for_each_vector(int64_t begin, int64_t end, Function function) {
 // The first `count` <= kLanes elements at p as a mask.
 inline Mask load_mask(const bool* p, int64_t count) {
   uint8_t bytes __attribute__((vector_size(kLanes))) = {};
-  std::memcpy(&bytes, p, count);
+  if (count == kLanes)
+    std::memcpy(&bytes, p, sizeof bytes);
+  else
+    std::memcpy(&bytes, p, count);
   return {__builtin_convertvector(bytes, Ints) != 0};
 }
 
@@ -299,6 +309,37 @@ inline Vec expm1(Vec x) {
   const Vec half = power_of_two(to_int(n) - 1);
   const Vec value = half * (series(r) * (r * r) + r) + (half - Vec(0.5f));
   return value + value;
+}
+
+inline Exponentials<Vec> exponentials(Vec x) {
+  const auto [n, r] = reduce(min(Vec(89.0f), max(Vec(-104.0f), x)));
+  const Vec q = series(r), exp = scale((q * r + Vec(1.0f)) * r + Vec(1.0f), n);
+  // Where 2^n is not a normal number, exp(x) - 1 is -1 or exp(x).
+  const Vec power = power_of_two(to_int(n));
+  const Vec expm1 = power * (q * (r * r) + r) + (power - Vec(1.0f));
+  return {exp, select(abs(x) < Vec(20.0f), expm1, exp - Vec(1.0f))};
+}
+
+// log(x) = n ln 2 + log(1 + f), x = 2^n (1 + f) and sqrt(1/2) <= 1 + f < sqrt(2), for normal x.
+inline Vec log(Vec x) {
+  const Ints root = to_bits(Vec(0x1.6a09e6p-1f)), bits = to_bits(x) - root;
+  const Vec n = __builtin_convertvector(bits >> 23, Floats);
+  const Vec f = from_bits((bits & 0x7fffff) + root) - Vec(1.0f);
+  // (log(1 + f) - f + f^2 / 2) / f^3, minimax to 0.1 * 2^-24 of log(1 + f).
+  Vec q = Vec(-0x1.38b580p-4f);
+  q = q * f + Vec(0x1.055b6ap-3f);
+  q = q * f + Vec(-0x1.0d8542p-3f);
+  q = q * f + Vec(0x1.22da1cp-3f);
+  q = q * f + Vec(-0x1.547244p-3f);
+  q = q * f + Vec(0x1.99a008p-3f);
+  q = q * f + Vec(-0x1.000226p-2f);
+  q = q * f + Vec(0x1.555554p-2f);
+  const Vec square = f * f;
+  // ln 2 in two parts, the first with 15 bits.
+  const Vec small = n * Vec(-2.12194440e-4f) + (q * (square * f) - Vec(0.5f) * square);
+  const Vec value = n * Vec(0.693359375f) + (f + small);
+  return select(x > Vec(0.0f), select(x < Vec(std::numeric_limits<float>::infinity()), value, x),
+                select(x == Vec(0.0f), Vec(-std::numeric_limits<float>::infinity()), x - x / Vec(0.0f)));
 }
 
 inline Vec tanh(Vec x) {

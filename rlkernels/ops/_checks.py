@@ -44,10 +44,8 @@ def choice(name: str, value: object, valid: Iterable[str]) -> None:
 def number(
     name: str, value: object, *, above: float | None = None, at_least: float | None = None, finite: bool = True
 ) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    bounds = [f"> {above:g}"] if above is not None else [f">= {at_least:g}"] if at_least is not None else []
-    bounds = (["finite"] if finite else []) + bounds
     # Comparisons alone, which torch.compile can trace where a float has become an input of the graph.
     if (
         value != value
@@ -55,6 +53,8 @@ def number(
         or (above is not None and not value > above)
         or (at_least is not None and not value >= at_least)
     ):
+        bounds = [f"> {above:g}"] if above is not None else [f">= {at_least:g}"] if at_least is not None else []
+        bounds = (["finite"] if finite else []) + bounds
         raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}; got {value}")
     return float(value)
 

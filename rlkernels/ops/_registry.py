@@ -26,6 +26,7 @@ WITHOUT_CUDA = ("cpu", "triton")
 _forced: str | None = None
 _devices: dict[str, tuple[str, ...]] = dict.fromkeys(KERNEL_BACKENDS, ())
 _reasons: dict[str, str] = dict.fromkeys(KERNEL_BACKENDS, "not loaded")
+_functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 
 
 def define(
@@ -44,7 +45,33 @@ def define(
         qualified = f"rlkernels::{name}.{backend}"
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         if backward is not None:
-            torch.library.register_autograd(qualified, backward(backend), setup_context=setup_context, lib=LIBRARY)
+            function = backward(backend)
+            torch.library.register_autograd(qualified, function, setup_context=setup_context, lib=LIBRARY)
+            if setup_context is not None:
+                _functions[name, backend] = _autograd_function(op(name, backend), setup_context, function)
+
+
+def _autograd_function(overload: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> type:
+    """The gradient of an op for `call`."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = overload(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+    Direct.backward = staticmethod(backward)
+    return Direct
+
+
+def call(name: str, backend: str, *inputs):
+    """The op, differentiable. Equal to `op(name, backend)(*inputs)`, whose way through torch.library's autograd takes
+    five times as long, longer than a small op itself; torch.compile needs that one."""
+    if torch.compiler.is_compiling():
+        return op(name, backend)(*inputs)
+    return _functions[name, backend].apply(*inputs)
 
 
 def op(name: str, backend: str) -> torch._ops.OpOverload:

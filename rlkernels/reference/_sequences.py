@@ -11,3 +11,8 @@ def sequence_of_token(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor
     count = cu_seqlens.shape[0] - 1
     position = torch.arange(tokens.shape[0], device=tokens.device)
     return torch.searchsorted(cu_seqlens[1:].long(), position, right=True).clamp(max=max(count - 1, 0)), count
+
+
+def sum_by_sequence(value: Tensor, sequence: Tensor, count: int) -> Tensor:
+    """The sum of `value` over the tokens of each of `count` sequences, [count]."""
+    return value.new_zeros(count).scatter_add(0, sequence.reshape(-1), value.reshape(-1))

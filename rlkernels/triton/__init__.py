@@ -4,4 +4,5 @@ import rlkernels.triton.groups
 import rlkernels.triton.kl
 import rlkernels.triton.logprobs
 import rlkernels.triton.masked
-import rlkernels.triton.policy_loss  # noqa: F401
+import rlkernels.triton.policy_loss
+import rlkernels.triton.value_loss  # noqa: F401

@@ -33,6 +33,16 @@ def expm1_minus_x(x):
 
 
 @triton.jit
+def exp_of_double(x):
+    """exp of a float64, in float32. The GPU's own exp2 is only as exact as its argument, which the whole part leaves
+    small."""
+    y = x * 1.4426950408889634
+    y = tl.where(y < -1000.0, -1000.0, tl.where(y > 1000.0, 1000.0, y))
+    whole = y.to(tl.int32)
+    return tl.exp2(whole.to(tl.float32)) * tl.exp2((y - whole).to(tl.float32))
+
+
+@triton.jit
 def log1p(x):
     """For 0 <= x <= 1: 2 artanh(s) with s = x / (2 + x) <= 1/3, eight terms of its series."""
     s = x / (2.0 + x)

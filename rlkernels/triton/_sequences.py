@@ -31,3 +31,9 @@ def sequence_of(position, cu_seqlens, sequences, steps):
         low = tl.where(here, middle + 1, low)
         high = tl.where(searching & ~here, middle, high)
     return low
+
+
+@triton.jit
+def aligned_bounds(begin, end):
+    """The multiples of 16 around a sequence: what is loaded between them can be loaded 16 bytes at a time."""
+    return begin // 16 * 16, (end + 15) // 16 * 16

@@ -1,0 +1,137 @@
+import torch
+from torch import Tensor
+
+from rlkernels.ops import _checks, _registry
+from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts, per_token
+from rlkernels.reference import value_loss as reference
+
+METRICS = ("clip_fraction", "value_mean", "return_mean", "squared_error", "explained_variance", "num_tokens")
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip: float | None = 0.2,
+    cu_seqlens: Tensor | None = None,
+    aggregation: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped value loss over tokens, with its gradient and metrics from the same pass.
+
+        b = clamp(values, old_values - clip, old_values + clip)
+        l = max((values - returns)^2, (b - returns)^2) / 2
+
+    Aggregated as in policy_loss, `normalizer` included.
+
+    Args:
+        values: [B, T] padded, or [N] packed with cu_seqlens; float32, bfloat16, float16 or float64 (served by the
+            reference, in float64).
+        old_values: the same shape, predicted when the tokens were sampled; None: not clipped.
+        returns: the same shape, what the values are to predict.
+        mask: the shape of values, bool, integer or float; nonzero is scored; None scores every token.
+        clip: >= 0; None: not clipped.
+        cu_seqlens: int32 [S + 1], from 0 to N, not decreasing: where each packed sequence starts.
+        aggregation: "token_mean", "seq_mean_token_mean", "seq_mean_token_sum" or "token_sum".
+        normalizer: a number > 0, or a 0-d tensor.
+
+    Returns:
+        loss: 0-d float32 (float64 for float64 values).
+        metrics: float32 [6], named by `value_loss.metrics`, over scored tokens: clip_fraction, of those whose second
+            square is the larger; value_mean; return_mean; squared_error, the mean of (values - returns)^2;
+            explained_variance, 1 - variance(returns - values) / variance(returns); num_tokens.
+
+    Differentiable: the loss with respect to values, once; 0 where the second square is the larger. Everything else is
+    data and must not require a gradient.
+
+    Edge cases: tokens that are not scored may hold NaN or inf and leave no trace. With nothing scored the loss, its
+    gradient and the metrics are 0. Where all returns are the same, one token included, explained_variance is NaN.
+
+    Raises: TypeError, ValueError for wrong dtypes, shapes, devices and options, and, on a CPU, for cu_seqlens that do
+    not run from 0 to N without decreasing. On a GPU they make the loss and its gradient NaN, or raise with
+    RLKERNELS_CHECK=1.
+
+    Traffic: reads each input once (the mask twice for seq_*, whose lengths come first) and writes the gradient;
+    backward reads and writes the gradient once. No host synchronisation.
+
+    References: Schulman et al. 2017 (PPO, arXiv 1707.06347); the clip is that of OpenAI's baselines.
+    """
+    _checks.tensor("values", values, _checks.FLOATS)
+    _, cu_seqlens = _checks.sequences("values", values, cu_seqlens)
+    work = _checks.working(values)
+    old_values = per_token("old_values", old_values, "values", values, work.dtype)
+    if returns is None:
+        raise TypeError("returns must be a tensor; got NoneType")
+    returns = per_token("returns", returns, "values", values, work.dtype)
+    if mask is not None:
+        mask = _checks.mask("mask", mask, "values", values)
+    _checks.choice("aggregation", aggregation, AGGREGATIONS)
+    clip = None if clip is None else _checks.number("clip", clip, at_least=0.0)
+    if clip is None:
+        clip, old_values = 0.0, None
+    normalizer, normalizer_value = normalizer_parts(normalizer, "values", values, work.dtype)
+
+    backend = _registry.select(work)
+    if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
+        _checks.cu_seqlens_values(cu_seqlens, values.shape[0])
+    tensors = (work, old_values, returns, mask, cu_seqlens)
+    if backend == "reference":
+        loss, metrics = reference.value_loss(
+            *tensors,
+            normalizer if normalizer is not None else normalizer_value or None,
+            aggregation=aggregation,
+            clip=clip,
+        )
+    else:
+        loss, metrics, *_ = _registry.call(
+            "value_loss_forward",
+            backend,
+            *tensors,
+            normalizer,
+            normalizer_value,
+            AGGREGATIONS.index(aggregation),
+            clip,
+            torch.is_grad_enabled() and work.requires_grad,
+        )
+    if cu_seqlens is not None and backend != "cpu":
+        loss = loss * _checks.nan_unless_valid(cu_seqlens, values.shape[0], loss)
+    return loss, metrics
+
+
+value_loss.metrics = METRICS  # type: ignore[attr-defined]
+
+
+def _forward_fake(values, *rest):
+    return (
+        values.new_empty(()),
+        values.new_empty(len(METRICS)),
+        values.new_empty(values.shape if rest[-1] else (0,)),
+        values.new_empty(()),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, metrics, grad, scale = output
+    # The gradient stays differentiable, so that using it in a graph is refused rather than left out of it.
+    ctx.mark_non_differentiable(metrics, scale)
+    ctx.save_for_backward(grad, scale)
+    ctx.nothing = (None,) * (len(inputs) - 1)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, *others):
+    grad, scale = ctx.saved_tensors
+    return gradient(grad, scale * grad_loss), *ctx.nothing
+
+
+_registry.define(
+    "value_loss_forward",
+    "(Tensor values, Tensor? old_values, Tensor returns, Tensor? mask, Tensor? cu_seqlens, Tensor? normalizer, "
+    "float normalizer_value, int aggregation, float clip, bool need_grad) "
+    "-> (Tensor loss, Tensor metrics, Tensor grad, Tensor scale)",
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=lambda backend: _backward,
+)
