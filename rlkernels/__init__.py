@@ -4,6 +4,7 @@
     kl_penalty          per-token estimates of the KL divergence from a reference model
     shaped_rewards      per-token rewards: a score at the end of each sequence, less a KL penalty at every token
     group_advantages    rewards relative to their group: GRPO, RLOO, Dr. GRPO
+    gae                 advantages and returns, skipping masked tokens; beside it discounted_returns, td_lambda, vtrace
     masked_mean         mean of scored elements
     masked_whiten       scored elements to mean 0 and variance 1, over one process or many
     policy_loss         the PPO and GRPO family of losses with KL penalty, gradient and metrics in one pass
@@ -24,10 +25,13 @@ from rlkernels.ops.logprobs import token_logprobs
 from rlkernels.ops.masked import masked_mean, masked_whiten
 from rlkernels.ops.policy_loss import policy_loss
 from rlkernels.ops.preference_loss import preference_loss, reward_pair_loss
+from rlkernels.ops.recurrence import discounted_returns, gae, td_lambda, vtrace
 from rlkernels.ops.value_loss import value_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "discounted_returns",
+    "gae",
     "group_advantages",
     "kl_penalty",
     "masked_mean",
@@ -36,9 +40,11 @@ __all__ = [
     "preference_loss",
     "reward_pair_loss",
     "shaped_rewards",
+    "td_lambda",
     "token_logprobs",
     "use_backend",
     "value_loss",
+    "vtrace",
 ]
 
 _registry.load()

@@ -19,11 +19,10 @@ from rlkernels.ops import _registry
 
 # Each op with the backends that have kernels for it; the others are plain PyTorch.
 OPS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        ("token_logprobs", "kl_penalty", "shaped_rewards", "group_advantages", "policy_loss", "value_loss"),
-        _registry.KERNEL_BACKENDS,
-    ),
+    **dict.fromkeys(("token_logprobs", "kl_penalty", "shaped_rewards", "group_advantages"), _registry.KERNEL_BACKENDS),
+    **dict.fromkeys(("gae", "discounted_returns", "td_lambda", "vtrace"), _registry.KERNEL_BACKENDS),
     **dict.fromkeys(("masked_mean", "masked_whiten"), _registry.WITHOUT_CUDA),
+    **dict.fromkeys(("policy_loss", "value_loss"), _registry.KERNEL_BACKENDS),
     **dict.fromkeys(("preference_loss", "reward_pair_loss"), ()),
 }
 
@@ -72,10 +71,10 @@ def info() -> None:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     print(f"GPU           {', '.join(gpus) or 'none'}")
     for device_type in ("cuda", "cpu") if gpus else ("cpu",):
-        print(f"\n{'op':17} serves {device_type:5} why not a faster one")
+        print(f"\n{'op':18} serves {device_type:5} why not a faster one")
         for op, backend in serving_backends(device_type).items():
             reasons = "; ".join(f"{name}: {why}" for name, why in faster_backends(op, backend, device_type).items())
-            print(f"{op:17} {backend:12} {reasons or '-'}")
+            print(f"{op:18} {backend:12} {reasons or '-'}")
 
 
 # rlkernels grpo

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, settings
 
 import rlkernels
 from rlkernels.ops import _registry
-from triton_interpreter import INTERPRETED, interpreter_rounds
+from triton_interpreter import INTERPRETED, interpreter_rounds, interpreter_scans
 
-__all__ = ["interpreter_rounds"]
+__all__ = ["interpreter_rounds", "interpreter_scans"]
 
 EMULATED = INTERPRETED or "CUDA_EMULATION_KERNELS" in os.environ
 

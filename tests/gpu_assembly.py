@@ -17,7 +17,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from rlkernels.triton import logprobs
+from rlkernels.triton import _config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -66,7 +66,7 @@ def compile_for(target: GPUTarget, launch: Callable[[], None], compile: bool = T
     with (
         mock.patch.object(driver, "_active", CompilingDriver(target)),
         mock.patch.object(jit.JITFunction, "run", compile_only),
-        mock.patch.object(logprobs, "NUM_WARPS", logprobs.THREADS // target.warp_size),
+        mock.patch.object(_config, "PLATFORM", target.backend),
     ):
         launch()
     return compiled

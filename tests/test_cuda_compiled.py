@@ -67,7 +67,7 @@ def kernels_of(table, architecture, name):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills(resources, architecture):
     kernels = kernels_of(resources, architecture, "rlk::")
-    assert len(kernels) >= 36
+    assert len(kernels) >= 49
     for kernel, usage in kernels.items():
         assert (usage["STACK"], usage["LOCAL"]) == (0, 0), kernel
 
@@ -96,6 +96,14 @@ def test_rewards_are_read_and_written_16_bytes_at_a_time(code, architecture):
     texts = [text for _, text in instructions]
     assert widest("LDG", texts) >= 2
     assert widest("STG", texts) >= 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("kind", "inputs", "outputs"), [(0, 2, 2), (1, 1, 1), (2, 2, 1), (3, 4, 2)])
+def test_tokens_are_read_and_written_16_bytes_at_a_time(loops, architecture, kind, inputs, outputs):
+    """Of recurrence_kernel: in the loop that goes through a sequence."""
+    for kernel, bodies in kernels_of(loops, architecture, f"recurrence_kernel<{kind}, true>").items():
+        assert any(widest("LDG", body) >= inputs and widest("STG", body) >= outputs for body in bodies), kernel
 
 
 def widest(instruction, body):

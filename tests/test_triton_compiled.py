@@ -26,7 +26,7 @@ from gpu_assembly import (
     disassemble,
     innermost_loop_with_loads,
 )
-from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, value_loss
+from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, recurrence, value_loss
 
 INF = math.inf
 
@@ -174,6 +174,31 @@ def masked_ops(
     masked.masked_whiten(x, mask, masked.masked_moments(x, mask), shift_mean, 1e-8, unbiased, eps_floor)
 
 
+def recur(
+    kind: int,
+    shape: tuple[int, ...] = (16, 4096),
+    *,
+    masked: bool = True,
+    dones: bool = False,
+    packed: int = 0,
+    bootstrap: bool = True,
+    whiten: bool = False,
+    gamma: float = 0.99,
+) -> None:
+    recurrence.recurrence(
+        empty(*shape),
+        empty(*shape) if kind != 1 else None,
+        empty(*shape) if kind == 3 else None,
+        empty(*shape) if kind == 3 else None,
+        empty(*shape, dtype=torch.bool) if masked else None,
+        empty(*shape, dtype=torch.bool) if dones else None,
+        empty(packed + 1, dtype=torch.int32) if packed else None,
+        empty(packed or shape[0]) if bootstrap else None,
+        empty() if packed else None,
+        *(kind, gamma, 0.95, 1.0, 1.0, whiten),
+    )
+
+
 # name: launches, and the 16-byte loads that each thread of a kernel makes, "loop" where they are a loop's only loads.
 LOGPROBS_LOADS = {"logprobs._forward_kernel": "loop", "logprobs._backward_kernel": "loop"}
 KL_LOADS = {"kl._forward_kernel": 2, "kl._backward_kernel": 3}
@@ -219,6 +244,22 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
         MASKED_LOADS,
     ),
     "masked odd": (lambda: masked_ops(33, rows=1), {}),
+    **{
+        f"{name} {case}": (
+            lambda kind=kind, options=options: recur(kind, **options),
+            {f"recurrence.{kernel}": inputs for kernel in kernels},
+        )
+        for kind, (name, inputs) in enumerate([("gae", 2), ("discounted_returns", 1), ("td_lambda", 2), ("vtrace", 4)])
+        for case, options, kernels in (
+            ("", {}, ("_sequence_kernel",)),
+            ("unmasked", dict(masked=False, bootstrap=False), ("_sequence_kernel",)),
+            ("dones", dict(dones=True), ("_sequence_kernel",)),
+            ("long", dict(shape=(2, 65536), dones=True), ("_reduce_kernel", "_apply_kernel")),
+            ("packed", dict(shape=(65536,), packed=7), ()),
+            ("odd", dict(shape=(16, 4095), dones=True), ()),
+        )
+    },
+    "gae whiten": (lambda: recur(0, whiten=True), {"recurrence._sequence_kernel": 2, "recurrence._whiten_kernel": 1}),
     "policy_loss": (lambda: policy(), {"policy_loss._token_kernel": 2}),
     "policy_loss everything": (
         lambda: policy(ref=True, per_token=True, aggregation=1),
@@ -317,8 +358,8 @@ def test_two_variants_serve_every_vocabulary_and_temperature(dtype, compile_laun
     }
 
 
-LENGTHS = [1, 2, 3, 7, 15, 16, 17, 31, 32, 63, 64, 129, 1000, 1023, 1024, 1025, 4096, 8192, 50257, 2**21]
-"""Twenty numbers of tokens: one, odd ones, powers of two and their neighbours."""
+LENGTHS = [1, 2, 7, 15, 16, 17, 63, 64, 129, 1000, 1023, 1024, 1025, 4096, 8192, 32768, 32769, 50257, 131072, 2**21]
+"""Twenty numbers of tokens: one, odd ones, powers of two and their neighbours, and those at which kernels change."""
 
 
 def test_two_variants_of_kl_penalty_serve_every_length(compile_launches):
@@ -388,4 +429,22 @@ def test_two_variants_serve_every_batch_of_tokens(packed, compile_launches):
         "policy_loss._token_kernel": 4,  # with its factors of sequences, and without
         "policy_loss._finish_kernel": 1,
         "_token_losses._lengths_kernel": 2,
+    }
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_two_variants_serve_every_length_and_discount(kind, compile_launches):
+    def launches():
+        for length in LENGTHS:
+            for gamma in (1.0, 0.5, 0.99):
+                recur(kind, (3, length), gamma=gamma, whiten=kind == 0)
+        for rows in (1, 16, 70_000):
+            recur(kind, (rows, 64), whiten=kind == 0)
+
+    compiled = compile_launches(TARGETS["sm_90"], launches)
+    assert all(len(kernels) <= 2 for name, kernels in compiled.items()), compiled
+    assert {name for name, kernels in compiled.items() if len(kernels) == 2} >= {
+        "recurrence._sequence_kernel",
+        "recurrence._reduce_kernel",
+        "recurrence._apply_kernel",
     }

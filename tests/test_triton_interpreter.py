@@ -54,6 +54,39 @@ def same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.view(torch.int16) == b.view(torch.int16)) | (a.isnan() & b.isnan())
 
 
+@triton.jit
+def _affine(a_before, b_before, a, b):
+    return a * a_before, b + a * b_before
+
+
+@triton.jit
+def _scan_kernel(a, b, scanned, REVERSE: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    all_a, all_b = tl.associative_scan((tl.load(a + at), tl.load(b + at)), 0, _affine, reverse=REVERSE)
+    tl.store(scanned + at, all_a)
+    tl.store(scanned + SIZE + at, all_b)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 64, 256])
+def test_scans(size, reverse, interpreter_scans, monkeypatch):
+    """Of pairs whose combination does not commute: as one element after the other."""
+    a, b = 0.5 + torch.rand(2, size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    scanned = torch.empty(2, size, device=DEVICE)
+    _scan_kernel[(1,)](a, b, scanned, REVERSE=reverse, SIZE=size)
+    all_a, all_b = torch.ones((), device=DEVICE), torch.zeros((), device=DEVICE)
+    for i in reversed(range(size)) if reverse else range(size):
+        all_a, all_b = a[i] * all_a, b[i] + a[i] * all_b
+        torch.testing.assert_close(scanned[:, i], torch.stack([all_a, all_b]), rtol=1e-5, atol=0)
+    if interpreter_scans is not None:
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(interpreter.ScanOps, "generic_scan", interpreter_scans)
+        by_element = torch.empty_like(scanned)
+        _scan_kernel[(1,)](a, b, by_element, REVERSE=reverse, SIZE=size)
+        torch.testing.assert_close(scanned, by_element, rtol=1e-5, atol=0)
+
+
 def test_cast_to_bfloat16_rounds_to_nearest_even():
     values = around_every_bfloat16()
     assert same(cast(values, torch.bfloat16), values.to(torch.bfloat16)).all()

@@ -10,7 +10,7 @@ import mmap
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, value_loss
+from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, recurrence, value_loss
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0  # of <sys/mman.h>
@@ -41,9 +41,9 @@ class GuardedOutputs(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty):
+        if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty, torch.Tensor.new_zeros):
             with torch._C.DisableTorchFunction():
-                return guarded(result.fill_(1), after=self.after)
+                return guarded(result if func is torch.Tensor.new_zeros else result.fill_(1), after=self.after)
         return result
 
 
@@ -124,6 +124,32 @@ def run_all(after: bool) -> None:
                     *(*options, True, True),
                 )
             value_loss.value_loss_forward(values, old, ref, mask, packed, None, 0.0, aggregation, 0.2, True)
+
+    # Few tokens to a block: the interpreter scans one element after the other.
+    recurrence.BLOCK, recurrence.SERIAL, recurrence.GROUP = 16, 32, 2
+    for starts, valid in (
+        (None, None),
+        ([0, 50, 50, 117], 1.0),
+        ([5, 3, -7, 2**31 - 1], math.nan),
+        ([-(2**31)] * 4, math.nan),
+        ([2**31 - 1] * 4, math.nan),
+        ([117, 117, 0, 0], math.nan),
+    ):
+        print(f"recurrence cu_seqlens={starts}", flush=True)
+        shape = (117,) if starts else (3, 39)
+        for kind in range(4):
+            recurrence.recurrence(
+                guard(torch.randn(shape)),
+                guard(torch.randn(shape)) if kind != 1 else None,
+                guard(torch.randn(shape)) if kind == 3 else None,
+                guard(torch.randn(shape)) if kind == 3 else None,
+                guard(torch.rand(shape) > 0.5),
+                guard(torch.rand(shape) > 0.9),
+                guard(torch.tensor(starts, dtype=torch.int32)) if starts else None,
+                guard(torch.randn(3)),
+                guard(torch.tensor(valid)) if starts else None,
+                *(kind, 0.9, 0.9, 1.0, 1.0, kind == 0),
+            )
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@
 // include/rlkernels need. Written once with GCC/Clang vector extensions; intrinsics only where the compilers have no
 // expression for the instruction.
 
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "rlkernels/math.h"
 
@@ -129,6 +131,23 @@ inline float horizontal_max(Vec x) {
   return largest[0];
 }
 
+// Lane i becomes lane i + kCount of the lanes of x followed by those of `behind`.
+template <int kCount>
+Vec shift_down(Vec x, Vec behind) {
+#if defined(__clang__)
+  return [&]<int... kLane>(std::integer_sequence<int, kLane...>) -> Vec {
+    return __builtin_shufflevector(x.lanes, behind.lanes, (kLane + kCount)...);
+  }(std::make_integer_sequence<int, kLanes>());
+#else
+  Ints from;
+  for (int i = 0; i < kLanes; ++i) from[i] = i + kCount;
+  return __builtin_shuffle(x.lanes, behind.lanes, from);
+#endif
+}
+
+inline float first(Vec x) { return x.lanes[0]; }
+inline Vec broadcast_first(Vec x) { return first(x); }
+
 // 16-bit integers as 32-bit ones, the upper halves 0.
 template <typename T>
 Ints widen(const T* p) {
@@ -249,6 +268,21 @@ inline Mask load_mask(const bool* p, int64_t count) {
   else
     std::memcpy(&bytes, p, count);
   return {__builtin_convertvector(bytes, Ints) != 0};
+}
+
+// Whether all, or none, of the kLanes elements at p are true.
+inline bool all_set(const bool* p) {
+  static constexpr auto kTrue = [] {
+    std::array<bool, kLanes> all;
+    all.fill(true);
+    return all;
+  }();
+  return std::memcmp(p, kTrue.data(), kLanes) == 0;
+}
+
+inline bool none_set(const bool* p) {
+  static constexpr std::array<bool, kLanes> kFalse = {};
+  return std::memcmp(p, kFalse.data(), kLanes) == 0;
 }
 
 inline Mask first_lanes(int64_t count) {

@@ -42,7 +42,13 @@ def choice(name: str, value: object, valid: Iterable[str]) -> None:
 
 
 def number(
-    name: str, value: object, *, above: float | None = None, at_least: float | None = None, finite: bool = True
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    finite: bool = True,
 ) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
@@ -52,9 +58,10 @@ def number(
         or (finite and abs(value) == float("inf"))
         or (above is not None and not value > above)
         or (at_least is not None and not value >= at_least)
+        or (at_most is not None and not value <= at_most)
     ):
         bounds = [f"> {above:g}"] if above is not None else [f">= {at_least:g}"] if at_least is not None else []
-        bounds = (["finite"] if finite else []) + bounds
+        bounds = (["finite"] if finite else []) + bounds + ([f"<= {at_most:g}"] if at_most is not None else [])
         raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}; got {value}")
     return float(value)
 

@@ -5,4 +5,5 @@ import rlkernels.triton.kl
 import rlkernels.triton.logprobs
 import rlkernels.triton.masked
 import rlkernels.triton.policy_loss
+import rlkernels.triton.recurrence
 import rlkernels.triton.value_loss  # noqa: F401

@@ -3,6 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkernels.triton._config import num_warps
 from rlkernels.triton._launch import implements
 
 MEAN = tl.constexpr(0)
@@ -16,7 +17,7 @@ NO_SCALE = tl.constexpr(2)
 # statistics and for the advantages. One block for all, so that equal groups by size and by ids give the same bits.
 BLOCK = 64
 # The whole batch is one long group.
-BATCH_TILE = dict(BLOCK=1024, num_warps=4)
+BATCH_BLOCK = 1024
 
 
 @triton.jit
@@ -251,12 +252,20 @@ def group_advantages(
         results = columns if normalize_before_sum else 1
         divisors = rewards.new_empty(results)
         _batch_divisor_kernel[(results,)](
-            rewards, weights, divisors, count, columns, eps, PER_COLUMN=normalize_before_sum, **BATCH_TILE
+            rewards,
+            weights,
+            divisors,
+            count,
+            columns,
+            eps,
+            PER_COLUMN=normalize_before_sum,
+            BLOCK=BATCH_BLOCK,
+            num_warps=num_warps("tokens"),
         )
     # The sizes of ragged groups are known to the device alone.
     grid = (count if offsets is not None else count // group_size,)
     options = dict(BASELINE=baseline, SCALE=scale, KEEP_SINGLETON=keep_singleton)
-    tile = dict(BLOCK=BLOCK, num_warps=1)
+    tile = dict(BLOCK=BLOCK, num_warps=num_warps("group"))
     inputs = (rewards, weights, order, offsets, divisors)
     if not normalize_before_sum:
         _group_kernel[grid](*inputs, advantages, signal, group_size, columns, eps, **options, **tile)
@@ -265,5 +274,7 @@ def group_advantages(
     _column_kernel[grid](*inputs, totals, signal, group_size, columns, eps, **options, **tile)
     options = dict(BASELINE=MEAN.value, SCALE=GROUP.value, KEEP_SINGLETON=keep_singleton)
     whole = (totals, None, None, None, None)
-    _group_kernel[(1,)](*whole, advantages, None, count, 1, eps, **options, **BATCH_TILE)
+    _group_kernel[(1,)](
+        *whole, advantages, None, count, 1, eps, **options, BLOCK=BATCH_BLOCK, num_warps=num_warps("tokens")
+    )
     return advantages, signal

@@ -3,15 +3,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkernels.triton._config import num_warps, threads
 from rlkernels.triton._launch import implements
 from rlkernels.triton._math import LN2, LOG2E, expm1, softplus, tanh, tanh_derivative
 
-# A tile is up to four rows of 16 bytes for each thread, enough to keep the memory busy. Its columns stay within a
-# thread, so that the loop over the vocabulary needs no barrier.
-THREADS = 128
 # Below the lowest logarithm of a positive float, and finite, so that its product with a weight of 0 is 0.
 LOWEST = tl.constexpr(-1e30)
-NUM_WARPS = THREADS // (64 if torch.version.hip else 32)
 
 # Two variants are compiled per dtype, ALIGNED or not, whatever the vocabulary, the strides and the temperature.
 _DO_NOT_SPECIALIZE = [
@@ -242,8 +239,8 @@ def token_logprobs_forward(
             ENTROPY=return_entropy,
             ALIGNED=aligned,
             ROWS=_tile_rows(softcap, aligned),
-            COLUMNS=THREADS * 16 // logits.element_size(),
-            num_warps=NUM_WARPS,
+            COLUMNS=threads("rows") * 16 // logits.element_size(),
+            num_warps=num_warps("rows"),
         )
     return logprobs, entropy, row_stats
 
@@ -319,13 +316,15 @@ def _backward(
         ignore_index,
         SOFTCAP=softcap > 0,
         ALIGNED=aligned,
-        BLOCK=_tile_rows(softcap, aligned) * THREADS * 16 // logits.element_size(),
-        num_warps=NUM_WARPS,
+        BLOCK=_tile_rows(softcap, aligned) * threads("rows") * 16 // logits.element_size(),
+        num_warps=num_warps("rows"),
     )
 
 
 def _tile_rows(softcap: float, aligned: bool) -> int:
-    """Half as many where tanh takes the registers, half again where each element needs its own address."""
+    """A tile is up to four rows of 16 bytes for each thread, enough to keep the memory busy; its columns stay within a
+    thread, so that the loop over the vocabulary needs no barrier. Half as many where tanh takes the registers, half
+    again where each element needs its own address."""
     return 4 // (1 + (softcap > 0)) // (2 - aligned)
 
 

@@ -26,6 +26,7 @@ def kernels() -> Path:
 
     root = Path(torch.__file__).parent
     flags = ["-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DRLK_CUDA_KEY=CPU"]
+    flags.append("-DRLK_LONGEST_SERIAL=3000")
     sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), HERE / "torch_stubs.cpp"]
     link = ["-shared", f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     return _link(OUTPUT / "kernels.so", sources, flags, link)

@@ -201,6 +201,11 @@ T __ldg(const T* address) {
   return *address;
 }
 
+template <typename T>
+void __stcg(T* address, std::type_identity_t<T> value) {
+  *address = value;
+}
+
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
