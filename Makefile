@@ -29,8 +29,8 @@ bench-results: test-setup $(STAMPS)/peers ## the same; keeps the results and dra
 	@$(PEERS)/python -m rlkernels bench --save benchmarks/results/ --plot
 
 # What can be said of GPUs without one: the bytes that kernels move, and what they take of a GPU.
-evidence: test-setup ## count the kernels' traffic; write docs/resources.md
-	@$(BIN)/python benchmarks/traffic.py && $(BIN)/python benchmarks/resources.py > docs/resources.md
+evidence: test-setup ## write docs/traffic.md and docs/resources.md
+	@$(BIN)/python benchmarks/traffic.py > docs/traffic.md && $(BIN)/python benchmarks/resources.py > docs/resources.md
 
 lint: $(STAMPS)/base $(STAMPS)/lint ## ruff, clang-format and mypy, as in the pre-commit hook
 	@$(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -123,7 +123,7 @@ def cuda_sections(extension: str, option: str, heading: str) -> Iterator[tuple[s
 
 def short_name(kernel: str) -> str:
     """Without namespace, parameters, and template arguments that are not types."""
-    name = re.sub(r"^void |rlk::|\((?:bool|int)\)", "", kernel).partition("(")[0]
+    name = re.sub(r"^void |rlk::|\([\w:]+\)(?=\d)", "", kernel).partition("(")[0]
     return re.sub(r", \d+(?=[,>])", "", name)
 
 

@@ -13,6 +13,9 @@ WITHOUT_ENTROPY_AND_SAMPLER = (torch.zeros(()), torch.ones(()), torch.zeros(()))
 """Of our metrics those that the case does not ask for."""
 
 
+TRL_METRICS = ("ratio_mean", "clip_fraction_low", "clip_fraction_high", "approx_kl", "ref_kl", "num_tokens")
+
+
 def policy_inputs():
     logprobs = -3 * torch.rand(SHAPE)
     old = logprobs + 0.2 * torch.randn(SHAPE)
@@ -50,6 +53,14 @@ def our_policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs):
     return rlkernels.policy_loss(logprobs, old_logprobs, advantages, mask, **options)
 
 
+def metrics_of_trl(outputs):
+    """Ours measures more than TRL's arithmetic does."""
+    loss, metrics, gradient = outputs
+    if len(metrics) > len(TRL_METRICS):
+        metrics = metrics[[rlkernels.policy_loss.metrics.index(name) for name in TRL_METRICS]]
+    return loss, metrics, gradient
+
+
 def value_inputs():
     values = torch.randn(SHAPE)
     return values, values + 0.2 * torch.randn(SHAPE), values + torch.randn(SHAPE), response_mask(SHAPE)
@@ -79,6 +90,7 @@ CASES = [
         eager=trl_policy_loss,
         label="forward+backward, metrics, float32",
         gradient=True,
+        compared=metrics_of_trl,
         # Three inputs, a mask and the gradient; the backward pass scales the gradient.
         moved=6 * SIZE + SIZE // 4,
         wanted={"eager": 6, "torch.compile": 2},

@@ -1,6 +1,6 @@
 """Bytes that each Triton kernel reads and writes, beside the least possible. Triton's interpreter runs them: no GPU.
 
-    python benchmarks/traffic.py
+    python benchmarks/traffic.py > docs/traffic.md
 
 Counted is what a kernel asks for: every lane of a load or store that its mask lets through, lanes of one instruction
 at the same address once. What is read again counts again, whichever cache would hold it, but for what is so small that
@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -45,8 +46,8 @@ class Traffic:
 
 
 @contextmanager
-def counting() -> Iterator[Traffic]:
-    """What the kernels that are launched inside move."""
+def counting(*inputs: Tensor) -> Iterator[Traffic]:
+    """What the kernels that are launched inside move. The small ones of `inputs` are shared."""
     traffic = Traffic()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     originals = {
@@ -57,15 +58,17 @@ def counting() -> Iterator[Traffic]:
         (builder, "create_atomic_cas"): builder.create_atomic_cas,
     }
 
-    shared: dict[range, set[int]] = {}
-    """Where inputs that are shared lie, and the addresses of each that were read."""
+    # Where inputs that are shared lie, and the addresses that the running launch has read of each.
+    shared: dict[range, set[int]] = {
+        range(small.data_ptr(), small.data_ptr() + size_of(small)): set()
+        for small in inputs
+        if size_of(small) <= SHARED
+    }
 
     def launch(self, *args, **kwargs):
         traffic.kernels[self.fn.__name__] = None
-        shared.clear()
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, Tensor) and 0 < size_of(argument) <= SHARED:
-                shared[range(argument.data_ptr(), argument.data_ptr() + size_of(argument))] = set()
+        for seen in shared.values():
+            seen.clear()
         return originals[executor, "__call__"](self, *args, **kwargs)
 
     def load(self, pointers, mask, *rest):
@@ -127,9 +130,9 @@ Case = Callable[[], Iterator[Line]]
 
 def measured(name: str, function: Callable, *inputs, again: tuple = (), **options) -> Line:
     """A function that is not differentiated, on its inputs."""
-    with counting() as traffic:
-        outputs = function(*inputs, **options)
     tensors = [value for value in (*inputs, *options.values()) if isinstance(value, Tensor)]
+    with counting(*tensors) as traffic:
+        outputs = function(*inputs, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     largest = max(tensors, key=torch.numel)
     return Line(name, str(list(largest.shape)), traffic, size_of(*tensors, *outputs, *again))
@@ -286,18 +289,22 @@ def lines() -> Iterator[Line]:
 
 
 def main() -> int:
-    row = "{:<36} {:<26} {:>9} {:>9} {:>9} {:>7}  {}"
-    print(row.format("", "shape", "read, kB", "written", "least", "ratio", "kernels"))
-    excessive = False
+    paragraphs = __doc__.strip().split("\n\n")
+    print("# Bytes that the Triton kernels move\n")
+    print(f"Printed by `python benchmarks/traffic.py`, with Triton {triton.__version__}.\n{paragraphs[2]}\n")
+    print("| | shape | read, kB | written, kB | least, kB | ratio | kernels |\n|---|---|---|---|---|---|---|")
+    excessive = []
     for line in lines():
         traffic = line.traffic
-        kernels = ", ".join(f"{name.strip('_')}" for name in traffic.kernels)
         sizes = (f"{size / 1e3:,.1f}" for size in (traffic.read, traffic.written, line.least))
-        print(row.format(line.name, line.shape, *sizes, f"{line.ratio:.3f}", kernels), flush=True)
-        excessive |= line.ours and line.ratio > MOST
+        kernels = ", ".join(f"`{name}`" for name in traffic.kernels)
+        cells = (line.name, line.shape, *sizes, f"{line.ratio:.3f}", kernels)
+        print(f"| {' | '.join(cells)} |", flush=True)
+        if line.ours and line.ratio > MOST:
+            excessive.append(line.name)
     if excessive:
-        print(f"error: a kernel of ours moves more than {MOST} times the least possible", file=sys.stderr)
-    return int(excessive)
+        print(f"error: more than {MOST} times the least possible: {'; '.join(excessive)}", file=sys.stderr)
+    return int(bool(excessive))
 
 
 if __name__ == "__main__":
