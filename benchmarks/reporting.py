@@ -173,13 +173,13 @@ def plot(run: Result, path: Path) -> None:
     bars = []
     for case, results in by_case(run["results"]).items():
         ours, peers = ours_and_peers(results, device)
-        if ours is not None:
+        if ours is not None and results[0]["op"] != "call_overhead":
             bars += [(case, peer["implementation"], peer["p50"] / ours["p50"]) for peer in peers]
     figure, axes = pyplot.subplots(figsize=(10, 0.8 + 0.24 * len(bars)), layout="constrained")
     cases = list(dict.fromkeys(case for case, _, _ in bars))
     colors = dict(zip(dict.fromkeys(peer for _, peer, _ in bars), pyplot.get_cmap("tab10").colors, strict=False))
     for number, (_, peer, ratio) in enumerate(bars):
-        axes.barh(number, ratio, color=colors[peer])
+        axes.barh(number, ratio - 1, left=1, color=colors[peer])
         axes.annotate(
             f"{times(ratio)} {peer}", (ratio, number), (4, 0), textcoords="offset points", va="center", size=7
         )

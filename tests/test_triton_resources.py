@@ -53,9 +53,8 @@ def test_load_width(load, size):
 
 
 def test_names():
-    assert resources.short_name(
-        "void rlk::forward_kernel<float, (bool)1, (rlk::Scaling)0>(rlk::Rows<(bool)1>, float*)"
-    ) == ("forward_kernel<float>")
+    kernel = "void rlk::forward_kernel<float, (bool)1, (rlk::Scaling)0>(rlk::Rows<(bool)1>, float*)"
+    assert resources.short_name(kernel) == "forward_kernel<float>"
     assert resources.short_name("rlk::sum_kernel(float const*, long)") == "sum_kernel"
 
 

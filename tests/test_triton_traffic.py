@@ -50,6 +50,19 @@ def test_lanes_that_the_mask_holds_back_are_not_counted(dtype):
     assert list(line.traffic.kernels) == ["_copy_kernel"]
 
 
+@triton.jit
+def _spread_kernel(source, destination, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(destination + index, tl.load(source + index // 16))
+
+
+def test_lanes_at_one_address_read_it_once():
+    source, destination = torch.ones(64), torch.empty(1024)
+    with traffic.counting() as counted:
+        _spread_kernel[(1,)](source, destination, BLOCK=1024)
+    assert (counted.read, counted.written) == (256, 4096)
+
+
 def test_reading_twice_is_seen(monkeypatch, capsys):
     def case():
         yield traffic.measured("copy", copy, torch.ones(1000), 2, torch.ones(1))
