@@ -23,9 +23,10 @@ inline TokenInputs<Vec> load_tokens(const PolicyLoss& p, Mask scored, int64_t i,
   return x;
 }
 
+// The problem is a copy, which no store of a gradient can change: what it holds then stays in registers.
 template <int kObjective>
-PolicySums policy_loss_block(const PolicyLoss& p, const SequenceFactors* factors, float* gradient,
-                             float* entropy_gradient, int64_t begin, int64_t end) {
+PolicySums policy_loss_block(PolicyLoss p, const SequenceFactors* factors, float* gradient, float* entropy_gradient,
+                             int64_t begin, int64_t end) {
   Sum loss, means[kPolicyMeans], tokens;
   const Vec zero = 0.0f, one = 1.0f;
   for_each_piece(p.sequences, begin, end, [&](int64_t begin, int64_t end, int64_t s) {
@@ -64,7 +65,7 @@ PolicySums policy_loss_block(const PolicyLoss& p, const SequenceFactors* factors
   return sums;
 }
 
-using Block = PolicySums (*)(const PolicyLoss&, const SequenceFactors*, float*, float*, int64_t, int64_t);
+using Block = PolicySums (*)(PolicyLoss, const SequenceFactors*, float*, float*, int64_t, int64_t);
 
 template <size_t... kObjective>
 constexpr std::array<Block, sizeof...(kObjective)> blocks_of(std::index_sequence<kObjective...>) {

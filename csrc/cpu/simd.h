@@ -262,12 +262,21 @@ void for_each_vector(int64_t begin, int64_t end, Function function) {
 
 // The first `count` <= kLanes elements at p as a mask.
 inline Mask load_mask(const bool* p, int64_t count) {
-  uint8_t bytes __attribute__((vector_size(kLanes))) = {};
+  uint8_t bytes[16] = {};
   if (count == kLanes)
-    std::memcpy(&bytes, p, sizeof bytes);
+    std::memcpy(bytes, p, kLanes);
   else
-    std::memcpy(&bytes, p, count);
-  return {__builtin_convertvector(bytes, Ints) != 0};
+    std::memcpy(bytes, p, count);
+#if defined(__AVX512F__)
+  const __m128i vector = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+  return {std::bit_cast<Ints>(_mm512_maskz_cvtepu8_epi32(kAllLanes, vector)) != 0};
+#elif defined(__AVX2__)
+  return {std::bit_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)))) != 0};
+#else
+  uint8_t vector __attribute__((vector_size(kLanes)));
+  std::memcpy(&vector, bytes, sizeof vector);
+  return {__builtin_convertvector(vector, Ints) != 0};
+#endif
 }
 
 // Whether all, or none, of the kLanes elements at p are true.
