@@ -51,7 +51,7 @@ def define(
                 _functions[name, backend] = _autograd_function(op(name, backend), setup_context, function)
 
 
-def _autograd_function(overload: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> type:
+def _autograd_function(overload: torch._ops.OpOverload, setup_context: Callable, differentiate: Callable) -> type:
     """The gradient of an op for `call`."""
 
     class Direct(torch.autograd.Function):
@@ -62,7 +62,8 @@ def _autograd_function(overload: torch._ops.OpOverload, setup_context: Callable,
             setup_context(ctx, inputs, output)
             return output
 
-    Direct.backward = staticmethod(backward)
+        backward = staticmethod(differentiate)
+
     return Direct
 
 

@@ -10,11 +10,9 @@ AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "toke
 
 
 def per_token(
-    name: str, value: Tensor | None, like_name: str, like: Tensor, dtype: torch.dtype, *, differentiable: bool = False
-) -> Tensor | None:
+    name: str, value: Tensor, like_name: str, like: Tensor, dtype: torch.dtype, *, differentiable: bool = False
+) -> Tensor:
     """`value`, one number a token as `like`, in `dtype` and contiguous."""
-    if value is None:
-        return None
     _checks.tensor(name, value, _checks.FLOATS)
     _checks.shape(name, value, tuple(like.shape), because=f"that of {like_name}")
     _checks.same_device(name, value, like_name, like)
@@ -22,6 +20,10 @@ def per_token(
         _checks.no_gradient(name, value, f"the loss is not differentiated by {name}")
         value = value.detach()
     return value.to(dtype).contiguous()
+
+
+def optional_per_token(name: str, value: Tensor | None, *like, differentiable: bool = False) -> Tensor | None:
+    return None if value is None else per_token(name, value, *like, differentiable=differentiable)
 
 
 def normalizer_parts(

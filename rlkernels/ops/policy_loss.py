@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from rlkernels.ops import _checks, _registry
-from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts, per_token
+from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts, optional_per_token
 from rlkernels.ops.kl import ESTIMATORS, STRAIGHT_THROUGH, clamp_limit
 from rlkernels.reference import policy_loss as reference
 
@@ -139,10 +139,10 @@ def policy_loss(
     sequences, cu_seqlens = _checks.sequences("logprobs", logprobs, cu_seqlens)
 
     work = _checks.working(logprobs)
-    old_logprobs = per_token("old_logprobs", old_logprobs, "logprobs", logprobs, work.dtype)
-    ref_logprobs = per_token("ref_logprobs", ref_logprobs, "logprobs", logprobs, work.dtype)
-    sampler_logprobs = per_token("sampler_logprobs", sampler_logprobs, "logprobs", logprobs, work.dtype)
-    entropy = per_token("entropy", entropy, "logprobs", logprobs, work.dtype, differentiable=True)
+    old_logprobs = optional_per_token("old_logprobs", old_logprobs, "logprobs", logprobs, work.dtype)
+    ref_logprobs = optional_per_token("ref_logprobs", ref_logprobs, "logprobs", logprobs, work.dtype)
+    sampler_logprobs = optional_per_token("sampler_logprobs", sampler_logprobs, "logprobs", logprobs, work.dtype)
+    entropy = optional_per_token("entropy", entropy, "logprobs", logprobs, work.dtype, differentiable=True)
     _checks.tensor("advantages", advantages, _checks.FLOATS)
     _checks.shape("advantages", advantages, shape, (sequences,), because="one a token or one a sequence")
     _checks.same_device("advantages", advantages, "logprobs", logprobs)

@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from rlkernels.ops import _checks, _registry
-from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts, per_token
+from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts, optional_per_token, per_token
 from rlkernels.reference import value_loss as reference
 
 METRICS = ("clip_fraction", "value_mean", "return_mean", "squared_error", "explained_variance", "num_tokens")
@@ -61,9 +61,7 @@ def value_loss(
     _checks.tensor("values", values, _checks.FLOATS)
     _, cu_seqlens = _checks.sequences("values", values, cu_seqlens)
     work = _checks.working(values)
-    old_values = per_token("old_values", old_values, "values", values, work.dtype)
-    if returns is None:
-        raise TypeError("returns must be a tensor; got NoneType")
+    old_values = optional_per_token("old_values", old_values, "values", values, work.dtype)
     returns = per_token("returns", returns, "values", values, work.dtype)
     if mask is not None:
         mask = _checks.mask("mask", mask, "values", values)
