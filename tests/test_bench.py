@@ -222,7 +222,10 @@ def test_writing_is_all_or_nothing(tmp_path):
     path.write_text("as it was")
     with pytest.raises(TypeError):
         reporting.write(path, {"results": object()})
+    with pytest.raises(OSError):
+        reporting.write(tmp_path, {})
     assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
 
 
 WANT = torch.linspace(-1, 1, 40, dtype=torch.float64).view(4, 10)
