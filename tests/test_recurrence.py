@@ -231,10 +231,10 @@ def test_every_gamma_and_lam(backend, device, name, gamma, lam):
 
 
 @pytest.mark.only("cpu", "triton", "cuda")
-@pytest.mark.parametrize("length", [1, 16, 63, 64, 129, 1025, 2500])
+@pytest.mark.parametrize("length", [1, 16, 63, 64, 129, 1025, 2049])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_lengths(backend, device, name, length):
-    """1: no neighbour; 63, 129, 1025: beside a block's end; 2500: past several, and in the interpreter one of the
+    """1: no neighbour; 63, 129, 1025: beside a block's end; 2049: past several, and in the interpreter one of the
     sequences that are too long for one program."""
     lengths = [length, max(length - 5, 0)]
     for options in (

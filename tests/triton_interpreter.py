@@ -49,6 +49,26 @@ def interpreter_rounds():
         yield truncating
 
 
+def scan_in_steps(scan, tensors):
+    """In place of the interpreter's ScanOps.generic_scan, whose `self` is `scan`."""
+    arrays = [tensor.handle.data for tensor in tensors]
+    size = arrays[0].shape[scan.axis]
+    index = np.arange(size).reshape([-1 if axis == scan.axis else 1 for axis in range(arrays[0].ndim)])
+
+    def to_tensors(arrays):
+        return [scan.to_tensor(array, tensor.dtype) for array, tensor in zip(arrays, tensors, strict=True)]
+
+    distance = 1
+    while distance < size:
+        before = to_tensors([np.roll(array, distance, scan.axis) for array in arrays])
+        combined = scan.combine_fn.fn(*before, *to_tensors(arrays))
+        combined = combined if isinstance(combined, tuple) else (combined,)
+        pairs = zip(combined, arrays, strict=True)
+        arrays = [np.where(index >= distance, tensor.handle.data, array) for tensor, array in pairs]
+        distance *= 2
+    return to_tensors(arrays)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_scans():
     """Scan in logarithmically many steps. Gives what it replaced."""
@@ -57,25 +77,7 @@ def interpreter_scans():
         return
     from triton.runtime import interpreter
 
-    def in_steps(self, tensors):
-        arrays = [tensor.handle.data for tensor in tensors]
-        size = arrays[0].shape[self.axis]
-        index = np.arange(size).reshape([-1 if axis == self.axis else 1 for axis in range(arrays[0].ndim)])
-
-        def to_tensors(arrays):
-            return [self.to_tensor(array, tensor.dtype) for array, tensor in zip(arrays, tensors, strict=True)]
-
-        distance = 1
-        while distance < size:
-            before = to_tensors([np.roll(array, distance, self.axis) for array in arrays])
-            combined = self.combine_fn.fn(*before, *to_tensors(arrays))
-            combined = combined if isinstance(combined, tuple) else (combined,)
-            pairs = zip(combined, arrays, strict=True)
-            arrays = [np.where(index >= distance, tensor.handle.data, array) for tensor, array in pairs]
-            distance *= 2
-        return to_tensors(arrays)
-
     with pytest.MonkeyPatch.context() as patch:
         by_element = interpreter.ScanOps.generic_scan
-        patch.setattr(interpreter.ScanOps, "generic_scan", in_steps)
+        patch.setattr(interpreter.ScanOps, "generic_scan", scan_in_steps)
         yield by_element
