@@ -242,7 +242,7 @@ def make_inputs(
 ):
     """Sequences of `lengths` tokens, a part of which (`drop`) is not scored, as if a tool had written it, padded to
     `width` or packed. Every value at a token that is not scored is NaN or infinite. The sampler is at 1/8 of the
-    `distance` of the others, and has no number for every ninth token."""
+    `distance` of the others, and has no number for every ninth token; every ninth advantage of a token is 0."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), width)
     logprobs = -3 * torch.rand(shape, generator=generator)
@@ -262,6 +262,8 @@ def make_inputs(
     unknown = torch.rand(shape, generator=generator) < 1 / 9
     values["sampler_logprobs"] = values["sampler_logprobs"].masked_fill(unknown, NAN)
     values["entropy"] = 2 * torch.rand(shape, generator=generator)
+    none = torch.rand(shape, generator=generator) < 1 / 9
+    values["token_advantages"] = values["token_advantages"].masked_fill(none, 0.0)
     if garbage:
         values = {name: torch.where(mask, value, junk) for name, value in values.items()}
         advantages[~mask.any(1)] = NAN
