@@ -392,6 +392,15 @@ def test_rewards_without_a_mask(backend, device, packed, score_at):
     torch.testing.assert_close(last, without_score.view(2, -1)[:, -1] + inputs["scores"])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("lengths", [[5, 0, 5, 0], [1024, 0, 0], [0, 5]], ids=str)
+def test_sequence_without_a_scored_token_beside_a_full_one(backend, device, lengths, packed):
+    """Its first token comes after a scored one too, but of another sequence."""
+    inputs = reward_inputs(lengths, max(lengths), device, packed=packed)
+    for score_at in SCORE_AT:
+        assert_rewards_match(inputs, score_at=score_at)
+
+
 @pytest.mark.parametrize("score_at", SCORE_AT)
 def test_many_short_sequences(backend, device, emulated, score_at):
     lengths = [index % 4 for index in range(400 if emulated else 70_000)]

@@ -57,6 +57,7 @@ def run(function, values, loss, **options):
     """Loss, metrics, and the gradients of both of the policy's log-probabilities."""
     leaves = {name: values[name].clone().requires_grad_() for name in ("policy_chosen", "policy_rejected")}
     value, metrics = function(**(values | leaves), loss=loss, **options)
+    assert not metrics.requires_grad
     gradients = torch.autograd.grad(value, tuple(leaves.values()), allow_unused=True)
     zeros = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves.values(), strict=True)]
     return value.detach(), metrics, *zeros
@@ -252,6 +253,7 @@ def test_kto_equals_trl(kl, weights, kinds):
         )
         torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
         torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], wanted_gradient, rtol=1e-12, atol=0)
+    assert not metrics.requires_grad
     named = dict(zip(preference_loss.metrics, metrics.tolist(), strict=True))
     for ours, theirs in (
         ("rewards_chosen", "rewards/chosen"),
@@ -307,6 +309,7 @@ def test_reward_pair_loss_equals_trl(margin):
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
     gradients = (torch.autograd.grad(value, scores)[0] for value in (loss, wanted))
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+    assert not metrics.requires_grad
     logged = [stand_in._metrics["eval"][name][0] for name in reward_pair_loss.metrics]
     torch.testing.assert_close(metrics.float(), torch.tensor(logged), rtol=1e-6, atol=0)
 
@@ -427,10 +430,10 @@ def test_metrics_by_hand():
         assert loss == preference_loss(**without, **lengths, beta=0.5, loss="simpo")[0]
 
 
-def test_lengths_of_zero_count_as_one():
-    values = pairs(3)
-    zero, one = (values | dict(rejected_lengths=torch.tensor([2, length, 3])) for length in (0, 1))
-    for loss in ("ipo", "sigmoid_norm", "simpo", "orpo"):
+@pytest.mark.parametrize("name", ["chosen_lengths", "rejected_lengths"])
+def test_lengths_of_zero_count_as_one(name):
+    zero, one = (pairs(3) | {name: torch.tensor([2, length, 3])} for length in (0, 1))
+    for loss in ("ipo", "sigmoid_norm", "simpo"):
         assert torch.equal(preference_loss(**zero, loss=loss)[0], preference_loss(**one, loss=loss)[0])
 
 

@@ -25,8 +25,9 @@ std::tuple<Tensor, Tensor> masked_mean(Tensor x, std::optional<Tensor> mask) {
       total.count += sums[b].count;
       total.sum += sums[b].sum;
     }
-    mean[row] = static_cast<float>(total.sum / std::max(total.count, 1.0));
-    scale[row] = total.count > 0.0 ? static_cast<float>(1.0 / total.count) : 0.0f;
+    const double count = std::max(total.count, 1.0);
+    mean[row] = static_cast<float>(total.sum / count);
+    scale[row] = static_cast<float>(1.0 / count);
   }
   return {means, scales};
 }

@@ -367,13 +367,14 @@ def _orpo(p: Pairs) -> Tensor:
 
 
 def _log_odds(logprob: Tensor) -> Tensor:
-    """log p - log(1 - p). What the branch that is not taken gets must not overflow: its gradient is 0 times that."""
+    """log p - log(1 - p)"""
     logprob = logprob.clamp(max=-torch.finfo(logprob.dtype).tiny)
-    near = logprob > -math.log(2)
+    near_one = logprob > -math.log(2)
+    # Where the second branch is not taken it must not overflow: its gradient is 0 times that.
     log_complement = torch.where(
-        near,
-        torch.log(-torch.expm1(torch.where(near, logprob, -1.0))),
-        torch.log1p(-torch.exp(torch.where(near, -1.0, logprob))),
+        near_one,
+        torch.log(-torch.expm1(logprob)),
+        torch.log1p(-torch.exp(logprob.masked_fill(near_one, -1.0))),
     )
     return logprob - log_complement
 

@@ -163,7 +163,7 @@ def _rewards_kernel(
         # Scored tokens of the block from each token on, less those from the end of its sequence on.
         onwards = tl.cumsum(scored.to(tl.int32), 0, reverse=True)
         from_end = tl.gather(onwards, tl.minimum(end, BLOCK - 1), 0)
-        from_end = tl.where(end < BLOCK, from_end, tl.where(end > BLOCK, -later, 0))
+        from_end = tl.where(end < BLOCK, from_end, -later)
         bears = bears & (onwards - scored.to(tl.int32) == from_end)
 
     reward = tl.load(logprobs + token, mask=inside, other=0.0) - tl.load(ref_logprobs + token, mask=inside, other=0.0)

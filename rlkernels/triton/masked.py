@@ -46,7 +46,7 @@ def _mean_kernel(sums, counts, means, scale, blocks_per_row: tl.int64, PARTS: tl
     row = tl.program_id(0).to(tl.int64)
     count = _sum(counts + row * blocks_per_row, blocks_per_row, PARTS)
     total = _sum(sums + row * blocks_per_row, blocks_per_row, PARTS)
-    factor = tl.where(count > 0.0, 1.0 / tl.maximum(count, 1.0), 0.0)
+    factor = 1.0 / tl.maximum(count, 1.0)
     tl.store(means + row, (total * factor).to(tl.float32))
     tl.store(scale + row, factor.to(tl.float32))
 

@@ -14,14 +14,13 @@ struct Moments {
 };
 
 // Of elements that were summed as they are and as deviations d = x - centre, where centre is about their mean. What the
-// rounding of the centre left behind stands in the sum of d, so that nothing cancels.
+// rounding of the centre left behind stands in the sum of d, so that nothing cancels. Of no elements: NaN.
 RLK_HD Moments moments_of(double count, double centre, double sum_d, double sum_d_squared) {
-  if (count == 0.0) return {0.0, 0.0, 0.0};
   const double rest = sum_d / count, squares = sum_d_squared - rest * sum_d;
   return {count, centre + rest, squares < 0.0 ? 0.0 : squares};
 }
 
-// Of the elements of both.
+// Of the elements of both; b may be of none.
 RLK_HD Moments combine(const Moments& a, const Moments& b) {
   if (b.count == 0.0) return a;
   const double count = a.count + b.count, share = b.count / count, delta = b.mean - a.mean;
