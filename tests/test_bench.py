@@ -1,6 +1,7 @@
 """`rlkernels bench`: wrong results are not timed, nothing is saved by halves, and a bad value ends in one line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,9 @@ class Run:
             "sys.exit(cli.main(sys.argv[1:]))"
         )
         command = [sys.executable, "-c", program, "bench", "--device", "cpu", *arguments]
-        return subprocess.run(command, cwd=bench.FOLDER.parent, capture_output=True, text=True)
+        # pytest-benchmark times nothing in a worker of pytest-xdist, which it knows by this.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+        return subprocess.run(command, cwd=bench.FOLDER.parent, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
