@@ -250,9 +250,9 @@ def test_dppo_truncates_at_20(backend, device):
 
 def test_confident_tokens_keep_their_divergence(backend, device):
     """1 - p is taken from log p, not from p, which float32 rounds to 1."""
-    p = torch.tensor([[1e-6, 3e-7, 1e-7, 1e-4, 2e-3]])
+    p = torch.tensor([[1e-6, 3e-7, 1e-7, 1e-8, 1e-4, 2e-3]])
     old, new = torch.log1p(-4 * p), torch.log1p(-p)
-    inputs = dict(logprobs=new.to(device), old_logprobs=old.to(device), advantages=torch.ones(1, 5, device=device))
+    inputs = dict(logprobs=new.to(device), old_logprobs=old.to(device), advantages=torch.ones(1, 6, device=device))
     for clip in (1e-7, 3e-6, 1e-5, 1e-4):
         assert_matches_oracles(inputs, objective="dppo_kl", clip_high=clip)
 

@@ -128,11 +128,11 @@ constexpr float kLeastLog = -18.420680743952367f, kLargestLog = 20.0f;
 
 RLK_HD double clamp_log(double x) { return clamp<double>(x, kLeastLog, kLargestLog); }
 
+// A token that the sampler gave no number for counts as it is.
 template <class F>
 RLK_HD F sampler_log_weight(F old_logprob, F sampler_logprob) {
   F difference = old_logprob - sampler_logprob;
-  return select(difference == difference, difference,
-                F(0));  // a token that the sampler gave no number for counts as it is
+  return select(difference == difference, difference, F(0));
 }
 
 // What is added up over the scored tokens of a sequence.
