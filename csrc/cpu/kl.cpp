@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "cpu/kl.h"
@@ -10,18 +11,23 @@
 namespace rlk {
 namespace {
 
-// Calls function with the estimator as a constant, so that no loop asks again which one it is.
+// Calls function with the estimator, and whether anything is clamped, as constants, so that no loop asks again.
 template <typename Function>
-void with_estimator(int estimator, Function function) {
-  switch (estimator) {
+void with_options(const KlPenalty& options, Function function) {
+  const auto with_estimator = [&](auto estimator) {
+    const float least = std::min(options.log_ratio_clamp, options.value_clamp);
+    if (least < std::numeric_limits<float>::infinity()) return function(estimator, std::true_type{});
+    return function(estimator, std::false_type{});
+  };
+  switch (options.estimator) {
     case kK1:
-      return function(std::integral_constant<int, kK1>{});
+      return with_estimator(std::integral_constant<int, kK1>{});
     case kK2:
-      return function(std::integral_constant<int, kK2>{});
+      return with_estimator(std::integral_constant<int, kK2>{});
     case kK3:
-      return function(std::integral_constant<int, kK3>{});
+      return with_estimator(std::integral_constant<int, kK3>{});
     default:
-      return function(std::integral_constant<int, kAbs>{});
+      return with_estimator(std::integral_constant<int, kAbs>{});
   }
 }
 
@@ -39,11 +45,13 @@ template <>
 void KlKernels<Isa::RLK_ISA>::kl_penalty_forward(const KlPenalty& options, const float* logprobs,
                                                  const float* ref_logprobs, float* penalty, int64_t begin,
                                                  int64_t end) {
-  with_estimator(options.estimator, [&](auto estimator) {
+  const KlPenalty o = options;
+  with_options(o, [&](auto estimator, auto clamped) {
     for_each_vector(begin, end, [&](int64_t i, int64_t count) {
+      const Vec p = load(logprobs + i, count), q = load(ref_logprobs + i, count);
       store(penalty + i,
-            kl_penalty(estimator, load(logprobs + i, count), load(ref_logprobs + i, count),
-                       Vec(options.log_ratio_clamp), Vec(options.value_clamp)),
+            clamped ? kl_penalty(estimator, p, q, Vec(o.log_ratio_clamp), Vec(o.value_clamp))
+                    : kl_estimate(estimator, p - q),
             count);
     });
   });
@@ -53,11 +61,13 @@ template <>
 void KlKernels<Isa::RLK_ISA>::kl_penalty_backward(const KlPenalty& options, const float* grad, const float* logprobs,
                                                   const float* ref_logprobs, float* grad_logprobs, int64_t begin,
                                                   int64_t end) {
-  with_estimator(options.estimator, [&](auto estimator) {
+  const KlPenalty o = options;
+  with_options(o, [&](auto estimator, auto clamped) {
     for_each_vector(begin, end, [&](int64_t i, int64_t count) {
-      const Vec derivative =
-          kl_penalty_derivative(estimator, options.straight_through, load(logprobs + i, count),
-                                load(ref_logprobs + i, count), Vec(options.log_ratio_clamp), Vec(options.value_clamp));
+      const Vec p = load(logprobs + i, count), q = load(ref_logprobs + i, count);
+      const Vec derivative = clamped ? kl_penalty_derivative(estimator, o.straight_through, p, q,
+                                                             Vec(o.log_ratio_clamp), Vec(o.value_clamp))
+                                     : kl_estimate_derivative(estimator, o.straight_through, p - q);
       store(grad_logprobs + i, load(grad + i, count) * derivative, count);
     });
   });

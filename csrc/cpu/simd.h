@@ -306,6 +306,7 @@ constexpr float kRound = 0x1.8p23f;
 
 struct Reduced {
   Vec n, r;
+  Ints n_bits;  // of n + kRound: n in the low bits, which a shift to the exponent's place alone keeps
 };
 
 inline Reduced reduce(Vec x) {
@@ -313,7 +314,7 @@ inline Reduced reduce(Vec x) {
   const Vec n = shifted - Vec(kRound);
   // ln 2 in two parts where the product n * ln 2 would be rounded; the first has 15 bits, so that n times it is exact.
   const Vec r = kFusedMultiplyAdd ? x - n * Vec(0x1.62e43p-1f) : (x - n * Vec(0.693359375f)) + n * Vec(2.12194440e-4f);
-  return {n, r};
+  return {n, r, to_bits(shifted)};
 }
 
 // q in exp(r) = 1 + r + r^2 q(r): the minimax polynomial on |r| <= ln(2) / 2, to 0.3 * 2^-24 of exp(r) - 1.
@@ -342,23 +343,23 @@ inline Vec scale(Vec x, Vec n) {
 }
 
 inline Vec exp(Vec x) {
-  const auto [n, r] = reduce(min(Vec(89.0f), max(Vec(-104.0f), x)));
-  return scale(exp_reduced(r), n);
+  const Reduced x_parts = reduce(min(Vec(89.0f), max(Vec(-104.0f), x)));
+  return scale(exp_reduced(x_parts.r), x_parts.n);
 }
 
 // 2^n (exp(r) - 1) + (2^n - 1), from half of 2^n, which exists up to the largest n, 128.
 inline Vec expm1(Vec x) {
-  const auto [n, r] = reduce(min(Vec(89.0f), max(Vec(-20.0f), x)));
-  const Vec half = power_of_two(to_int(n) - 1);
+  const auto [n, r, n_bits] = reduce(min(Vec(89.0f), max(Vec(-20.0f), x)));
+  const Vec half = from_bits((n_bits << 23) + (126 << 23));
   const Vec value = half * (series(r) * (r * r) + r) + (half - Vec(0.5f));
   return value + value;
 }
 
 inline Exponentials<Vec> exponentials(Vec x) {
-  const auto [n, r] = reduce(min(Vec(89.0f), max(Vec(-104.0f), x)));
+  const auto [n, r, n_bits] = reduce(min(Vec(89.0f), max(Vec(-104.0f), x)));
   const Vec q = series(r), exp = scale((q * r + Vec(1.0f)) * r + Vec(1.0f), n);
   // Where 2^n is not a normal number, exp(x) - 1 is -1 or exp(x).
-  const Vec power = power_of_two(to_int(n));
+  const Vec power = from_bits((n_bits << 23) + (127 << 23));
   const Vec expm1 = power * (q * (r * r) + r) + (power - Vec(1.0f));
   return {exp, select(abs(x) < Vec(20.0f), expm1, exp - Vec(1.0f))};
 }
