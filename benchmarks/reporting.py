@@ -175,13 +175,13 @@ def plot(run: Result, path: Path) -> None:
         ours, peers = ours_and_peers(results, device)
         if ours is not None and results[0]["op"] != "call_overhead":
             bars += [(case, peer["implementation"], peer["p50"] / ours["p50"]) for peer in peers]
-    figure, axes = pyplot.subplots(figsize=(10, 0.8 + 0.24 * len(bars)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.16 * len(bars)), layout="constrained")
     cases = list(dict.fromkeys(case for case, _, _ in bars))
     colors = dict(zip(dict.fromkeys(peer for _, peer, _ in bars), pyplot.get_cmap("tab10").colors, strict=False))
     for number, (_, peer, ratio) in enumerate(bars):
         axes.barh(number, ratio - 1, left=1, color=colors[peer])
         axes.annotate(
-            f"{times(ratio)} {peer}", (ratio, number), (4, 0), textcoords="offset points", va="center", size=7
+            f"{times(ratio)} {peer}", (max(ratio, 1), number), (4, 0), textcoords="offset points", va="center", size=6
         )
     middles = [[number for number, bar in enumerate(bars) if bar[0] == case] for case in cases]
     axes.set_yticks([sum(rows) / len(rows) for rows in middles], cases, size=7)
@@ -191,6 +191,7 @@ def plot(run: Result, path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xmargin(0.15)
     axes.set_ymargin(0.01)
+    axes.set_xlim(left=min(0.7, *(0.8 * ratio for _, _, ratio in bars)))
     axes.invert_yaxis()
     axes.set_xlabel(f"times as fast as each peer, ratio of medians in one run\n{run['device']}")
     axes.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ WITHOUT_CUDA = ("cpu", "triton")
 _forced: str | None = None
 _devices: dict[str, tuple[str, ...]] = dict.fromkeys(KERNEL_BACKENDS, ())
 _reasons: dict[str, str] = dict.fromkeys(KERNEL_BACKENDS, "not loaded")
-_functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+_functions: dict[tuple[str, str], Any] = {}
 
 
 def define(
@@ -51,18 +52,25 @@ def define(
                 _functions[name, backend] = _autograd_function(op(name, backend), setup_context, function)
 
 
-def _autograd_function(overload: torch._ops.OpOverload, setup_context: Callable, differentiate: Callable) -> type:
-    """The gradient of an op for `call`."""
+def _autograd_function(overload: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> type:
+    """The gradient of an op for `call`. Its options, all behind its tensors, go as one, since PyTorch looks at each
+    argument more than once."""
+    tensors = sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)
 
     class Direct(torch.autograd.Function):
+        count = tensors
+
         @staticmethod
         def forward(ctx, *inputs):
+            inputs = (*inputs[:tensors], *inputs[tensors])
             with torch._C._AutoDispatchBelowAutograd():
                 output = overload(*inputs)
             setup_context(ctx, inputs, output)
             return output
 
-        backward = staticmethod(differentiate)
+        @staticmethod
+        def backward(ctx, *gradients):
+            return (*backward(ctx, *gradients)[:tensors], None)
 
     return Direct
 
@@ -72,7 +80,8 @@ def call(name: str, backend: str, *inputs):
     five times as long, longer than a small op itself; torch.compile needs that one."""
     if torch.compiler.is_compiling():
         return op(name, backend)(*inputs)
-    return _functions[name, backend].apply(*inputs)
+    function = _functions[name, backend]
+    return function.apply(*inputs[: function.count], inputs[function.count :])
 
 
 def op(name: str, backend: str) -> torch._ops.OpOverload:

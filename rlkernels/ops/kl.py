@@ -72,8 +72,15 @@ def kl_penalty(
             log_ratio_clamp=log_ratio_limit,
             value_clamp=value_limit,
         )
-    return _registry.op("kl_penalty_forward", backend)(
-        logprobs, ref_logprobs, ESTIMATORS.index(estimator), straight_through, log_ratio_limit, value_limit
+    return _registry.call(
+        "kl_penalty_forward",
+        backend,
+        logprobs,
+        ref_logprobs,
+        ESTIMATORS.index(estimator),
+        straight_through,
+        log_ratio_limit,
+        value_limit,
     )
 
 
