@@ -173,7 +173,9 @@ def prepared(case: Case, device: str) -> tuple[tuple, tuple[Tensor, ...]]:
         inputs = case.inputs()
     rows = slice(case.rows)
     exact = map_tensors(lambda t: (t.double() if t.is_floating_point() else t)[rows] if t.dim() else t, inputs)
-    return inputs, Call(case.ours, exact, gradient=case.gradient).run()
+    call = Call(case.ours, exact, gradient=case.gradient, overwrites=case.overwrites)
+    call.restore()
+    return inputs, call.run()
 
 
 def check(case: Case, inputs: tuple, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
