@@ -226,7 +226,8 @@ def policy_loss() -> Iterator[Line]:
     correction = dict(sampler_logprobs=sampler, sampler_correction="token_truncate")
     yield line("token_truncate", *inputs, **correction)
     correction = dict(sampler_logprobs=sampler, sampler_correction="sequence_mask")
-    yield line("sequence_mask", *inputs, **correction, again=(old, sampler, mask))
+    # The sampler's log-probabilities are spent once their sums over sequences are known.
+    yield line("sequence_mask", *inputs, **correction, again=(old, mask))
     packed = numbers(BATCH * TIME), numbers(BATCH * TIME), numbers(4)
     yield line("packed", *packed, cu_seqlens=cu_seqlens())
 
