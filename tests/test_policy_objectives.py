@@ -208,6 +208,17 @@ def test_vespo_by_hand(backend, device):
     torch.testing.assert_close(gradient[:, 0].tolist(), [-phi[0] / 4, phi[1] / 4], rtol=1e-6, atol=0)
 
 
+def test_vespo_bounds_each_log_ratio_before_their_sum(backend, device):
+    """25 and -15 sum up to 10, but count as 20 and -15."""
+    old = torch.tensor([[-26.0, -1.0]], device=device)
+    logprobs = torch.tensor([[-1.0, -16.0]], device=device)
+    inputs = dict(logprobs=logprobs, old_logprobs=old, advantages=torch.ones(1, device=device))
+    options = dict(objective="vespo", vespo_k_pos=2.0, vespo_lambda_pos=0.01)
+    _, metrics, _ = run(policy_loss, inputs, **options)
+    wanted = math.exp(0.01 + 2.0 * 5.0 - 0.01 * math.exp(5.0))
+    assert named(metrics)["ratio_mean"] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_gmpo_by_hand(backend, device):
     """Each token's log-ratio is bounded on the side that its advantage would push it to."""
     log_ratio = torch.tensor([[-1.0, 0.1, 1.0, 0.0], [-1.0, 0.1, 1.0, 0.0]], device=device)
