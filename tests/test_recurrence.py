@@ -399,22 +399,23 @@ def test_masked_tokens_are_as_if_they_were_not_there(backend, device, name):
 
 @pytest.mark.parametrize("scored", [True, False], ids=["scored", "not scored"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_nothing_flows_back_over_the_end_of_an_episode(backend, device, name, scored):
-    """Not even what is not finite."""
+@pytest.mark.parametrize("end", [75, 76, 128])
+def test_nothing_flows_back_over_the_end_of_an_episode(backend, device, name, scored, end):
+    """Not even what is not finite; where the end is the last token that one thread looks at, or another's first."""
     inputs = make_inputs([150, 150], 150, device, drop=0.0, done=0.0)
     inputs["dones"] = torch.zeros_like(inputs["mask"])
-    inputs["dones"][:, 75] = True
-    inputs["mask"][:, 75] = scored
+    inputs["dones"][:, end] = True
+    inputs["mask"][:, end] = scored
     wanted = run(name, inputs)
     changed = dict(inputs)
     for key in TENSORS[name]:
         changed[key] = inputs[key].clone()
-        changed[key][:, 76:] = torch.tensor([INF, NAN], device=device).view(2, 1)
+        changed[key][:, end + 1 :] = torch.tensor([INF, NAN], device=device).view(2, 1)
     for one, other in zip(run(name, changed), wanted, strict=True):
-        assert torch.equal(one[:, :76], other[:, :76])
-    until = {key: inputs[key][:, :76] for key in PER_TOKEN if key != "dones"}
+        assert torch.equal(one[:, : end + 1], other[:, : end + 1])
+    until = {key: inputs[key][:, : end + 1] for key in PER_TOKEN if key != "dones"}
     for one, other in zip(run(name, until), wanted, strict=True):
-        torch.testing.assert_close(one, other[:, :76])
+        torch.testing.assert_close(one, other[:, : end + 1])
 
 
 def test_by_hand(backend, device):
