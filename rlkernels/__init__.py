@@ -1,6 +1,7 @@
 """Fused kernels for the arithmetic between a language model and its optimizer in reinforcement learning.
 
     token_logprobs      log-probabilities and entropy of sampled tokens, from logits
+    linear_token_logprobs  the same from hidden states and the LM head, whose logits are never stored
     kl_penalty          per-token estimates of the KL divergence from a reference model
     shaped_rewards      per-token rewards: a score at the end of each sequence, less a KL penalty at every token
     group_advantages    rewards relative to their group: GRPO, RLOO, Dr. GRPO
@@ -21,6 +22,7 @@ from rlkernels.ops import _registry
 from rlkernels.ops._registry import use_backend
 from rlkernels.ops.groups import group_advantages
 from rlkernels.ops.kl import kl_penalty, shaped_rewards
+from rlkernels.ops.linear_logprobs import linear_token_logprobs
 from rlkernels.ops.logprobs import token_logprobs
 from rlkernels.ops.masked import masked_mean, masked_whiten
 from rlkernels.ops.policy_loss import policy_loss
@@ -34,6 +36,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl_penalty",
+    "linear_token_logprobs",
     "masked_mean",
     "masked_whiten",
     "policy_loss",

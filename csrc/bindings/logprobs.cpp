@@ -5,12 +5,21 @@
 namespace rlk {
 namespace {
 
+DType dtype_of(const Tensor& logits) {
+  if (logits.scalar_type() == ScalarType::BFloat16) return DType::kBFloat16;
+  if (logits.scalar_type() == ScalarType::Half) return DType::kFloat16;
+  return DType::kFloat32;
+}
+
 LogitRows logit_rows(const Tensor& logits) {
-  DType dtype = DType::kFloat32;
-  if (logits.scalar_type() == ScalarType::BFloat16) dtype = DType::kBFloat16;
-  if (logits.scalar_type() == ScalarType::Half) dtype = DType::kFloat16;
+  const DType dtype = dtype_of(logits);
   return {logits.data_ptr(), dtype,           logits.size(0) * logits.size(1), logits.size(1), logits.size(2),
           logits.stride(0),  logits.stride(1)};
+}
+
+// Of a tile [R, v] with dense rows.
+LogitRows tile_rows(const Tensor& tile) {
+  return {tile.data_ptr(), dtype_of(tile), tile.size(0), tile.size(0), tile.size(1), 0, tile.stride(0)};
 }
 
 TokenLogprobs logprobs_problem(const Tensor& logits, const Tensor& token_ids, double temperature, double softcap,
@@ -28,6 +37,17 @@ TokenLogprobs logprobs_problem(const Tensor& logits, const Tensor& token_ids, do
   return problem;
 }
 
+std::vector<BlockSums> block_sums(const TokenLogprobs& problem, bool with_entropy) {
+  const int64_t count = problem.logits.rows * problem.blocks_per_row();
+  std::vector<BlockSums> sums(count);
+  with_kernels<LogprobsKernels>([&](auto kernels) {
+    parallel(count, std::min(problem.logits.vocab, TokenLogprobs::kBlock), [&](int64_t begin, int64_t end) {
+      kernels.token_logprobs_sums(problem, with_entropy, sums.data(), begin, end);
+    });
+  });
+  return sums;
+}
+
 std::tuple<Tensor, Tensor, Tensor> token_logprobs_forward(Tensor logits, Tensor token_ids, double temperature,
                                                           double softcap, int64_t ignore_index, bool return_entropy) {
   const TokenLogprobs problem = logprobs_problem(logits, token_ids, temperature, softcap, ignore_index);
@@ -36,11 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_forward(Tensor logits, Tensor 
   Tensor entropy = return_entropy ? empty_floats(token_ids.sizes()) : empty_floats({0});
   Tensor row_stats = empty_floats({2, logits.size(0), logits.size(1)});
   float* const entropy_data = return_entropy ? entropy.mutable_data_ptr<float>() : nullptr;
-  std::vector<BlockSums> sums(rows * blocks);
+  const std::vector<BlockSums> sums = block_sums(problem, return_entropy);
   with_kernels<LogprobsKernels>([&](auto kernels) {
-    parallel(rows * blocks, std::min(problem.logits.vocab, TokenLogprobs::kBlock), [&](int64_t begin, int64_t end) {
-      kernels.token_logprobs_sums(problem, return_entropy, sums.data(), begin, end);
-    });
     parallel(rows, 64 * blocks, [&](int64_t begin, int64_t end) {
       kernels.token_logprobs_finish(problem, sums.data(), logprobs.mutable_data_ptr<float>(), entropy_data,
                                     row_stats.mutable_data_ptr<float>(), begin, end);
@@ -78,6 +95,36 @@ void token_logprobs_backward_(std::optional<Tensor> grad_logprobs, std::optional
   write_logits_gradient(grad_logprobs, grad_entropy, problem, logprobs, entropy, row_stats, problem.logits);
 }
 
+TokenLogprobs tile_problem(const Tensor& logits, const Tensor& token_ids, int64_t vocab_start, double temperature,
+                           double softcap, int64_t ignore_index) {
+  return {tile_rows(logits),
+          token_ids.const_data_ptr<int64_t>(),
+          static_cast<float>(temperature),
+          static_cast<float>(softcap),
+          ignore_index,
+          vocab_start};
+}
+
+Tensor token_logprobs_part(Tensor logits, Tensor token_ids, int64_t vocab_start, double temperature, double softcap,
+                           int64_t ignore_index, bool return_entropy) {
+  const TokenLogprobs problem = tile_problem(logits, token_ids, vocab_start, temperature, softcap, ignore_index);
+  const int64_t rows = problem.logits.rows;
+  Tensor parts = empty_floats({4, rows});
+  const std::vector<BlockSums> sums = block_sums(problem, return_entropy);
+  with_kernels<LogprobsKernels>([&](auto kernels) {
+    kernels.token_logprobs_part(problem, sums.data(), parts.mutable_data_ptr<float>(), 0, rows);
+  });
+  return parts;
+}
+
+void token_logprobs_part_backward(std::optional<Tensor> grad_logprobs, std::optional<Tensor> grad_entropy,
+                                  Tensor logits, Tensor token_ids, int64_t vocab_start, Tensor logprobs, Tensor entropy,
+                                  Tensor row_stats, double temperature, double softcap, int64_t ignore_index,
+                                  Tensor gradient) {
+  const TokenLogprobs problem = tile_problem(logits, token_ids, vocab_start, temperature, softcap, ignore_index);
+  write_logits_gradient(grad_logprobs, grad_entropy, problem, logprobs, entropy, row_stats, tile_rows(gradient));
+}
+
 }  // namespace
 }  // namespace rlk
 
@@ -85,4 +132,6 @@ STABLE_TORCH_LIBRARY_IMPL(rlkernels, CPU, m) {
   m.impl("token_logprobs_forward.cpu", TORCH_BOX(&rlk::token_logprobs_forward));
   m.impl("token_logprobs_backward.cpu", TORCH_BOX(&rlk::token_logprobs_backward));
   m.impl("token_logprobs_backward_.cpu", TORCH_BOX(&rlk::token_logprobs_backward_));
+  m.impl("token_logprobs_part.cpu", TORCH_BOX(&rlk::token_logprobs_part));
+  m.impl("token_logprobs_part_backward.cpu", TORCH_BOX(&rlk::token_logprobs_part_backward));
 }

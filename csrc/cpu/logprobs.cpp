@@ -53,8 +53,8 @@ F capped(F x, const TokenLogprobs& problem) {
   return scaled_logit(x, F(problem.softcap), F(1.0f), problem.softcap > 0);
 }
 
-// What a row's gradient needs beside its logits: log p = (x - origin) / temperature - log_sum. Both gradients are
-// already divided by the temperature.
+// What a row's gradient needs beside its logits: log p = (x - origin) / temperature - log_sum, of the capped x. Both
+// gradients are already divided by the temperature.
 struct RowGradient {
   float grad_logprob, grad_entropy, entropy, origin, log_sum;
 };
@@ -139,6 +139,22 @@ BlockSums block_sums(const Block<T>& block, const TokenLogprobs& problem) {
   return {m, horizontal_sum((s[0] + s[1]) + (s[2] + s[3])), horizontal_sum((w[0] + w[1]) + (w[2] + w[3]))};
 }
 
+float largest_of(const TokenLogprobs& problem, const BlockSums* sums, int64_t row) {
+  const BlockSums* const blocks = sums + row * problem.blocks_per_row();
+  float largest = -kInfinity;
+  for (int64_t b = 0; b < problem.blocks_per_row(); ++b) largest = std::max(largest, blocks[b].m);
+  return largest;
+}
+
+RowSums<float> sums_relative_to(const TokenLogprobs& problem, const BlockSums* sums, int64_t row, float origin) {
+  const BlockSums* const blocks = sums + row * problem.blocks_per_row();
+  const float inverse_temperature = 1.0f / problem.temperature;
+  RowSums<float> others = {-kInfinity, 0.0f, 0.0f};
+  for (int64_t b = 0; b < problem.blocks_per_row(); ++b)
+    others = merge(others, {(blocks[b].m - origin) * inverse_temperature, blocks[b].s, blocks[b].w});
+  return others;
+}
+
 // The gradient of elements [0, size) of a block, as if none of them were the target. x may be where it is written.
 template <bool kCapped, bool kEntropy, typename T>
 void block_gradient(const T* x, T* gradient, int64_t size, const TokenLogprobs& problem, RowGradient row) {
@@ -168,11 +184,33 @@ void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_sums(const TokenLogprobs& pro
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / problem.blocks_per_row();
       const int64_t start = i % problem.blocks_per_row() * TokenLogprobs::kBlock;
-      const int64_t target = problem.token_ids[row];
-      if (target == problem.ignore_index) continue;
+      if (problem.ignored(row)) continue;
       const int64_t size = std::min(TokenLogprobs::kBlock, logits.vocab - start);
-      const Block<T> block(row_start<const T>(logits, row) + start, size, target - start, problem);
+      const Block<T> block(row_start<const T>(logits, row) + start, size, problem.target(row) - start, problem);
       sums[i] = kernel(block, problem);
+    }
+  });
+}
+
+template <>
+void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_part(const TokenLogprobs& problem, const BlockSums* sums,
+                                                        float* parts, int64_t begin, int64_t end) {
+  const LogitRows& logits = problem.logits;
+  with_element_type(logits.dtype, [&]<typename T>(T) {
+    for (int64_t row = begin; row < end; ++row) {
+      float origin = -kInfinity, target_logit = std::numeric_limits<float>::quiet_NaN();
+      RowSums<float> others = {-kInfinity, 0.0f, 0.0f};
+      if (!problem.ignored(row)) {
+        origin = largest_of(problem, sums, row);
+        others = sums_relative_to(problem, sums, row, origin == -kInfinity ? 0.0f : origin);
+        const int64_t target = problem.target(row);
+        if (0 <= target && target < logits.vocab)
+          target_logit = capped(to_float(row_start<const T>(logits, row)[target]), problem);
+      }
+      parts[row] = origin;
+      parts[logits.rows + row] = others.s;
+      parts[2 * logits.rows + row] = others.w;
+      parts[3 * logits.rows + row] = target_logit;
     }
   });
 }
@@ -186,22 +224,15 @@ void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_finish(const TokenLogprobs& p
   with_element_type(logits.dtype, [&]<typename T>(T) {
     for (int64_t row = begin; row < end; ++row) {
       RowResult<float> result = {0.0f, 0.0f, 0.0f, 0.0f};
-      const int64_t target = problem.token_ids[row];
-      if (target != problem.ignore_index) {
-        const float x_target = capped(to_float(row_start<const T>(logits, row)[target]), problem);
-        const BlockSums* blocks = sums + row * problem.blocks_per_row();
-        float origin = -kInfinity;
-        for (int64_t b = 0; b < problem.blocks_per_row(); ++b) origin = std::max(origin, blocks[b].m);
+      if (!problem.ignored(row)) {
+        const float x_target = capped(to_float(row_start<const T>(logits, row)[problem.target(row)]), problem);
         // Differences of logits are exact, or nearly, where logits / temperature would be rounded: the row is finished
         // relative to its largest logit.
+        float origin = largest_of(problem, sums, row);
         if (origin == -kInfinity) origin = x_target;
-        RowSums<float> others = {-kInfinity, 0.0f, 0.0f};
-        for (int64_t b = 0; b < problem.blocks_per_row(); ++b)
-          others = merge(others, {(blocks[b].m - origin) * inverse_temperature, blocks[b].s, blocks[b].w});
+        const RowSums<float> others = sums_relative_to(problem, sums, row, origin);
         result = finish_row(others, (x_target - origin) * inverse_temperature);
-        const double max = static_cast<double>(std::max(origin, x_target)) * inverse_temperature;
-        result.max = static_cast<float>(max);
-        result.log_sum += static_cast<float>(max - result.max);
+        result.max = std::max(origin, x_target);
       }
       logprobs[row] = result.logprob;
       if (entropy != nullptr) entropy[row] = result.entropy;
@@ -219,7 +250,6 @@ void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_backward(const TokenLogprobs&
   const FlushDenormals flush;
   const LogitRows& logits = problem.logits;
   const bool with_entropy = grad_entropy != nullptr;
-  const float inverse_temperature = 1.0f / problem.temperature;
   with_element_type(logits.dtype, [&]<typename T>(T) {
     const auto kernel = problem.softcap > 0
                             ? (with_entropy ? block_gradient<true, true, T> : block_gradient<true, false, T>)
@@ -229,21 +259,18 @@ void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_backward(const TokenLogprobs&
       const int64_t start = i % problem.blocks_per_row() * TokenLogprobs::kBlock;
       const int64_t size = std::min(TokenLogprobs::kBlock, logits.vocab - start);
       T* const out = row_start<T>(gradient, row) + start;
-      const int64_t target = problem.token_ids[row];
-      if (target == problem.ignore_index) {
+      const int64_t target = problem.target(row);
+      if (problem.ignored(row)) {
         std::memset(out, 0, size * sizeof(T));
         continue;
       }
       const T* const x = row_start<const T>(logits, row) + start;
-      // The largest z, back in logits; log_sum makes up for what rounding moved.
-      const float origin = row_stats[row] / inverse_temperature;
-      const double moved = row_stats[row] - static_cast<double>(origin) * inverse_temperature;
       const RowGradient row_gradient = {
           grad_logprobs != nullptr ? grad_logprobs[row] / problem.temperature : 0.0f,
           with_entropy ? grad_entropy[row] / problem.temperature : 0.0f,
           with_entropy ? entropy[row] : 0.0f,
-          origin,
-          static_cast<float>(row_stats[logits.rows + row] + moved),
+          row_stats[row],
+          row_stats[logits.rows + row],
       };
       const bool has_target = start <= target && target < start + size;
       const float x_target = has_target ? to_float(x[target - start]) : 0.0f;

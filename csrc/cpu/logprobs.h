@@ -19,6 +19,11 @@ struct TokenLogprobs {
   const int64_t* token_ids;  // [rows]
   float temperature, softcap;
   int64_t ignore_index;
+  int64_t vocab_start = 0;  // the token of the first logit, where the logits are a tile of wider rows
+
+  bool ignored(int64_t row) const { return token_ids[row] == ignore_index; }
+  // Among the row's logits; outside [0, vocab) where the target is in another tile.
+  int64_t target(int64_t row) const { return token_ids[row] - vocab_start; }
 
   // Rows are worked on in blocks of this many logits: so few that a block's second reading comes from the L1 cache, and
   // cut at the same places whatever the number of threads.
@@ -36,6 +41,10 @@ template <Isa>
 struct LogprobsKernels {
   // Blocks [begin, end), counted row by row.
   static void token_logprobs_sums(const TokenLogprobs& problem, bool with_entropy, BlockSums* sums, int64_t begin,
+                                  int64_t end);
+  // Rows [begin, end). parts is [4, rows]: max, sum and moment over the row's logits but the target's, and the
+  // target's.
+  static void token_logprobs_part(const TokenLogprobs& problem, const BlockSums* sums, float* parts, int64_t begin,
                                   int64_t end);
   // Rows [begin, end). entropy may be null; row_stats is [2, rows].
   static void token_logprobs_finish(const TokenLogprobs& problem, const BlockSums* sums, float* logprobs,

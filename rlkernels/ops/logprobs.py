@@ -231,3 +231,18 @@ _registry.define(
     f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()",
     lambda *inputs: None,
 )
+_registry.define(
+    "token_logprobs_part",
+    "(Tensor logits, Tensor token_ids, int vocab_start, float temperature, float softcap, int ignore_index, "
+    "bool return_entropy) -> Tensor",
+    lambda logits, token_ids, *options: logits.new_empty((4, *token_ids.shape), dtype=torch.float32),
+    backends=_registry.WITHOUT_CUDA,
+)
+_registry.define(
+    "token_logprobs_part_backward",
+    "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor token_ids, int vocab_start, "
+    "Tensor logprobs, Tensor entropy, Tensor row_stats, float temperature, float softcap, int ignore_index, "
+    "Tensor(a!) gradient) -> ()",
+    lambda *inputs: None,
+    backends=_registry.WITHOUT_CUDA,
+)

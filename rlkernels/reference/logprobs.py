@@ -40,3 +40,79 @@ def token_logprobs(
     entropy = entropy.masked_fill(ignored, 0.0)
     nan = torch.full((), float("nan"), dtype=z.dtype, device=z.device)
     return torch.where(wrong, nan, logprob), torch.where(wrong, nan, entropy)
+
+
+def token_logprobs_part(
+    logits: Tensor,
+    token_ids: Tensor,
+    vocab_start: int,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    return_entropy: bool,
+) -> Tensor:
+    """What a tile of logits [R, v], those of the tokens from `vocab_start` on, has in log p and entropy: [4, R], of
+
+        max     the largest capped logit y of the tile but the target's, -inf if there is none
+        sum     of exp((y - max) / temperature) over the same logits
+        moment  of exp((y - max) / temperature) (y - max) / temperature
+        target  the capped logit of the target, NaN where it is in another tile
+
+    Rows with ignore_index are -inf, 0, 0, NaN, whatever they hold. Parts of a row are joined in ops/_lm_head.py.
+    """
+    y = _capped(logits, softcap)
+    inside, index = _target(token_ids, vocab_start, logits.shape[-1], ignore_index)
+    target = y.gather(-1, index).squeeze(-1).masked_fill(~inside, float("nan"))
+    others = torch.where(inside.unsqueeze(-1), y.scatter(-1, index, float("-inf")), y)
+    top = others.amax(-1)
+    below = (others - top.masked_fill(torch.isneginf(top), 0.0).unsqueeze(-1)) / temperature
+    weight = below.exp()
+    moment = (weight * below.masked_fill(weight == 0, 0.0)).sum(-1)
+    parts = torch.stack([top, weight.sum(-1), moment, target])
+    nothing = torch.tensor([float("-inf"), 0.0, 0.0, float("nan")], dtype=y.dtype, device=y.device)
+    return torch.where(token_ids == ignore_index, nothing.unsqueeze(-1), parts)
+
+
+def token_logprobs_part_backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    token_ids: Tensor,
+    vocab_start: int,
+    logprobs: Tensor,
+    entropy: Tensor,
+    row_stats: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    gradient: Tensor,
+) -> None:
+    """Writes the gradient of a tile's logits to `gradient`, which may be the logits themselves. row_stats [2, R] are
+    the row's largest capped logit and the logarithm of its sum of exp((y - largest) / temperature)."""
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    inside, index = _target(token_ids, vocab_start, logits.shape[-1], ignore_index)
+    log_p = (_capped(logits, softcap) - row_stats[0].unsqueeze(-1)) / temperature - row_stats[1].unsqueeze(-1)
+    p, p_target = log_p.exp(), logprobs.exp()
+    weight = torch.zeros_like(logprobs) if grad_logprobs is None else grad_logprobs
+    at_target = -weight * torch.expm1(logprobs)
+    weight = weight.unsqueeze(-1)
+    if grad_entropy is not None:
+        weight = weight + grad_entropy.unsqueeze(-1) * (log_p + entropy.unsqueeze(-1))
+        at_target = at_target - (grad_entropy * p_target * (logprobs + entropy)).masked_fill(p_target == 0, 0.0)
+    dz = (-p * weight).masked_fill(p == 0, 0.0)
+    dz = torch.where(inside.unsqueeze(-1), dz.scatter(-1, index, at_target.unsqueeze(-1)), dz)
+    if softcap > 0:
+        dz = dz * (1 - torch.tanh(x / softcap).square())
+    gradient.copy_((dz / temperature).masked_fill((token_ids == ignore_index).unsqueeze(-1), 0.0))
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    return softcap * torch.tanh(x / softcap) if softcap > 0 else x
+
+
+def _target(token_ids: Tensor, vocab_start: int, vocab_size: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Whether a row's target is in the tile, [R], and where, [R, 1]."""
+    local = token_ids - vocab_start
+    inside = (local >= 0) & (local < vocab_size) & (token_ids != ignore_index)
+    return inside, local.where(inside, 0).unsqueeze(-1)
