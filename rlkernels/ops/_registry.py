@@ -97,10 +97,11 @@ def no_second_derivative(name: str) -> Callable:
     return lambda backend: refuse
 
 
-def implement_triton(name: str, implementation: Callable) -> None:
-    """Register a Triton launcher for GPUs and, in a process with TRITON_INTERPRET=1, for CPU tensors."""
-    for device_type in triton_devices():
-        LIBRARY.impl(f"{name}.triton", implementation, "CUDA" if device_type == "cuda" else "CPU")
+def implement(name: str, backend: str, implementation: Callable) -> None:
+    """Register Python code as the implementation of op `name`: a Triton launcher, say, which serves GPUs and, in a
+    process with TRITON_INTERPRET=1, CPU tensors."""
+    for device_type in triton_devices() if backend == "triton" else ("cpu",):
+        LIBRARY.impl(f"{name}.{backend}", implementation, "CUDA" if device_type == "cuda" else "CPU")
 
 
 def triton_devices() -> tuple[str, ...]:

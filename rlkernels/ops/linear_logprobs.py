@@ -1,5 +1,14 @@
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
 from torch import Tensor
 
+from rlkernels.ops import _checks, _registry
+from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, scored_rows, start
+from rlkernels.ops._head_outputs import OUTPUTS, Outputs
+from rlkernels.ops._lm_head import Gradients, forward_backward, slices
 from rlkernels.reference import linear_logprobs as reference
 
 
@@ -16,18 +25,285 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     outputs: tuple[str, ...] = (),
+    group: Any = None,
+    num_scored: int | None = None,
+    logits_budget_mb: float = LOGITS_BUDGET_MB,
+    tile: tuple[int, int] | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    logprobs, entropy, *others = reference.linear_token_logprobs(
-        hidden,
-        weight,
-        token_ids.long(),
-        bias,
-        adapter,
-        temperature=temperature,
-        softcap=softcap or 0.0,
-        scale=scale,
-        ignore_index=ignore_index,
-        outputs=tuple(outputs),
+    """token_logprobs of the LM head's logits, which never exist as a whole.
+
+        logits = scale * (hidden @ weight.T + bias + adapter[0] @ adapter[1].T)
+        z = softcap * tanh(logits / softcap) / temperature     (softcap=None: logits / temperature)
+        logprobs[i] = z[i, token_ids[i]] - logsumexp(z[i])
+        entropy[i]  = -sum_v p[i, v] log p[i, v],  p = softmax(z)
+
+    Only rows that are scored meet the head. They are gathered into blocks, and the product of each with a range of the
+    vocabulary is a tile of logits, folded into its rows' sums at once; the backward pass computes the tile again and
+    turns it, in place, into its gradient, from which those of hidden and weight are added up in float32.
+
+    Args:
+        hidden: [..., H], float32, bfloat16, float16 or float64 (served by the reference, in float64).
+        weight: [V, H], of the dtype of hidden. Under autocast all floating-point inputs are cast first, as those of
+            torch.nn.functional.linear are.
+        token_ids: [...], any integer dtype, the shape of hidden without its last dimension.
+        bias: [V].
+        adapter: a pair [..., r] and [V, r], whose product is added to the logits: LoRA on the head, with
+            scaling * dropout(hidden) @ A.T and B.
+        temperature: > 0, divides the logits after the softcap.
+        softcap: > 0, or None (Gemma's final_logit_softcapping).
+        scale: > 0 (Cohere's logit_scale, 1 / Granite's logits_scaling).
+        ignore_index: rows with this id are not scored: everything is 0, and so is their gradient, whatever they hold.
+        return_entropy: also return the entropy.
+        outputs: more to return, none of it differentiable, of each row's z, computed by PyTorch, tile by tile:
+            "log_sum_sq_probs": log sum_v p_v^2;  "mean_logit": the mean of z;  "is_top1": whether the token is the
+            likeliest, the first such in a tie.
+        group: a torch.distributed process group whose processes have the same rows of hidden, and a share of the
+            vocabulary each (of weight, bias and adapter[1]), in the order of their ranks. Each gets all results and
+            hidden's whole gradient, and the weight's of its share. Not under torch.compile.
+        num_scored: how many rows to project: the number of those scored, or more. Without it that number is asked of
+            the device, the only time that the host waits for it.
+        logits_budget_mb: where all scored rows' logits take no more memory, they are kept for the backward pass instead
+            of computed again. The default is ...
+        tile: (rows, tokens) of a tile; by default 128 rows (512 on a GPU) and as many tokens as the L2 cache has room
+            for. A row's bits depend on the tile, not on the other rows.
+
+    Returns:
+        float32 [...] (float64 for float64 hidden), or a tuple (logprobs, entropy, *outputs) of those asked for;
+        is_top1 is bool.
+
+    Differentiable: logprobs and entropy with respect to hidden, weight, bias and both parts of adapter, once.
+
+    Edge cases: as in token_logprobs. With nothing scored all results and gradients are 0. Logprobs are never above 0.
+
+    Raises:
+        TypeError, ValueError: for wrong dtypes, shapes, devices and options; on a CPU for an id outside [0, V) that is
+            not ignore_index, and for more scored rows than num_scored. On a GPU such a row gives NaN, and too small a
+            num_scored makes everything NaN; with RLKERNELS_CHECK=1 an id raises there too.
+
+    Traffic: three products of [scored, H] x [H, V], four where logits are computed again, two where weight, bias and
+    adapter are not differentiated (the gradient of hidden for an upstream gradient of 1 is then made in the forward
+    pass, if no entropy is asked for). Beside their factors: each tile of logits is written and read once a product, and
+    once read and written by the gradient.
+
+    References: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009).
+    """
+    inputs, options = check_head(
+        hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile
     )
-    results = (logprobs, *([entropy] if return_entropy else []), *others)
-    return results if len(results) > 1 else logprobs
+    outputs = tuple(outputs)
+    for name in outputs:
+        _checks.choice("outputs", name, OUTPUTS)
+    budget = int(_checks.number("logits_budget_mb", logits_budget_mb, at_least=0.0) * 2**20)
+    options = replace(options, return_entropy=return_entropy, outputs=outputs, budget=budget)
+    logprobs, entropy, others = evaluate(inputs, options)
+    results = [value.view(token_ids.shape) for value in (logprobs, *([entropy] if return_entropy else []), *others)]
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def evaluate(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Log-probabilities, entropy and other outputs, [N] each."""
+    options = replace(options, differentiated=torch.is_grad_enabled())
+    if options.backend == "reference" and options.group is None:
+        adapter = None if inputs.adapter is None else (inputs.adapter, cast(Tensor, inputs.adapter_weight))
+        logprobs, entropy, *others = reference.linear_token_logprobs(
+            inputs.hidden,
+            inputs.weight,
+            inputs.token_ids,
+            inputs.bias,
+            adapter,
+            temperature=options.temperature,
+            softcap=options.softcap,
+            ignore_index=options.ignore_index,
+            outputs=options.outputs,
+        )
+    elif torch.compiler.is_compiling():
+        logprobs, entropy, _, packed = _registry.op("linear_token_logprobs_forward", options.backend)(
+            *inputs.tensors(),
+            options.temperature,
+            options.softcap,
+            options.ignore_index,
+            options.return_entropy,
+            list(options.outputs),
+            options.num_scored,
+            list(options.tile or ()),
+        )
+        others = list(packed.unbind())
+    else:
+        logprobs, entropy, *others = _LinearLogprobs.apply(*inputs.tensors(), options)
+    return logprobs, entropy, [v.bool() if n == "is_top1" else v for n, v in zip(options.outputs, others, strict=True)]
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, adapter, adapter_weight, token_ids, options):
+        inputs = Inputs(hidden, weight, bias, adapter, adapter_weight, token_ids)
+        wanted = [options.differentiated and needed for needed in ctx.needs_input_grad[:5]]
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = start(inputs, options)
+            rows, too_few = scored_rows(inputs, options, head)
+            also = Outputs(head, rows, options.outputs) if options.outputs else None
+            unit = kept = None
+            frozen = not (wanted[1] or wanted[2] or wanted[4])
+            if any(wanted) and frozen and not options.return_entropy and head.fits(head.block_rows, options.budget):
+                unit = Gradients.of(rows, head, wanted, weight_in_pieces=False)
+                groups = slices(len(rows), head.rows_within(options.budget))
+                results = forward_backward(head, rows, groups, _one, unit, also)
+                head.reduce(unit)
+            else:
+                if any(wanted) and head.fits(len(rows), options.budget):
+                    kept = head.kept(rows)
+                results = head.forward(rows, kept, also)
+            others = [] if also is None else also.results(results[2])
+            values = [rows.scatter(value) for value in (*results[:2], *others)]
+        if too_few is not None:
+            values = [torch.where(too_few, float("nan"), value) for value in values]
+        ctx.options, ctx.share, ctx.unit, ctx.kept, ctx.wanted, ctx.rows = options, head.share, unit, kept, wanted, rows
+        ctx.save_for_backward(weight, bias, adapter_weight, rows.hidden, rows.adapter, *results)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*values[2:], *([] if options.return_entropy else [values[1]]))
+        return tuple(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy, *others):
+        weight, bias, adapter_weight, hidden, adapter, *results = ctx.saved_tensors
+        rows = replace(ctx.rows, hidden=hidden, adapter=adapter)
+        grad_logprobs, grad_entropy = (None if g is None else rows.select(g) for g in (grad_logprobs, grad_entropy))
+        with torch.autocast(hidden.device.type, enabled=False):
+            if ctx.unit is not None:
+                gradients = ctx.unit.scaled(grad_logprobs)
+            else:
+                inputs = Inputs(hidden, weight, bias, adapter, adapter_weight, rows.token_ids)
+                head = start(inputs, ctx.options, ctx.share)
+                gradients = Gradients.of(rows, head, ctx.wanted, weight_in_pieces=False)
+                head.backward(rows, grad_logprobs, grad_entropy, *results, ctx.kept, gradients)
+                head.reduce(gradients)
+                ctx.kept = None  # their gradient has taken their place
+        return *gradients.results(rows, weight.dtype), None, None
+
+
+def _one(at: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
+    return torch.ones_like(logprobs), None
+
+
+# torch.compile sees one op and its gradient, which gathers the scored rows again and computes their logits again.
+
+
+def _options(backend: str, temperature, softcap, ignore_index, return_entropy, outputs, num_scored, tile) -> Options:
+    return Options(
+        temperature,
+        softcap,
+        ignore_index,
+        None,
+        num_scored,
+        tuple(tile) or None,
+        backend,
+        return_entropy,
+        tuple(outputs),
+    )
+
+
+def _forward_op(backend: str, hidden, weight, bias, adapter, adapter_weight, token_ids, *given):
+    inputs, options = Inputs(hidden, weight, bias, adapter, adapter_weight, token_ids), _options(backend, *given)
+    head = start(inputs, options)
+    rows, too_few = scored_rows(inputs, options, head)
+    also = Outputs(head, rows, options.outputs) if options.outputs else None
+    logprobs, entropy, row_stats = head.forward(rows, None, also)
+    others = [] if also is None else also.results(row_stats)
+    values = torch.stack([rows.scatter(value) for value in (logprobs, entropy, *row_stats, *others)])
+    if too_few is not None:
+        values = torch.where(too_few, float("nan"), values)
+    return values[0].clone(), values[1].clone(), values[2:4].clone(), values[4:].clone()
+
+
+def _backward_op(
+    backend: str,
+    grad_logprobs,
+    grad_entropy,
+    hidden,
+    weight,
+    bias,
+    adapter,
+    adapter_weight,
+    token_ids,
+    logprobs,
+    entropy,
+    row_stats,
+    wanted,
+    *given,
+):
+    inputs, options = Inputs(hidden, weight, bias, adapter, adapter_weight, token_ids), _options(backend, *given)
+    head = start(inputs, options)
+    rows, _ = scored_rows(inputs, options, head)
+    grad_logprobs, grad_entropy = (None if g is None else rows.select(g) for g in (grad_logprobs, grad_entropy))
+    saved = (rows.select(logprobs), rows.select(entropy), torch.stack([rows.select(value) for value in row_stats]))
+    gradients = Gradients.of(rows, head, wanted, weight_in_pieces=False)
+    head.backward(rows, grad_logprobs, grad_entropy, *saved, None, gradients)
+    results = gradients.results(rows, weight.dtype)
+    return tuple(weight.new_empty(0) if value is None else value.clone() for value in results)
+
+
+def _forward_fake(hidden, weight, bias, adapter, adapter_weight, token_ids, *options):
+    def of_rows(*leading):
+        return hidden.new_empty((*leading, *token_ids.shape), dtype=torch.float32)
+
+    return of_rows(), of_rows(), of_rows(2), of_rows(len(options[4]))
+
+
+def _backward_fake(grad_logprobs, grad_entropy, hidden, weight, bias, adapter, adapter_weight, *rest):
+    inputs = (hidden, weight, bias, adapter, adapter_weight)
+    wanted = rest[4]
+    return tuple(
+        value.new_empty(value.shape) if want and value is not None else weight.new_empty(0)
+        for want, value in zip(wanted, inputs, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6], *output[:3])
+    ctx.options = inputs[6:]
+    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _make_backward(backend):
+    def backward(ctx, grad_logprobs, grad_entropy, *others):
+        tensors = ctx.saved_tensors
+        wanted = [bool(needed) for needed in ctx.needs_input_grad[:5]]
+        gradients = _registry.op("linear_token_logprobs_backward", backend)(
+            None if grad_logprobs is None else grad_logprobs.contiguous(),
+            None if grad_entropy is None or not ctx.options[3] else grad_entropy.contiguous(),
+            *tensors,
+            wanted,
+            *ctx.options,
+        )
+        gradients = [value if want else None for want, value in zip(wanted, gradients, strict=True)]
+        return *gradients, None, *(None,) * len(ctx.options)
+
+    return backward
+
+
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? adapter, Tensor? adapter_weight, Tensor token_ids"
+_OPTIONS = (
+    "float temperature, float softcap, int ignore_index, bool return_entropy, str[] outputs, int? num_scored, "
+    "int[] tile"
+)
+_registry.define(
+    "linear_token_logprobs_forward",
+    f"({_INPUTS}, {_OPTIONS}) -> (Tensor logprobs, Tensor entropy, Tensor row_stats, Tensor others)",
+    _forward_fake,
+    backends=_registry.WITHOUT_CUDA,
+    setup_context=_setup_context,
+    backward=_make_backward,
+)
+_registry.define(
+    "linear_token_logprobs_backward",
+    f"(Tensor? grad_logprobs, Tensor? grad_entropy, {_INPUTS}, Tensor logprobs, Tensor entropy, Tensor row_stats, "
+    f"bool[] wanted, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+    backends=_registry.WITHOUT_CUDA,
+    backward=_registry.no_second_derivative("linear_token_logprobs_backward"),
+)
+for _backend in _registry.WITHOUT_CUDA:
+    _registry.implement("linear_token_logprobs_forward", _backend, partial(_forward_op, _backend))
+    _registry.implement("linear_token_logprobs_backward", _backend, partial(_backward_op, _backend))

@@ -77,7 +77,7 @@ def token_logprobs(
 
     backend = _registry.select(logits)
     if _checks.values_in_python(backend, token_ids):
-        _check_ids(token_ids.long(), logits.shape[-1], ignore_index)
+        check_ids(token_ids.long(), logits.shape[-1], ignore_index)
     if backend == "reference":
         logprobs, entropy = reference.token_logprobs(
             logits, token_ids.long(), temperature=temperature, softcap=softcap, ignore_index=ignore_index
@@ -121,7 +121,7 @@ def _refuse_inplace(logits: Tensor) -> None:
         extent += stride * (size - 1)
 
 
-def _check_ids(token_ids: Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_ids(token_ids: Tensor, vocab_size: int, ignore_index: int) -> None:
     wrong = ((token_ids < 0) | (token_ids >= vocab_size)) & (token_ids != ignore_index)
     if wrong.any():
         where = wrong.nonzero()[0].tolist()

@@ -3,18 +3,15 @@ from torch import Tensor
 
 from rlkernels.reference.logprobs import token_logprobs
 
-OUTPUTS = ("log_sum_sq_probs", "mean_logit", "is_top1")
-
 
 def lm_head_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None, scale: float
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """scale * (hidden @ weight.T + bias + adapter[0] @ adapter[1].T): [..., H], [V, H] -> [..., V], in the dtype of
-    hidden."""
+    """hidden @ weight.T + bias + adapter[0] @ adapter[1].T: [..., H], [V, H] -> [..., V], in the dtype of hidden."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     if adapter is not None:
         logits = logits + torch.nn.functional.linear(*adapter)
-    return logits * scale
+    return logits
 
 
 def linear_token_logprobs(
@@ -26,7 +23,6 @@ def linear_token_logprobs(
     *,
     temperature: float,
     softcap: float,
-    scale: float,
     ignore_index: int,
     outputs: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
@@ -36,7 +32,7 @@ def linear_token_logprobs(
     hidden = hidden.masked_fill(ignored.unsqueeze(-1), 0.0)
     if adapter is not None:
         adapter = (adapter[0].masked_fill(ignored.unsqueeze(-1), 0.0), adapter[1])
-    logits = lm_head_logits(hidden, weight, bias, adapter, scale)
+    logits = lm_head_logits(hidden, weight, bias, adapter)
     logprobs, entropy = token_logprobs(
         logits, token_ids, temperature=temperature, softcap=softcap, ignore_index=ignore_index
     )

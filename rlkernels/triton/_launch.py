@@ -23,7 +23,7 @@ def implements(name: str) -> Callable[[Callable], Callable]:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 return launcher(*inputs)
 
-        _registry.implement_triton(name, on_device)
+        _registry.implement(name, "triton", on_device)
         return on_device
 
     return register

@@ -1,0 +1,165 @@
+"""What the functions of an LM head are given: its checks, and what becomes of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlkernels.ops import _checks, _registry
+from rlkernels.ops._lm_head import Head, Rows, fill_up, scored_index, shares
+from rlkernels.ops.logprobs import check_ids
+
+LOGITS_BUDGET_MB = 128.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    hidden: Tensor
+    """[N, H]"""
+    weight: Tensor
+    bias: Tensor | None
+    adapter: Tensor | None
+    """[N, r]"""
+    adapter_weight: Tensor | None
+    token_ids: Tensor
+    """int64 [N]"""
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.hidden, self.weight, self.bias, self.adapter, self.adapter_weight, self.token_ids)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of the logits before `scale`: scaled by it they go through softcap and temperature as they are through
+    softcap / scale and temperature / scale, which are the ones here."""
+
+    temperature: float
+    softcap: float
+    ignore_index: int
+    group: Any
+    num_scored: int | None
+    tile: tuple[int, int] | None
+    backend: str
+    return_entropy: bool = False
+    outputs: tuple[str, ...] = ()
+    budget: int = 0
+    differentiated: bool = True
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None,
+    adapter: tuple[Tensor, Tensor] | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    group: Any,
+    num_scored: int | None,
+    tile: tuple[int, int] | None,
+) -> tuple[Inputs, Options]:
+    """What the functions of an LM head take, checked, in the dtype of the products and with one leading dimension."""
+    _checks.tensor("hidden", hidden, _checks.FLOATS)
+    _checks.tensor("weight", weight, _checks.FLOATS)
+    _checks.tensor("token_ids", token_ids, _checks.INTEGERS)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have the shape [..., H] with H >= 1; got {list(hidden.shape)}")
+    width = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != width:
+        raise ValueError(f"weight must have the shape [V, {width}] with V >= 1; got {list(weight.shape)}")
+    vocab_size = weight.shape[0]
+    _checks.shape("token_ids", token_ids, tuple(hidden.shape[:-1]), because="that of hidden without its last dimension")
+    named: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
+    if bias is not None:
+        _checks.tensor("bias", bias, _checks.FLOATS)
+        _checks.shape("bias", bias, (vocab_size,), because="one a row of weight")
+    if adapter is not None:
+        if not isinstance(adapter, tuple | list) or len(adapter) != 2:
+            raise TypeError(f"adapter must be a pair of tensors; got {type(adapter).__name__}")
+        for name, factor in zip(("adapter[0]", "adapter[1]"), adapter, strict=True):
+            _checks.tensor(name, factor, _checks.FLOATS)
+            named[name] = factor
+        if adapter[0].dim() == 0 or adapter[0].shape[-1] == 0 or adapter[0].shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(
+                f"adapter[0] must have the shape {[*hidden.shape[:-1], 'r']} with r >= 1; got {list(adapter[0].shape)}"
+            )
+        _checks.shape("adapter[1]", adapter[1], (vocab_size, adapter[0].shape[-1]), because="[V, r]")
+    _checks.same_device("token_ids", token_ids, "hidden", hidden)
+    dtype = hidden.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    for name, value in named.items():
+        if value is not None:
+            _checks.same_device(name, value, "hidden", hidden)
+            if dtype == hidden.dtype and value.dtype != dtype:
+                raise TypeError(f"{name} must have the dtype of hidden, {dtype}; got {value.dtype}")
+    temperature = _checks.number("temperature", temperature, above=0.0)
+    softcap = 0.0 if softcap is None else _checks.number("softcap", softcap, above=0.0)
+    scale = _checks.number("scale", scale, above=0.0)
+    _checks.integer("ignore_index", ignore_index)
+    if num_scored is not None:
+        _checks.integer("num_scored", num_scored)
+        if not 0 <= num_scored <= token_ids.numel():
+            raise ValueError(
+                f"num_scored must be between 0 and {token_ids.numel()}, the number of rows; got {num_scored}"
+            )
+    if tile is not None:
+        if not isinstance(tile, tuple | list) or len(tile) != 2:
+            raise TypeError(f"tile must be a pair (rows, tokens); got {tile!r}")
+        for name, size in zip(("rows", "tokens"), tile, strict=True):
+            _checks.integer(f"tile's {name}", size)
+            if size < 1:
+                raise ValueError(f"tile's {name} must be at least 1; got {size}")
+        tile = (tile[0], tile[1])
+    if group is not None and torch.compiler.is_compiling():
+        raise ValueError("group cannot be given under torch.compile")
+
+    inputs = Inputs(
+        hidden.reshape(-1, width).to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        None if adapter is None else adapter[0].reshape(-1, adapter[0].shape[-1]).to(dtype),
+        None if adapter is None else adapter[1].to(dtype),
+        token_ids.reshape(-1).long(),
+    )
+    backend = _registry.select(inputs.hidden, _registry.WITHOUT_CUDA)
+    if group is None and _checks.values_in_python(backend, token_ids):
+        check_ids(inputs.token_ids, vocab_size, ignore_index)
+    options = Options(temperature / scale, softcap / scale, ignore_index, group, num_scored, tile, backend)
+    return inputs, options
+
+
+def start(inputs: Inputs, options: Options, share: tuple[Tensor, Tensor] | None = None) -> Head:
+    if options.group is not None and share is None:
+        share = shares(inputs.weight, options.group)
+    return Head(
+        inputs.weight,
+        inputs.bias,
+        inputs.adapter_weight,
+        options.temperature,
+        options.softcap,
+        options.backend,
+        options.return_entropy,
+        options.tile,
+        options.group,
+        share,
+    )
+
+
+def scored_rows(inputs: Inputs, options: Options, head: Head) -> tuple[Rows, Tensor | None]:
+    """Those rows, and on a GPU whether there are more than num_scored."""
+    check_tokens(inputs, options, head)
+    index, too_few = scored_index(inputs.token_ids != options.ignore_index, options.num_scored)
+    total = len(inputs.token_ids)
+    whole = options.num_scored is None and len(index) == total and total % head.block_rows == 0
+    index = fill_up(index, head.block_rows, total)
+    return Rows.gather(index, inputs.hidden, inputs.adapter, inputs.token_ids, whole), too_few
+
+
+def check_tokens(inputs: Inputs, options: Options, head: Head) -> None:
+    if inputs.token_ids.is_cpu or _checks.CHECK_VALUES:
+        vocab_size = inputs.weight.shape[0] if head.share is None else int(head.share[1])
+        check_ids(inputs.token_ids, vocab_size, options.ignore_index)
