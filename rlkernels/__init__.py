@@ -1,7 +1,8 @@
 """Fused kernels for the arithmetic between a language model and its optimizer in reinforcement learning.
 
     token_logprobs      log-probabilities and entropy of sampled tokens, from logits
-    linear_token_logprobs  the same from hidden states and the LM head, whose logits are never stored
+    linear_token_logprobs  the same from hidden states and the LM head, whose logits are never stored; beside it
+                        linear_policy_loss, linear_preference_logps
     kl_penalty          per-token estimates of the KL divergence from a reference model
     shaped_rewards      per-token rewards: a score at the end of each sequence, less a KL penalty at every token
     group_advantages    rewards relative to their group: GRPO, RLOO, Dr. GRPO
@@ -23,6 +24,8 @@ from rlkernels.ops._registry import use_backend
 from rlkernels.ops.groups import group_advantages
 from rlkernels.ops.kl import kl_penalty, shaped_rewards
 from rlkernels.ops.linear_logprobs import linear_token_logprobs
+from rlkernels.ops.linear_policy_loss import linear_policy_loss
+from rlkernels.ops.linear_preference_logps import linear_preference_logps
 from rlkernels.ops.logprobs import token_logprobs
 from rlkernels.ops.masked import masked_mean, masked_whiten
 from rlkernels.ops.policy_loss import policy_loss
@@ -36,6 +39,8 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl_penalty",
+    "linear_policy_loss",
+    "linear_preference_logps",
     "linear_token_logprobs",
     "masked_mean",
     "masked_whiten",

@@ -21,7 +21,7 @@ from rlkernels.reference import logprobs as reference
 
 PADDING = -(2**62)
 """Token id of the rows that fill up a block."""
-BLOCK_ROWS = {"cpu": 128, "cuda": 512}
+BLOCK_ROWS = {"cpu": 256, "cuda": 512}
 """Rows of a matrix product. Fewer make it slower, more are for nothing where few rows are scored."""
 CHUNK_ROWS = 4096
 """Rows whose gradient a tile holds at most, so that one product adds all of them to the weight's gradient."""
@@ -393,7 +393,7 @@ def forward_backward(
     """Head.forward, and while the logits of a group of rows are there Head.backward, for the upstream gradients that
     `upstream` makes of the group's log-probabilities and entropy."""
     results = []
-    for number, at in enumerate(groups):
+    for number, at in enumerate(groups or [slice(0, 0)]):
         part = rows.part(at)
         kept = head.kept(part)
         shifted = None if also is None else _shifted(also, at.start)

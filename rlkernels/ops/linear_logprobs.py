@@ -64,7 +64,7 @@ def linear_token_logprobs(
             the device, the only time that the host waits for it.
         logits_budget_mb: where all scored rows' logits take no more memory, they are kept for the backward pass instead
             of computed again. The default is ...
-        tile: (rows, tokens) of a tile; by default 128 rows (512 on a GPU) and as many tokens as the L2 cache has room
+        tile: (rows, tokens) of a tile; by default 256 rows (512 on a GPU) and as many tokens as the L2 cache has room
             for. A row's bits depend on the tile, not on the other rows.
 
     Returns:

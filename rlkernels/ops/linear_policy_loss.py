@@ -1,0 +1,222 @@
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlkernels.ops import _checks
+from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, check_tokens, start
+from rlkernels.ops._lm_head import (
+    Gradients,
+    Head,
+    Rows,
+    fill_up,
+    forward_backward,
+    scored_index,
+    slices,
+    working_dtype,
+)
+from rlkernels.ops.linear_logprobs import evaluate
+from rlkernels.ops.policy_loss import CORRECTIONS, policy_loss
+
+SEQUENCE_OBJECTIVES = ("gspo", "gmpo", "vespo")
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    group: Any = None,
+    num_scored: int | None = None,
+    logits_budget_mb: float = LOGITS_BUDGET_MB,
+    tile: tuple[int, int] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """policy_loss of the log-probabilities, and the entropy, of the LM head's logits, which never exist as a whole.
+
+        logprobs, entropy = linear_token_logprobs(hidden, weight, token_ids, return_entropy=True, ...)
+        loss, metrics = policy_loss(logprobs, old_logprobs, advantages, mask, entropy=entropy, **options)
+
+    with three products of [scored, H] x [H, V] instead of four, two where the head is frozen: a token's loss and how it
+    changes are known as soon as its row's logits are, so that these become their gradient, and that the gradient of
+    hidden and weight, before the next rows take their place. The backward pass multiplies by the upstream gradient.
+
+    Args:
+        hidden: [B, T, H] padded, or [N, H] packed with cu_seqlens; the hidden state that predicts each token.
+        token_ids: [B, T] or [N]; rows with ignore_index are not scored, whatever the mask says.
+        old_logprobs, advantages, mask, and by keyword all options of policy_loss but entropy, which is measured here:
+            as in policy_loss.
+        weight, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile: as in
+            linear_token_logprobs; num_scored counts tokens that the mask scores.
+        logits_budget_mb: logits that may exist at once: rows are worked on in groups of so many, in whole blocks. More
+            than one group, in 16 bits, costs a float32 sum of the weight's gradient beside it. Objectives and sampler
+            corrections of whole sequences ("gspo", "gmpo", "vespo", "sequence_*") have whole sequences in a group;
+            where the longest does not fit, the loss is linear_token_logprobs and policy_loss one after the other, in
+            four products.
+
+    Returns: loss and metrics, as policy_loss does; the entropy is always among them.
+
+    Differentiable: the loss with respect to hidden, weight, bias and both parts of adapter, once: a second backward
+    pass raises RuntimeError.
+
+    Edge cases, Raises: as in linear_token_logprobs and policy_loss.
+
+    Traffic: three products; each logit is written and read once by each of the first and the second pass over it, and
+    read by two more products. Under torch.compile, and by the reference, as the two functions above.
+
+    References: those of linear_token_logprobs and policy_loss; Hsu et al. 2024, "Liger Kernel" (arXiv 2410.10989), for
+    the gradient in the forward pass.
+    """
+    if "entropy" in options:
+        raise TypeError("entropy cannot be given to linear_policy_loss, which measures it")
+    inputs, head_options = check_head(
+        hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile
+    )
+    budget = int(_checks.number("logits_budget_mb", logits_budget_mb, at_least=0.0) * 2**20)
+    scored = token_ids != ignore_index
+    if mask is not None:
+        scored = scored & _checks.mask("mask", mask, "token_ids", token_ids)
+    inputs = replace(inputs, token_ids=torch.where(scored.reshape(-1), inputs.token_ids, ignore_index))
+    head_options = replace(head_options, return_entropy=True, budget=budget, differentiated=torch.is_grad_enabled())
+    loss = Loss(old_logprobs, advantages, scored, options)
+    tensors = inputs.tensors()[:5]
+    differentiated = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
+    plan = None
+    if differentiated and head_options.backend != "reference" and not torch.compiler.is_compiling():
+        plan = Plan.of(inputs, head_options, loss)
+    if plan is None:
+        logprobs, entropy, _ = evaluate(inputs, head_options)
+        return loss(logprobs.view(token_ids.shape), entropy.view(token_ids.shape))
+    return _LinearPolicyLoss.apply(*inputs.tensors(), loss, plan)
+
+
+@dataclass
+class Loss:
+    """policy_loss of everything but the log-probabilities and the entropy."""
+
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    scored: Tensor
+    options: dict[str, Any]
+
+    def __call__(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        return policy_loss(logprobs, self.old_logprobs, self.advantages, self.scored, entropy=entropy, **self.options)
+
+    def needs_sequences(self) -> bool:
+        """Whether a token's gradient depends on the log-probabilities of the other tokens of its sequence."""
+        correction = self.options.get("sampler_correction", "sequence_mask")
+        corrected = self.options.get("sampler_logprobs") is not None and correction in CORRECTIONS[2:]
+        on_policy = self.old_logprobs is None
+        return self.options.get("objective", "ppo") in SEQUENCE_OBJECTIVES or (corrected and on_policy)
+
+    def lengths(self) -> list[int]:
+        """Scored tokens of each sequence."""
+        cu_seqlens = self.options.get("cu_seqlens")
+        if cu_seqlens is None:
+            return self.scored.sum(-1).tolist()
+        before = torch.nn.functional.pad(self.scored.cumsum(0), (1, 0))
+        return before[cu_seqlens.long()].diff().tolist()
+
+
+@dataclass
+class Plan:
+    """In which order the rows meet the head."""
+
+    head: Head
+    index: Tensor
+    """Scored rows, each group's filled up to whole blocks."""
+    groups: list[slice]
+    """Of rows whose logits exist together."""
+    too_few: Tensor | None
+
+    @classmethod
+    def of(cls, inputs: Inputs, options: Options, loss: Loss) -> "Plan | None":
+        """None where a sequence that must be whole does not fit."""
+        head = start(inputs, options)
+        check_tokens(inputs, options, head)
+        index, too_few = scored_index(inputs.token_ids != options.ignore_index, options.num_scored)
+        total, most = len(inputs.token_ids), head.rows_within(options.budget)
+        filled = fill_up(index, head.block_rows, total)
+        if len(filled) <= most or not loss.needs_sequences():
+            return cls(head, filled, slices(len(filled), most), too_few)
+        lengths = loss.lengths()
+        if max(lengths) > most:
+            return None
+        ends = [0]  # of groups, among the scored rows
+        at = 0
+        for length in lengths:
+            if at + length - ends[-1] > most:
+                ends.append(at)
+            at += length
+        ends.append(at)
+        parts = [fill_up(index[a:b], head.block_rows, total) for a, b in pairwise(ends)]
+        bounds = [0, *accumulate(map(len, parts))]
+        groups = [slice(a, b) for a, b in pairwise(bounds)]
+        return cls(head, torch.cat(parts), groups, too_few)
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, adapter, adapter_weight, token_ids, loss, plan):
+        head, wanted = plan.head, list(ctx.needs_input_grad[:5])
+        # What the loss sees of rows that have not met the head yet does not matter, if it is finite; nor does the last
+        # element, which takes the results of rows that fill up.
+        logprobs = torch.zeros(len(token_ids) + 1, dtype=working_dtype(hidden), device=hidden.device)
+        if loss.old_logprobs is not None:
+            logprobs[:-1] = torch.where(loss.scored, loss.old_logprobs.detach(), 0.0).flatten()
+        entropy = torch.zeros_like(logprobs)
+        outcome = None
+
+        def upstream(at, logprobs_at, entropy_at):
+            nonlocal outcome
+            index = rows.index[at]
+            logprobs.index_copy_(0, index, logprobs_at)
+            entropy.index_copy_(0, index, entropy_at)
+            with torch.enable_grad():
+                of_tokens = [
+                    value[:-1].view(loss.scored.shape).detach().requires_grad_() for value in (logprobs, entropy)
+                ]
+                outcome = loss(*of_tokens)
+                gradients = torch.autograd.grad(outcome[0], of_tokens, allow_unused=True)
+            outcome = [value.detach() for value in outcome]
+            return [None if g is None else nn.functional.pad(g.flatten(), (0, 1))[index] for g in gradients]
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = Rows.gather(plan.index, hidden, adapter, token_ids)
+            gradients = Gradients.of(rows, head, wanted, weight_in_pieces=len(plan.groups) > 1)
+            forward_backward(head, rows, plan.groups, upstream, gradients)
+            ctx.gradients = head.reduce(gradients).results(rows, weight.dtype)
+        total, metrics = outcome
+        if plan.too_few is not None:
+            total = torch.where(plan.too_few, float("nan"), total)
+        ctx.too_few = plan.too_few
+        ctx.mark_non_differentiable(metrics)
+        return total, metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, grad_metrics):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_policy_loss cannot be differentiated a second time: the first backward pass took its gradients"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        if ctx.too_few is not None:
+            grad_loss = torch.where(ctx.too_few, float("nan"), grad_loss)
+        # One pass over the weight's gradient less, where looking costs nothing.
+        if not (grad_loss.is_cpu and grad_loss.item() == 1):
+            for value in gradients:
+                if value is not None:
+                    value.mul_(grad_loss)
+        return *gradients, None, None, None
