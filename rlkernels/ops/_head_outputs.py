@@ -48,7 +48,7 @@ class Outputs:
         vocab_size = self.head.weight.shape[0] if self.head.share is None else self.head.share[1]
         found = {}
         if "mean_logit" in self.names:
-            found["mean_logit"] = gather(self.total).sum(0) / (vocab_size * temperature)
+            found["mean_logit"] = gather(self.total).sum(0) / temperature / vocab_size
         if "log_sum_sq_probs" in self.names:
             top, total, *_ = join(gather(self.squares), temperature / 2)
             found["log_sum_sq_probs"] = total.log() + 2 * ((top - row_stats[0]) / temperature - row_stats[1])

@@ -200,6 +200,8 @@ class Head:
         self.logits_dtype = self.weight.dtype
         if device.type == "cuda" and self.weight.dtype in (torch.bfloat16, torch.float16):
             self.logits_dtype = torch.float32
+        # On a CPU PyTorch has no product of 16-bit factors but one rounded to 16 bits.
+        self.rounds = self.weight.dtype.itemsize == 2 and device.type != "cuda"
         self.block_rows = BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"] if self.tile is None else self.tile[0]
         if self.tile is None:
             columns = _cache_bytes(device) // (self.block_rows * self.logits_dtype.itemsize)
@@ -230,16 +232,29 @@ class Head:
 
     def _scratch(self, *shape: int) -> Tensor | None:
         """For `multiply`."""
-        if self.weight.dtype == working_dtype(self.weight) or self.weight.is_cuda:
-            return None
-        return self._buffer("scratch", self.weight.dtype, *shape)
+        return self._buffer("scratch", self.weight.dtype, *shape) if self.rounds else None
 
-    def kept(self, rows: Rows) -> list[Tensor]:
-        """Memory for all logits of `rows`: a tile [R, v] for each range of the vocabulary."""
-        flat = self._buffer("logits", self.logits_dtype, len(rows) * self.weight.shape[0])
-        return [
-            flat[len(rows) * v.start : len(rows) * v.stop].view(len(rows), v.stop - v.start) for v in self.vocab_tiles
-        ]
+    def kept(self, rows: Rows) -> Tensor:
+        """Memory for all logits of `rows`, seen through `tiles` and `strips`."""
+        return self._buffer("logits", self.logits_dtype, len(rows) * self.weight.shape[0])
+
+    def tiles(self, kept: Tensor, rows: Rows) -> list[Tensor]:
+        """A tile [R, v] for each range of the vocabulary."""
+        if self.rounds:
+            whole = kept.view(len(rows), self.weight.shape[0])
+            return [whole[:, vocab] for vocab in self.vocab_tiles]
+        size = len(rows)
+        return [kept[size * v.start : size * v.stop].view(size, v.stop - v.start) for v in self.vocab_tiles]
+
+    def strips(self, kept: Tensor | None, rows: Rows) -> list[tuple[slice, Tensor | None]]:
+        """What the backward pass works on at once: a range of the vocabulary, and its logits if they were kept. Where
+        a product is rounded it is of the whole vocabulary, so that it is a whole sum, if that is there."""
+        if kept is None:
+            return [(vocab, None) for vocab in self.vocab_tiles]
+        if self.rounds:
+            whole = slice(0, self.weight.shape[0])
+            return [(whole, kept.view(len(rows), whole.stop))]
+        return list(zip(self.vocab_tiles, self.tiles(kept, rows), strict=True))
 
     def logits(self, rows: Rows, block: slice, vocab: slice, out: Tensor) -> None:
         hidden, weight = rows.hidden[block], self.weight[vocab]
@@ -253,19 +268,20 @@ class Head:
             multiply(rows.adapter[block], self.adapter_weight[vocab].t(), out, None, add=True)
 
     def forward(
-        self, rows: Rows, kept: list[Tensor] | None, also: Callable[[Tensor, slice, slice], None] | None = None
+        self, rows: Rows, kept: Tensor | None, also: Callable[[Tensor, slice, slice], None] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities [R], entropy [R] and row_stats [2, R]. Leaves the logits in `kept`, and shows each tile to
         `also`."""
         part_of = self._row_op("token_logprobs_part")
         token_ids = self.local_ids(rows)
         parts = self.weight.new_empty(len(self.vocab_tiles), 4, len(rows), dtype=working_dtype(self.weight))
+        tiles = None if kept is None else self.tiles(kept, rows)
         for number, vocab in enumerate(self.vocab_tiles):
             for block in slices(len(rows), self.block_rows):
-                if kept is None:
+                if tiles is None:
                     tile = self._buffer("tile", self.logits_dtype, self.block_rows, vocab.stop - vocab.start)
                 else:
-                    tile = kept[number][block]
+                    tile = tiles[number][block]
                 self.logits(rows, block, vocab, tile)
                 options = (self.temperature, self.softcap, PADDING, self.entropy)
                 parts[number, :, block] = part_of(tile, token_ids[block], vocab.start, *options)
@@ -281,7 +297,7 @@ class Head:
         logprobs: Tensor,
         entropy: Tensor,
         row_stats: Tensor,
-        kept: list[Tensor] | None,
+        kept: Tensor | None,
         gradients: Gradients,
         *,
         add: bool = False,
@@ -289,27 +305,30 @@ class Head:
         """Turns each tile of logits, kept or computed again, into its gradient, in place where the dtype allows, and
         that into those of its factors. With `add` the weights' go on top of what is there."""
         of_rows = [(gradients.hidden, self.weight), (gradients.adapter, self.adapter_weight)]
-        of_weights = [(gradients.weight, rows.hidden), (gradients.adapter_weight, rows.adapter)]
+        of_weights = [
+            ("weight", gradients.weight, rows.hidden),
+            ("adapter_weight", gradients.adapter_weight, rows.adapter),
+        ]
         if not len(rows) and not add:
             for out in (gradients.weight, gradients.bias, gradients.adapter_weight):
                 if out is not None:
                     out.zero_()
         token_ids = self.local_ids(rows)
-        chunks = slices(len(rows), max(CHUNK_ROWS // self.block_rows, 1) * self.block_rows)
-        for number, vocab in enumerate(self.vocab_tiles):
+        # Kept logits become their gradient where they are, in one piece; others in a tile of so many rows.
+        in_place = kept is not None and self.logits_dtype == self.weight.dtype
+        most = max(CHUNK_ROWS // self.block_rows, 1) * self.block_rows
+        chunks = slices(len(rows), len(rows) if in_place and len(rows) else most)
+        for number, (vocab, strip) in enumerate(self.strips(kept, rows)):
             width = vocab.stop - vocab.start
             for piece, chunk in enumerate(chunks):
                 size = chunk.stop - chunk.start
-                if kept is None:
-                    tile = self._buffer("tile", self.logits_dtype, size, width)
-                else:
-                    tile = kept[number][chunk]
+                tile = self._buffer("tile", self.logits_dtype, size, width) if strip is None else strip[chunk]
                 gradient = tile
                 if self.logits_dtype != self.weight.dtype:
                     gradient = self._buffer("gradient", self.weight.dtype, size, width)
                 for at in slices(size, self.block_rows):
                     block = slice(chunk.start + at.start, chunk.start + at.stop)
-                    if kept is None:
+                    if strip is None:
                         self.logits(rows, block, vocab, tile[at])
                     self._row_op("token_logprobs_part_backward")(
                         None if grad_logprobs is None else grad_logprobs[block],
@@ -329,22 +348,25 @@ class Head:
                         if out is not None and weight is not None:
                             scratch = self._scratch(self.block_rows, weight.shape[1])
                             multiply(gradient[at], weight[vocab], out[block], scratch, add=number > 0)
-                for out, factor in of_weights:
+                for name, out, factor in of_weights:
                     if out is not None and factor is not None:
-                        self._add_to_weight(out[vocab], gradient, factor[chunk], piece, len(chunks), add)
+                        for columns in slices(width, self.tile_columns):
+                            tokens = slice(vocab.start + columns.start, vocab.start + columns.stop)
+                            total = self._weight_sum(name, out[tokens], len(chunks))
+                            scratch = None if total.dtype == factor.dtype else self._scratch(*total.shape)
+                            product = (gradient[:, columns].t(), factor[chunk])
+                            multiply(*product, total, scratch, add=add or piece > 0)
+                            if total.dtype != out.dtype and piece == len(chunks) - 1:
+                                out[tokens] = total
                 if gradients.bias is not None:
                     total = gradient.sum(0, dtype=gradients.bias.dtype)
                     gradients.bias[vocab] = total + gradients.bias[vocab] if piece or add else total
 
-    def _add_to_weight(self, out: Tensor, gradient: Tensor, factor: Tensor, piece: int, count: int, add: bool) -> None:
-        """out (+)= gradient.T @ factor, chunk `piece` of `count`; of 16 bits only where that is the whole sum."""
-        total = out
-        if count > 1 and out.dtype != working_dtype(out):
-            total = self._buffer("weight", working_dtype(out), *out.shape)
-        scratch = None if total.dtype == factor.dtype else self._scratch(*out.shape)
-        multiply(gradient.t(), factor, total, scratch, add=add or piece > 0)
-        if total is not out and piece == count - 1:
-            out.copy_(total)
+    def _weight_sum(self, name: str, out: Tensor, pieces: int) -> Tensor:
+        """Where a weight's gradient is added up: `out`, or float32 until it is complete."""
+        if pieces == 1 or out.dtype == working_dtype(out):
+            return out
+        return self._buffer(name, working_dtype(out), *out.shape)
 
     def join(self, parts: Tensor) -> Tensor:
         """[4, R] of the parts [tiles, 4, R] of this process and all others."""

@@ -6,6 +6,7 @@ built; the extensions and `rlkernels/triton` register implementations only. The 
 no op of its own.
 """
 
+import functools
 import importlib
 import os
 import warnings
@@ -95,6 +96,36 @@ def no_second_derivative(name: str) -> Callable:
         raise NotImplementedError(f"rlkernels::{name} has no derivative: the gradient cannot be differentiated again")
 
     return lambda backend: refuse
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient that must not pass for differentiable."""
+
+    @staticmethod
+    def forward(ctx, value, name):
+        ctx.name = name
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(f"the gradient of {ctx.name} cannot be differentiated again")
+
+
+def first_order_only(name: str) -> Callable:
+    """Decorates the backward of an autograd.Function: using its results in a graph is refused, not left out of it."""
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def once(ctx, *gradients):
+            with torch.no_grad():
+                results = backward(ctx, *gradients)
+            if not torch.is_grad_enabled():
+                return results
+            return tuple(None if v is None else _Refused.apply(v.requires_grad_(), name) for v in results)
+
+        return once
+
+    return decorate
 
 
 def implement(name: str, backend: str, implementation: Callable) -> None:

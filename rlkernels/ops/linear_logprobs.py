@@ -39,7 +39,10 @@ def linear_token_logprobs(
 
     Only rows that are scored meet the head. They are gathered into blocks, and the product of each with a range of the
     vocabulary is a tile of logits, folded into its rows' sums at once; the backward pass computes the tile again and
-    turns it, in place, into its gradient, from which those of hidden and weight are added up in float32.
+    turns it, in place, into its gradient, from which those of hidden and weight are added up in float32. (PyTorch has
+    no product of bfloat16 or float16 matrices on a CPU that is not rounded to 16 bits: there the tiles are, as all
+    logits would be, and each term of that sum, as many as there are ranges of the vocabulary. Kept logits give
+    hidden's gradient in one product, rounded once.)
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64 (served by the reference, in float64).
@@ -143,14 +146,17 @@ class _LinearLogprobs(torch.autograd.Function):
             rows, too_few = scored_rows(inputs, options, head)
             also = Outputs(head, rows, options.outputs) if options.outputs else None
             unit = kept = None
-            frozen = not (wanted[1] or wanted[2] or wanted[4])
-            if any(wanted) and frozen and not options.return_entropy and head.fits(head.block_rows, options.budget):
+            fits = any(wanted) and head.fits(len(rows), options.budget)
+            frozen = any(wanted) and not (wanted[1] or wanted[2] or wanted[4])
+            # One rounding more where products are rounded: then rather two products, one of them in the backward pass.
+            in_forward = frozen and not options.return_entropy and not (head.rounds and fits)
+            if in_forward and head.fits(head.block_rows, options.budget):
                 unit = Gradients.of(rows, head, wanted, weight_in_pieces=False)
                 groups = slices(len(rows), head.rows_within(options.budget))
                 results = forward_backward(head, rows, groups, _one, unit, also)
                 head.reduce(unit)
             else:
-                if any(wanted) and head.fits(len(rows), options.budget):
+                if fits:
                     kept = head.kept(rows)
                 results = head.forward(rows, kept, also)
             others = [] if also is None else also.results(results[2])
@@ -164,7 +170,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return tuple(values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_registry.first_order_only("linear_token_logprobs")
     def backward(ctx, grad_logprobs, grad_entropy, *others):
         weight, bias, adapter_weight, hidden, adapter, *results = ctx.saved_tensors
         rows = replace(ctx.rows, hidden=hidden, adapter=adapter)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlkernels.ops import _checks
+from rlkernels.ops import _checks, _registry
 from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, check_tokens, start
 from rlkernels.ops._lm_head import (
     Gradients,
@@ -84,7 +84,7 @@ def linear_policy_loss(
         hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile
     )
     budget = int(_checks.number("logits_budget_mb", logits_budget_mb, at_least=0.0) * 2**20)
-    scored = token_ids != ignore_index
+    scored = token_ids.long() != ignore_index
     if mask is not None:
         scored = scored & _checks.mask("mask", mask, "token_ids", token_ids)
     inputs = replace(inputs, token_ids=torch.where(scored.reshape(-1), inputs.token_ids, ignore_index))
@@ -205,7 +205,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return total, metrics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_registry.first_order_only("linear_policy_loss")
     def backward(ctx, grad_loss, grad_metrics):
         if ctx.gradients is None:
             raise RuntimeError(
