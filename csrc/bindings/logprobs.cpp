@@ -112,7 +112,9 @@ Tensor token_logprobs_part(Tensor logits, Tensor token_ids, int64_t vocab_start,
   Tensor parts = empty_floats({4, rows});
   const std::vector<BlockSums> sums = block_sums(problem, return_entropy);
   with_kernels<LogprobsKernels>([&](auto kernels) {
-    kernels.token_logprobs_part(problem, sums.data(), parts.mutable_data_ptr<float>(), 0, rows);
+    parallel(rows, 64 * problem.blocks_per_row(), [&](int64_t begin, int64_t end) {
+      kernels.token_logprobs_part(problem, return_entropy, sums.data(), parts.mutable_data_ptr<float>(), begin, end);
+    });
   });
   return parts;
 }
@@ -121,6 +123,8 @@ void token_logprobs_part_backward(std::optional<Tensor> grad_logprobs, std::opti
                                   Tensor logits, Tensor token_ids, int64_t vocab_start, Tensor logprobs, Tensor entropy,
                                   Tensor row_stats, double temperature, double softcap, int64_t ignore_index,
                                   Tensor gradient) {
+  if (gradient.scalar_type() != logits.scalar_type())
+    throw std::invalid_argument("gradient must have the dtype of logits on a CPU");
   const TokenLogprobs problem = tile_problem(logits, token_ids, vocab_start, temperature, softcap, ignore_index);
   write_logits_gradient(grad_logprobs, grad_entropy, problem, logprobs, entropy, row_stats, tile_rows(gradient));
 }

@@ -10,6 +10,7 @@ namespace rlk {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // Vectors taken at once by the summing loop, so that additions do not wait for each other.
 constexpr int kUnroll = 4;
@@ -193,23 +194,25 @@ void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_sums(const TokenLogprobs& pro
 }
 
 template <>
-void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_part(const TokenLogprobs& problem, const BlockSums* sums,
-                                                        float* parts, int64_t begin, int64_t end) {
+void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_part(const TokenLogprobs& problem, bool with_entropy,
+                                                        const BlockSums* sums, float* parts, int64_t begin,
+                                                        int64_t end) {
   const LogitRows& logits = problem.logits;
   with_element_type(logits.dtype, [&]<typename T>(T) {
     for (int64_t row = begin; row < end; ++row) {
-      float origin = -kInfinity, target_logit = std::numeric_limits<float>::quiet_NaN();
+      float origin = -kInfinity, target_logit = kNan;
       RowSums<float> others = {-kInfinity, 0.0f, 0.0f};
       if (!problem.ignored(row)) {
         origin = largest_of(problem, sums, row);
         others = sums_relative_to(problem, sums, row, origin == -kInfinity ? 0.0f : origin);
+        // A max that passed over a NaN does not stand beside a sum that did not.
+        if (others.s != others.s) origin = kNan;
         const int64_t target = problem.target(row);
-        if (0 <= target && target < logits.vocab)
-          target_logit = capped(to_float(row_start<const T>(logits, row)[target]), problem);
+        if (target >= 0) target_logit = capped(to_float(row_start<const T>(logits, row)[target]), problem);
       }
       parts[row] = origin;
       parts[logits.rows + row] = others.s;
-      parts[2 * logits.rows + row] = others.w;
+      parts[2 * logits.rows + row] = with_entropy ? others.w : 0.0f;
       parts[3 * logits.rows + row] = target_logit;
     }
   });

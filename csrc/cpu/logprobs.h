@@ -22,8 +22,11 @@ struct TokenLogprobs {
   int64_t vocab_start = 0;  // the token of the first logit, where the logits are a tile of wider rows
 
   bool ignored(int64_t row) const { return token_ids[row] == ignore_index; }
-  // Among the row's logits; outside [0, vocab) where the target is in another tile.
-  int64_t target(int64_t row) const { return token_ids[row] - vocab_start; }
+  // Among the row's logits; -1 where the target is in another tile.
+  int64_t target(int64_t row) const {
+    const int64_t id = token_ids[row];
+    return vocab_start <= id && id - vocab_start < logits.vocab ? id - vocab_start : -1;
+  }
 
   // Rows are worked on in blocks of this many logits: so few that a block's second reading comes from the L1 cache, and
   // cut at the same places whatever the number of threads.
@@ -44,12 +47,12 @@ struct LogprobsKernels {
                                   int64_t end);
   // Rows [begin, end). parts is [4, rows]: max, sum and moment over the row's logits but the target's, and the
   // target's.
-  static void token_logprobs_part(const TokenLogprobs& problem, const BlockSums* sums, float* parts, int64_t begin,
-                                  int64_t end);
+  static void token_logprobs_part(const TokenLogprobs& problem, bool with_entropy, const BlockSums* sums, float* parts,
+                                  int64_t begin, int64_t end);
   // Rows [begin, end). entropy may be null; row_stats is [2, rows].
   static void token_logprobs_finish(const TokenLogprobs& problem, const BlockSums* sums, float* logprobs,
                                     float* entropy, float* row_stats, int64_t begin, int64_t end);
-  // Blocks [begin, end). Either gradient may be null; `gradient` may be the logits themselves.
+  // Blocks [begin, end). Either gradient may be null; `gradient`, of the logits' dtype, may be the logits themselves.
   static void token_logprobs_backward(const TokenLogprobs& problem, const float* grad_logprobs,
                                       const float* grad_entropy, const float* logprobs, const float* entropy,
                                       const float* row_stats, const LogitRows& gradient, int64_t begin, int64_t end);

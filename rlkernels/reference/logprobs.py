@@ -55,19 +55,21 @@ def token_logprobs_part(
 
         max     the largest capped logit y of the tile but the target's, -inf if there is none
         sum     of exp((y - max) / temperature) over the same logits
-        moment  of exp((y - max) / temperature) (y - max) / temperature
+        moment  of exp((y - max) / temperature) (y - max) / temperature; 0 unless return_entropy
         target  the capped logit of the target, NaN where it is in another tile
 
-    Rows with ignore_index are -inf, 0, 0, NaN, whatever they hold. Parts of a row are joined in ops/_lm_head.py.
+    Rows with ignore_index are -inf, 0, 0, NaN, whatever they hold. Beside a NaN or a +inf, max, sum and moment are NaN.
+    Parts of a row are joined in ops/_lm_head.py.
     """
     y = _capped(logits, softcap)
     inside, index = _target(token_ids, vocab_start, logits.shape[-1], ignore_index)
     target = y.gather(-1, index).squeeze(-1).masked_fill(~inside, float("nan"))
     others = torch.where(inside.unsqueeze(-1), y.scatter(-1, index, float("-inf")), y)
     top = others.amax(-1)
+    top = top.masked_fill(torch.isposinf(top), float("nan"))
     below = (others - top.masked_fill(torch.isneginf(top), 0.0).unsqueeze(-1)) / temperature
     weight = below.exp()
-    moment = (weight * below.masked_fill(weight == 0, 0.0)).sum(-1)
+    moment = (weight * below.masked_fill(weight == 0, 0.0)).sum(-1) if return_entropy else torch.zeros_like(top)
     parts = torch.stack([top, weight.sum(-1), moment, target])
     nothing = torch.tensor([float("-inf"), 0.0, 0.0, float("nan")], dtype=y.dtype, device=y.device)
     return torch.where(token_ids == ignore_index, nothing.unsqueeze(-1), parts)
