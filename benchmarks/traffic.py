@@ -28,6 +28,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 import rlkernels
+from rlkernels.ops import _registry
 
 MOST = 1.05
 SHARED = 1024
@@ -167,6 +168,24 @@ def our_logprobs(dtype: torch.dtype, **options) -> Iterator[Line]:
     return token_logprobs(name, function, dtype)
 
 
+def token_logprobs_part() -> Iterator[Line]:
+    """A tile as a GPU has it: the product of bfloat16 in float32, its gradient in bfloat16 for the next product."""
+    rows, vocab_size, start = 4, 16384, 32768
+    tile, gradient = torch.randn(rows, vocab_size), torch.empty(rows, vocab_size, dtype=torch.bfloat16)
+    token_ids, options = start + torch.randint(vocab_size, (rows,)), (1.0, 0.0, -100)
+    shape = f"[rows, {vocab_size}] float32, bfloat16"
+    with counting() as traffic:
+        parts = _registry.op("token_logprobs_part", "triton")(tile, token_ids, start, *options, True)
+    yield Line("token_logprobs_part", shape, traffic, size_of(tile, token_ids, parts))
+    per_row = (token_ids, numbers(rows), numbers(rows), numbers(2, rows))
+    upstream = numbers(rows), numbers(rows)
+    with counting() as traffic:
+        _registry.op("token_logprobs_part_backward", "triton")(
+            *upstream, tile, per_row[0], start, *per_row[1:], *options, gradient
+        )
+    yield Line("token_logprobs_part backward", shape, traffic, size_of(tile, gradient, *per_row, *upstream))
+
+
 BATCH, TIME = 8, 4096
 SHAPE = (BATCH, TIME)
 
@@ -271,6 +290,7 @@ def recurrence() -> Iterator[Line]:
 CASES: list[Case] = [
     *(lambda dtype=dtype: our_logprobs(dtype) for dtype in (torch.float32, torch.bfloat16)),
     lambda: our_logprobs(torch.bfloat16, inplace_backward=True),
+    token_logprobs_part,
     *(lambda dtype=dtype: trl_logprobs(dtype) for dtype in (torch.float32, torch.bfloat16)),
     kl_penalty,
     group_advantages,

@@ -64,6 +64,28 @@ def token_logprobs(
     backward(*grads, logits, token_ids, *saved, *options)
 
 
+def token_logprobs_part(
+    dtype: torch.dtype,
+    vocab_size: int = 8192,
+    *,
+    gradient: torch.dtype | None = None,
+    rows: int = 6,
+    stride: int | None = None,
+    vocab_start: int = 8192,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    entropy: bool = False,
+) -> None:
+    """In place, or with a gradient of a dtype of its own."""
+    logits = empty(rows, vocab_size, dtype=dtype, strides=(stride, 1) if stride else None)
+    token_ids, options = empty(rows, dtype=torch.int64), (temperature, softcap, -100)
+    logprobs.token_logprobs_part(logits, token_ids, vocab_start, *options, entropy)
+    grads = (empty(rows), empty(rows) if entropy else None)
+    saved = (empty(rows), empty(rows), empty(2, rows))
+    output = empty(rows, vocab_size, dtype=gradient) if gradient else logits
+    logprobs.token_logprobs_part_backward(*grads, logits, token_ids, vocab_start, *saved, *options, output)
+
+
 def kl_penalty(estimator: int, straight_through: bool = False) -> None:
     values = empty(4, 4096)
     options = (estimator, straight_through, INF, INF)
@@ -220,6 +242,25 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
             "odd softcap entropy": dict(vocab_size=50257, softcap=30.0, entropy=True),
         }.items()
     },
+    **{
+        f"token_logprobs_part {str(dtype).removeprefix('torch.')} {name}": (
+            lambda dtype=dtype, options=options: token_logprobs_part(dtype, **options),
+            LOGPROBS_LOADS if "vocab_size" not in options else {},
+        )
+        for dtype, options_of in {
+            torch.float32: {
+                "in place": {},
+                "entropy": dict(entropy=True),
+                "bfloat16 gradient": dict(gradient=torch.bfloat16),
+                "bfloat16 gradient entropy": dict(gradient=torch.bfloat16, entropy=True),
+                "bfloat16 gradient softcap entropy": dict(gradient=torch.bfloat16, softcap=30.0, entropy=True),
+                "float16 gradient": dict(gradient=torch.float16),
+                "bfloat16 gradient odd": dict(gradient=torch.bfloat16, vocab_size=8191, softcap=30.0, entropy=True),
+            },
+            torch.bfloat16: {"in place": {}, "softcap entropy": dict(softcap=30.0, entropy=True)},
+        }.items()
+        for name, options in options_of.items()
+    },
     "kl_penalty k1": (lambda: kl_penalty(0), KL_LOADS),
     "kl_penalty k2": (lambda: kl_penalty(1), KL_LOADS),
     "kl_penalty k3": (lambda: kl_penalty(2), KL_LOADS),
@@ -350,6 +391,26 @@ def test_two_variants_serve_every_vocabulary_and_temperature(dtype, compile_laun
         token_logprobs(dtype, 4096, rows=(1, 1))
         token_logprobs(dtype, 4096, rows=(1, 70000))
         token_logprobs(dtype, 4096, rows=(2, 3), strides=(2**33, 8192), inplace=True)
+
+    compiled = compile_launches(TARGETS["sm_90"], launches)
+    assert {name: len(kernels) for name, kernels in compiled.items()} == {
+        "logprobs._forward_kernel": 2,
+        "logprobs._backward_kernel": 2,
+    }
+
+
+@pytest.mark.parametrize("gradient", [None, torch.bfloat16])
+def test_two_variants_serve_every_tile(gradient, compile_launches):
+    def launches():
+        for vocab_size in VOCAB_SIZES:
+            for vocab_start in (0, 1, 16, 151_936, 2**31):
+                token_logprobs_part(torch.float32, vocab_size, gradient=gradient, vocab_start=vocab_start)
+        for temperature in (0.5, 0.7):
+            token_logprobs_part(torch.float32, gradient=gradient, temperature=temperature)
+        for rows in (1, 16, 70_000):
+            token_logprobs_part(torch.float32, 4096, gradient=gradient, rows=rows)
+        for stride in (8192, 8191, 2**33):
+            token_logprobs_part(torch.float32, 4096, gradient=gradient, stride=stride)
 
     compiled = compile_launches(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {

@@ -64,6 +64,20 @@ def run_all(after: bool) -> None:
             for backward in (logprobs.token_logprobs_backward, logprobs.token_logprobs_backward_):
                 backward(*grads, logits, token_ids, *saved, 0.7, softcap, -100)
 
+    start, rows = 1000, 9
+    for size in (1, 31, 64, 4097):
+        for dtype, gradient in ((torch.float32, torch.bfloat16), (torch.bfloat16, None)):
+            print(f"token_logprobs_part {size=} {dtype} {gradient}", flush=True)
+            tile = guard(torch.randn(rows, size).to(dtype))
+            inside = [start, start + size - 1]
+            token_ids = guard([*inside, start - 1, start + size, -100, 2**32 + start, -(2**40), 2**62, -(2**63)])
+            logprobs.token_logprobs_part(tile, token_ids, start, 0.7, 0.0, -100, True)
+            numbers = [guard(torch.randn(rows)) for _ in range(4)]
+            output = tile if gradient is None else guard(torch.empty(rows, size, dtype=gradient))
+            logprobs.token_logprobs_part_backward(
+                *numbers[:2], tile, token_ids, start, *numbers[2:], guard(torch.randn(2, rows)), 0.7, 0.0, -100, output
+            )
+
     print("kl_penalty", flush=True)
     values = guard(torch.randn(1027))
     for estimator in range(4):

@@ -17,6 +17,7 @@ _DO_NOT_SPECIALIZE = [
     "logprobs",
     "entropy",
     "row_stats",
+    "parts",
     "grad_logprobs",
     "grad_entropy",
     "grad_logits",
@@ -25,6 +26,7 @@ _DO_NOT_SPECIALIZE = [
     "inner_stride",
     "grad_outer_stride",
     "grad_inner_stride",
+    "vocab_start",
     "vocab_size",
     "ignore_index",
 ]
@@ -48,6 +50,20 @@ def _multiple_of_16_bytes(size, pointer, ALIGNED: tl.constexpr):
         return size
 
 
+@triton.jit
+def _target(token, vocab_start, vocab_size, ignore_index, PART: tl.constexpr):
+    """Where the target is among a row's logits, -1 where it is not; whether the row is scored, and what it gives if
+    not. The target of a part may be in another."""
+    ignored = token == ignore_index
+    at = token - vocab_start
+    inside = (at >= 0) & (at < vocab_size) & ~ignored
+    at = tl.where(inside, at, -1).to(tl.int32)
+    if PART:
+        return at, ~ignored, 0.0
+    else:
+        return at, inside, tl.where(ignored, 0.0, float("nan"))
+
+
 @triton.jit(do_not_specialize=_DO_NOT_SPECIALIZE)
 def _forward_kernel(
     logits,
@@ -55,32 +71,33 @@ def _forward_kernel(
     logprobs,
     entropy,
     row_stats,
-    inner_rows: tl.int64,
+    parts,
+    inner_rows: tl.int32,
     outer_stride: tl.int64,
     inner_stride: tl.int64,
+    vocab_start: tl.int64,
     vocab_size: tl.int32,
     temperature: tl.float32,
     softcap: tl.float32,
     ignore_index: tl.int64,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
+    PART: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     start = logits + row // inner_rows * outer_stride + row % inner_rows * inner_stride
+    row = row.to(tl.int64)
     if ALIGNED:
         start = tl.multiple_of(start, 16)
-    token = tl.load(token_ids + row)
-    ignored = token == ignore_index
-    scored = (token >= 0) & (token < vocab_size) & ~ignored
-    token = token.to(tl.int32)
+    token, scored, fill = _target(tl.load(token_ids + row), vocab_start, vocab_size, ignore_index, PART)
 
     # y are logits after the softcap. They are divided by the temperature after the max is subtracted: the difference of
     # two logits is exact where their quotients would be rounded.
     scale = LOG2E / temperature
-    target = _soft_cap(tl.load(start + token, mask=scored, other=0.0).to(tl.float32), softcap, SOFTCAP)
+    target = _soft_cap(tl.load(start + token, mask=token >= 0, other=0.0).to(tl.float32), softcap, SOFTCAP)
     # Each column of a tile has its own running max, sum of exp2 and sum of exp2 * (y - max), and stays within a thread.
     top = tl.full((COLUMNS,), float("-inf"), tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -114,28 +131,36 @@ def _forward_kernel(
     drop = top - anchor
     rescale = tl.exp2(drop * scale)
     others = tl.sum(total * rescale, 0)
-
-    # logprob = -softplus(logsumexp of the others - z_t)
-    lead = (target - others_top) / temperature
-    logprob = 0.0 - softplus(tl.log(others) - lead)
-    # Undefined beside a +inf. A +inf among the others, or nothing but -inf, has made logprob a NaN already.
-    logprob = tl.where(target == float("inf"), float("nan"), logprob)
-    target_leads = target >= others_top
-    log_sum = tl.where(target_leads, -logprob, tl.log(others + tl.exp(lead)))
-
-    fill = tl.where(ignored, 0.0, float("nan"))
-    tl.store(logprobs + row, tl.where(scored, logprob, fill))
-    rows = tl.num_programs(0)
-    tl.store(row_stats + row, tl.where(scored, tl.maximum(target, others_top), fill))
-    tl.store(row_stats + rows + row, tl.where(scored, tl.where(logprob == logprob, log_sum, float("nan")), fill))
+    others_moment = tl.zeros((), tl.float32)
     if ENTROPY:
-        # -p_t log p_t + sum of p_v (-log p_v) over the others, all of whose terms are >= 0
         others_moment = tl.sum((moment + total * tl.maximum(drop, LOWEST)) * rescale, 0) / temperature
-        p_target = tl.exp(logprob)
-        value = tl.where(p_target == 0.0, 0.0, -p_target * logprob)
-        least = tl.maximum(lead, 0.0) + log_sum
-        value += tl.where(others == 0.0, 0.0, tl.exp(-least) * (others * least - others_moment))
-        tl.store(entropy + row, tl.where(scored, value, fill))
+
+    rows = tl.num_programs(0).to(tl.int64)
+    if PART:
+        # A max that passed over a NaN does not stand beside a sum that did not.
+        tl.store(parts + row, tl.where(others == others, others_top, float("nan")))
+        tl.store(parts + rows + row, others)
+        tl.store(parts + 2 * rows + row, others_moment)
+        tl.store(parts + 3 * rows + row, tl.where(token >= 0, target, float("nan")))
+    else:
+        # logprob = -softplus(logsumexp of the others - z_t)
+        lead = (target - others_top) / temperature
+        logprob = 0.0 - softplus(tl.log(others) - lead)
+        # Undefined beside a +inf. A +inf among the others, or nothing but -inf, has made logprob a NaN already.
+        logprob = tl.where(target == float("inf"), float("nan"), logprob)
+        target_leads = target >= others_top
+        log_sum = tl.where(target_leads, -logprob, tl.log(others + tl.exp(lead)))
+
+        tl.store(logprobs + row, tl.where(scored, logprob, fill))
+        tl.store(row_stats + row, tl.where(scored, tl.maximum(target, others_top), fill))
+        tl.store(row_stats + rows + row, tl.where(scored, tl.where(logprob == logprob, log_sum, float("nan")), fill))
+        if ENTROPY:
+            # -p_t log p_t + sum of p_v (-log p_v) over the others, all of whose terms are >= 0
+            p_target = tl.exp(logprob)
+            value = tl.where(p_target == 0.0, 0.0, -p_target * logprob)
+            least = tl.maximum(lead, 0.0) + log_sum
+            value += tl.where(others == 0.0, 0.0, tl.exp(-least) * (others * least - others_moment))
+            tl.store(entropy + row, tl.where(scored, value, fill))
 
 
 @triton.jit(do_not_specialize=_DO_NOT_SPECIALIZE)
@@ -148,30 +173,29 @@ def _backward_kernel(
     entropy,
     row_stats,
     grad_logits,
-    inner_rows: tl.int64,
+    inner_rows: tl.int32,
     outer_stride: tl.int64,
     inner_stride: tl.int64,
     grad_outer_stride: tl.int64,
     grad_inner_stride: tl.int64,
+    vocab_start: tl.int64,
     vocab_size: tl.int32,
     temperature: tl.float32,
     softcap: tl.float32,
     ignore_index: tl.int64,
     SOFTCAP: tl.constexpr,
+    PART: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
     start = logits + row // inner_rows * outer_stride + row % inner_rows * inner_stride
     grad_start = grad_logits + row // inner_rows * grad_outer_stride + row % inner_rows * grad_inner_stride
+    row = row.to(tl.int64)
     if ALIGNED:
         start = tl.multiple_of(start, 16)
         grad_start = tl.multiple_of(grad_start, 16)
-    token = tl.load(token_ids + row)
-    ignored = token == ignore_index
-    scored = (token >= 0) & (token < vocab_size) & ~ignored
-    token = token.to(tl.int32)
-    fill = tl.where(ignored, 0.0, float("nan"))
+    token, scored, fill = _target(tl.load(token_ids + row), vocab_start, vocab_size, ignore_index, PART)
 
     logprob = tl.load(logprobs + row)
     top = tl.load(row_stats + row)
@@ -196,7 +220,8 @@ def _backward_kernel(
     scale = LOG2E / temperature
     log2_sum = log_sum * LOG2E
     columns = tl.arange(0, BLOCK)
-    end = _multiple_of_16_bytes(vocab_size, logits, ALIGNED)
+    # Rows of the gradient, which is of the narrower dtype if it is not the logits', have the fewer words.
+    end = _multiple_of_16_bytes(vocab_size, grad_logits, ALIGNED)
     for first in range(0, end, BLOCK):
         inside = first + columns < end
         x = tl.load(start + first + columns, mask=inside & scored, other=0.0).to(tl.float32)
@@ -217,32 +242,71 @@ def _backward_kernel(
 def token_logprobs_forward(
     logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, ignore_index: int, return_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outer, inner, vocab_size = logits.shape
+    outer, inner, _ = logits.shape
     logprobs = torch.empty(outer, inner, dtype=torch.float32, device=logits.device)
     entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
     row_stats = logprobs.new_empty(2, outer, inner)
-    aligned = _aligned(logits)
-    if outer * inner:
-        _forward_kernel[(outer * inner,)](
-            logits,
-            token_ids,
-            logprobs,
-            entropy,
-            row_stats,
-            inner,
-            *logits.stride()[:2],
-            vocab_size,
-            temperature,
-            softcap,
-            ignore_index,
-            SOFTCAP=softcap > 0,
-            ENTROPY=return_entropy,
-            ALIGNED=aligned,
-            ROWS=_tile_rows(softcap, aligned),
-            COLUMNS=threads("rows") * 16 // logits.element_size(),
-            num_warps=num_warps("rows"),
-        )
+    _forward(
+        logits, token_ids, logprobs, entropy, row_stats, None, 0, temperature, softcap, ignore_index, return_entropy
+    )
     return logprobs, entropy, row_stats
+
+
+@implements("token_logprobs_part")
+def token_logprobs_part(
+    logits: Tensor,
+    token_ids: Tensor,
+    vocab_start: int,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    return_entropy: bool,
+) -> Tensor:
+    parts = torch.empty(4, len(logits), dtype=torch.float32, device=logits.device)
+    outputs = (None, None, None, parts)
+    _forward(logits[None], token_ids, *outputs, vocab_start, temperature, softcap, ignore_index, return_entropy)
+    return parts
+
+
+def _forward(
+    logits: Tensor,
+    token_ids: Tensor,
+    logprobs: Tensor | None,
+    entropy: Tensor | None,
+    row_stats: Tensor | None,
+    parts: Tensor | None,
+    vocab_start: int,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    return_entropy: bool,
+) -> None:
+    outer, inner, vocab_size = logits.shape
+    if not outer * inner:
+        return
+    aligned = _aligned(logits)
+    _forward_kernel[(outer * inner,)](
+        logits,
+        token_ids,
+        logprobs,
+        entropy,
+        row_stats,
+        parts,
+        inner,
+        *logits.stride()[:2],
+        vocab_start,
+        vocab_size,
+        temperature,
+        softcap,
+        ignore_index,
+        SOFTCAP=softcap > 0,
+        ENTROPY=return_entropy,
+        PART=parts is not None,
+        ALIGNED=aligned,
+        ROWS=_tile_rows(softcap, aligned),
+        COLUMNS=threads("rows") * 16 // logits.element_size(),
+        num_warps=num_warps("rows"),
+    )
 
 
 @implements("token_logprobs_backward")
@@ -260,7 +324,7 @@ def token_logprobs_backward(
 ) -> Tensor:
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     saved = (token_ids, logprobs, entropy, row_stats)
-    _backward(grad_logprobs, grad_entropy, logits, *saved, grad_logits, temperature, softcap, ignore_index)
+    _backward(grad_logprobs, grad_entropy, logits, *saved, grad_logits, None, temperature, softcap, ignore_index)
     return grad_logits
 
 
@@ -278,7 +342,27 @@ def token_logprobs_backward_(
     ignore_index: int,
 ) -> None:
     saved = (token_ids, logprobs, entropy, row_stats)
-    _backward(grad_logprobs, grad_entropy, logits, *saved, logits, temperature, softcap, ignore_index)
+    _backward(grad_logprobs, grad_entropy, logits, *saved, logits, None, temperature, softcap, ignore_index)
+
+
+@implements("token_logprobs_part_backward")
+def token_logprobs_part_backward(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    token_ids: Tensor,
+    vocab_start: int,
+    logprobs: Tensor,
+    entropy: Tensor,
+    row_stats: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    gradient: Tensor,
+) -> None:
+    saved = (token_ids, logprobs, entropy, row_stats)
+    options = (vocab_start, temperature, softcap, ignore_index)
+    _backward(grad_logprobs, grad_entropy, logits[None], *saved, gradient[None], *options)
 
 
 def _backward(
@@ -290,10 +374,12 @@ def _backward(
     entropy: Tensor,
     row_stats: Tensor,
     grad_logits: Tensor,
+    vocab_start: int | None,
     temperature: float,
     softcap: float,
     ignore_index: int,
 ) -> None:
+    """vocab_start is None where the logits are those of the whole vocabulary."""
     outer, inner, vocab_size = logits.shape
     if not outer * inner:
         return
@@ -310,11 +396,13 @@ def _backward(
         inner,
         *logits.stride()[:2],
         *grad_logits.stride()[:2],
+        vocab_start or 0,
         vocab_size,
         temperature,
         softcap,
         ignore_index,
         SOFTCAP=softcap > 0,
+        PART=vocab_start is not None,
         ALIGNED=aligned,
         BLOCK=_tile_rows(softcap, aligned) * threads("rows") * 16 // logits.element_size(),
         num_warps=num_warps("rows"),
