@@ -89,26 +89,32 @@ def assert_matches_reference(problem, arguments, frozen=(), *, head=None, **opti
     assert got.keys() == oracle.keys() == same_dtype.keys()
     for name, value in got.items():
         gradient = name not in ("loss", "metrics")
-        if name == "metrics":
-            for number, metric in enumerate(policy_loss.metrics):
-                three = (results[name][number] for results in (got, oracle, same_dtype))
-                torch.testing.assert_close(*list(three)[::2], rtol=1e-4, atol=1e-5, msg=metric)
+        if name == "loss":
+            # One number, of which eager PyTorch may happen to round every step well. What it is made of is held to the
+            # rule in the tests of linear_token_logprobs and policy_loss, and in one group it is theirs bit for bit.
+            error = (same_dtype[name] - oracle[name]).abs()
+            assert (value - oracle[name]).abs() <= 2 * error + 1e-6 * oracle[name].abs() + 5e-7
+        elif name == "metrics":
+            error = (same_dtype[name] - oracle[name]).abs()
+            assert ((value - oracle[name]).abs() <= 2 * error + 1e-5 * oracle[name].abs() + 1e-6).all()
         else:
             assert_as_accurate_as_torch(value, oracle[name], same_dtype[name], what=name, gradient=gradient)
     return got
 
 
+@kernels_only
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective(backend, device, objective, budget):
     for packed in (False, True):
-        problem, arguments, others = random_batch((device,), packed=packed, seed=packed)
+        problem, arguments, others = random_batch((device,), packed=packed, seed=int(packed))
         others.pop("sampler_logprobs")
         options = dict(objective=objective, kl_coef=0.1, entropy_coef=0.05, temperature=0.8, **others)
         head = dict(tile=TILE, logits_budget_mb=BUDGETS[budget])
         assert_matches_reference(problem, arguments, head=head, **options)
 
 
+@kernels_only
 @pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.parametrize("on_policy", [False, True], ids=["old", "on policy"])
 def test_every_sampler_correction(backend, device, correction, on_policy):
@@ -120,6 +126,7 @@ def test_every_sampler_correction(backend, device, correction, on_policy):
         assert_matches_reference(problem, arguments, head=dict(tile=TILE, logits_budget_mb=budget), **options)
 
 
+@kernels_only
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("normalizer", [None, 7.0])
 def test_every_aggregation(backend, device, aggregation, normalizer):
@@ -130,6 +137,7 @@ def test_every_aggregation(backend, device, aggregation, normalizer):
     )
 
 
+@kernels_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("objective", ["ppo", "gspo"])
 def test_dtypes(backend, device, emulated, dtype, objective):
@@ -141,6 +149,7 @@ def test_dtypes(backend, device, emulated, dtype, objective):
         assert_matches_reference(problem, arguments, head=head, objective=objective, entropy_coef=0.01)
 
 
+@kernels_only
 def test_bias_and_adapter(backend, device):
     problem, arguments, _ = random_batch((device,))
     full, _ = random_problem((5, 11), 130, device, bias=True, rank=3)
@@ -149,7 +158,6 @@ def test_bias_and_adapter(backend, device):
         assert_matches_reference(problem, arguments, frozen, head=dict(tile=TILE), entropy_coef=0.1)
 
 
-@kernels_only
 def test_is_the_two_functions_bit_for_bit(backend, device):
     """With one group of rows; in several the weight's gradient is another sum."""
     problem, arguments, others = random_batch((device,))

@@ -66,7 +66,7 @@ def random_row(kind, size, generator):
             tile[chance < 0.2] = 1e4
             tile[chance > 0.8] = -1e4
         case "far from zero":
-            row[:] = row / 3 + 1e3
+            row += 30.0
         case "confident":
             row[target] += 40.0
         case "nothing":

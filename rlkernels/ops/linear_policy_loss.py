@@ -17,6 +17,7 @@ from rlkernels.ops._lm_head import (
     slices,
     working_dtype,
 )
+from rlkernels.ops._token_losses import optional_per_token
 from rlkernels.ops.linear_logprobs import evaluate
 from rlkernels.ops.policy_loss import CORRECTIONS, policy_loss
 
@@ -89,6 +90,8 @@ def linear_policy_loss(
         scored = scored & _checks.mask("mask", mask, "token_ids", token_ids)
     inputs = replace(inputs, token_ids=torch.where(scored.reshape(-1), inputs.token_ids, ignore_index))
     head_options = replace(head_options, return_entropy=True, budget=budget, differentiated=torch.is_grad_enabled())
+    dtype = working_dtype(inputs.hidden)
+    old_logprobs = optional_per_token("old_logprobs", old_logprobs, "token_ids", token_ids, dtype)
     loss = Loss(old_logprobs, advantages, scored, options)
     tensors = inputs.tensors()[:5]
     differentiated = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
@@ -174,7 +177,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         # element, which takes the results of rows that fill up.
         logprobs = torch.zeros(len(token_ids) + 1, dtype=working_dtype(hidden), device=hidden.device)
         if loss.old_logprobs is not None:
-            logprobs[:-1] = torch.where(loss.scored, loss.old_logprobs.detach(), 0.0).flatten()
+            logprobs[:-1] = torch.where(loss.scored, loss.old_logprobs, 0.0).flatten()
         entropy = torch.zeros_like(logprobs)
         outcome = None
 
