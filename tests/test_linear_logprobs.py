@@ -242,23 +242,24 @@ def test_any_strides_and_integer_dtypes(backend, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_others(backend, device, emulated, dtype):
     """Not one bit, in the default tile: neither on how many there are, nor on its place among them."""
-    rows = 5 if emulated else 300
-    problem, token_ids = random_problem((rows,), 300, device, dtype)
+    rows = 11 if emulated else 300
+    options = dict(tile=TILE) if emulated else {}
+    problem, token_ids = random_problem((rows,), 130, device, dtype)
     upstream = upstream_for(token_ids)
-    whole = run(ours, problem, token_ids, upstream)
-    for some in (slice(1, 2), slice(0, 3), slice(2, None), slice(None, None, 2)):
+    whole = run(ours, problem, token_ids, upstream, **options)
+    for some in (slice(1, 2), slice(2, None)) if emulated else (slice(1, 2), slice(0, 3), slice(2, None, 2)):
         part = problem.to(dtype)
         part.hidden = part.hidden[some]
-        got = run(ours, part, token_ids[some], [u[some] for u in upstream])
+        got = run(ours, part, token_ids[some], [u[some] for u in upstream], **options)
         for name in ("logprobs", "entropy", "hidden"):
             assert torch.equal(got[name], whole[name][some]), (name, some)
 
 
 @kernels_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_on_every_run_kept_or_computed_again(backend, device, dtype):
+def test_same_bits_on_every_run_kept_or_computed_again(backend, device, emulated, dtype):
     """But for hidden's gradient in 16 bits on a CPU, of which the docstring tells."""
-    problem, token_ids = random_problem((40,), 300, device, dtype, bias=True)
+    problem, token_ids = random_problem((8 if emulated else 40,), 130 if emulated else 300, device, dtype, bias=True)
     options = [dict(logits_budget_mb=budget) for budget in (0.0, 0.0, 100.0, 100.0)]
     results = [run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE, **o) for o in options]
     for name, value in results[0].items():
@@ -351,13 +352,14 @@ def test_memory(backend, device):
         assert logits < peak - results - copies < logits + 1.5e6
 
 
-def test_num_scored(backend, device):
-    problem, token_ids = random_problem((40,), 130, device)
+def test_num_scored(backend, device, emulated):
+    size = 16 if emulated else 40
+    problem, token_ids = random_problem((size,), 130, device)
     token_ids[::3] = IGNORE
     problem.hidden[::3] = NAN
     scored = int((token_ids != IGNORE).sum())
     wanted = run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE)
-    for number in (scored, scored + 1, 40):
+    for number in (scored, scored + 1, size):
         got = run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE, num_scored=number)
         for name, value in got.items():
             torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
@@ -390,8 +392,8 @@ def test_waits_for_the_device_never_with_num_scored(backend, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outputs(backend, device, dtype):
-    problem, token_ids = random_problem((40,), 130, device, dtype, bias=True)
+def test_outputs(backend, device, emulated, dtype):
+    problem, token_ids = random_problem((16 if emulated else 40,), 130, device, dtype, bias=True)
     token_ids[::2] = (problem.hidden @ problem.weight.T + problem.bias).argmax(-1)[::2]
     token_ids[5] = IGNORE
     options = dict(temperature=0.7, softcap=4.0, scale=1.5)
@@ -495,7 +497,9 @@ def test_reference_gradcheck():
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile(backend, device, compiler):
+def test_compile(backend, device, emulated, compiler):
+    if emulated and compiler == "inductor":
+        pytest.skip("emulated: the kernels are inside an op, which aot_eager shows to be traced")
     torch._dynamo.reset()
     problem, token_ids = random_problem((4, 5), 130, device, bias=True, rank=2)
     token_ids[:, 2] = IGNORE

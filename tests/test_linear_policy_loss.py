@@ -102,28 +102,38 @@ def assert_matches_reference(problem, arguments, frozen=(), *, head=None, **opti
     return got
 
 
+def assert_close_to_reference(problem, arguments, frozen=(), *, head=None, **options):
+    """What is put together, to float32; how exact the parts are is tested beside them, and below."""
+    got = run(linear_policy_loss, problem, arguments, frozen, **options, **(head or {}))
+    oracle = run(composed, problem.to(torch.float64), arguments, frozen, **options)
+    assert got.keys() == oracle.keys()
+    for name, value in got.items():
+        scale = oracle[name].abs().max().item()
+        torch.testing.assert_close(value.double(), oracle[name].double(), rtol=1e-4, atol=1e-5 * scale + 1e-9, msg=name)
+
+
 @kernels_only
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective(backend, device, objective, budget):
-    for packed in (False, True):
+def test_every_objective(backend, device, emulated, objective, budget):
+    for packed in (False, True) if not emulated else (budget == "all",):
         problem, arguments, others = random_batch((device,), packed=packed, seed=int(packed))
         others.pop("sampler_logprobs")
         options = dict(objective=objective, kl_coef=0.1, entropy_coef=0.05, temperature=0.8, **others)
         head = dict(tile=TILE, logits_budget_mb=BUDGETS[budget])
-        assert_matches_reference(problem, arguments, head=head, **options)
+        assert_close_to_reference(problem, arguments, head=head, **options)
 
 
 @kernels_only
 @pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.parametrize("on_policy", [False, True], ids=["old", "on policy"])
-def test_every_sampler_correction(backend, device, correction, on_policy):
+def test_every_sampler_correction(backend, device, emulated, correction, on_policy):
     problem, (token_ids, old, *rest), others = random_batch((device,))
     others.pop("ref_logprobs")
     arguments = (token_ids, None if on_policy else old, *rest)
     options = dict(sampler_correction=correction, sampler_cap=1.05, entropy_coef=0.05, **others)
-    for budget in BUDGETS.values():
-        assert_matches_reference(problem, arguments, head=dict(tile=TILE, logits_budget_mb=budget), **options)
+    for budget in list(BUDGETS.values())[emulated:2] if emulated else BUDGETS.values():
+        assert_close_to_reference(problem, arguments, head=dict(tile=TILE, logits_budget_mb=budget), **options)
 
 
 @kernels_only
@@ -132,7 +142,7 @@ def test_every_sampler_correction(backend, device, correction, on_policy):
 def test_every_aggregation(backend, device, aggregation, normalizer):
     problem, arguments, _ = random_batch((device,))
     options = dict(aggregation=aggregation, normalizer=normalizer, softcap=5.0, scale=1.5)
-    assert_matches_reference(
+    assert_close_to_reference(
         problem, arguments, head=dict(tile=TILE, logits_budget_mb=BUDGETS["two blocks"]), **options
     )
 
@@ -144,7 +154,7 @@ def test_dtypes(backend, device, emulated, dtype, objective):
     """Enough tokens for every measure, in one group of rows and in several."""
     shape = (4, 12) if emulated else (12, 40)
     problem, arguments, _ = random_batch((device, dtype), shape)
-    for budget in (100.0, 0.05):
+    for budget in (0.05,) if emulated else (100.0, 0.05):
         head = dict(tile=TILE, logits_budget_mb=budget)
         assert_matches_reference(problem, arguments, head=head, objective=objective, entropy_coef=0.01)
 
@@ -155,7 +165,7 @@ def test_bias_and_adapter(backend, device):
     full, _ = random_problem((5, 11), 130, device, bias=True, rank=3)
     problem.bias, problem.adapter, problem.adapter_weight = full.bias, full.adapter, full.adapter_weight
     for frozen in ((), ("weight", "bias"), ("weight", "bias", "adapter_weight"), ("hidden", "adapter")):
-        assert_matches_reference(problem, arguments, frozen, head=dict(tile=TILE), entropy_coef=0.1)
+        assert_close_to_reference(problem, arguments, frozen, head=dict(tile=TILE), entropy_coef=0.1)
 
 
 def test_is_the_two_functions_bit_for_bit(backend, device):
