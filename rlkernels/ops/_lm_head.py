@@ -235,8 +235,13 @@ class Head:
         return self._buffer("scratch", self.weight.dtype, *shape) if self.rounds else None
 
     def kept(self, rows: Rows) -> Tensor:
-        """Memory for all logits of `rows`, seen through `tiles` and `strips`."""
-        return self._buffer("logits", self.logits_dtype, len(rows) * self.weight.shape[0])
+        """Memory for all logits of `rows`, seen through `tiles` and `strips`; to be given to `recycle`."""
+        size = len(rows) * self.weight.shape[0]
+        if self.weight.is_cpu and _recycled:
+            memory = _recycled.pop()
+            if memory.numel() >= size * self.logits_dtype.itemsize:
+                return memory.view(self.logits_dtype)[:size]
+        return self.weight.new_empty(size, dtype=self.logits_dtype)
 
     def tiles(self, kept: Tensor, rows: Rows) -> list[Tensor]:
         """A tile [R, v] for each range of the vocabulary."""
@@ -424,8 +429,21 @@ def forward_backward(
         saved = (grad_logprobs, grad_entropy, logprobs, entropy, row_stats)
         head.backward(part, *saved, kept, gradients.part(at), add=number > 0)
         results.append((logprobs, entropy, row_stats))
+        recycle(kept)
     logprobs, entropy, row_stats = (torch.cat(parts, -1) for parts in zip(*results, strict=True))
     return logprobs, entropy, row_stats
+
+
+_recycled: list[Tensor] = []
+"""The memory of the last logits that were kept on a CPU, where PyTorch gives memory back to the system: that the system
+gives it anew, page by page at the first touch, takes as long as the product that is written to it."""
+
+
+def recycle(kept: Tensor) -> None:
+    """Leave memory of `Head.kept`, of which nothing is needed any more, to the next call."""
+    if kept.is_cpu:
+        whole = torch.empty(0, dtype=torch.uint8).set_(kept.untyped_storage())
+        _recycled[:] = [whole]
 
 
 def _shifted(also: Callable[[Tensor, slice, slice], None], by: int) -> Callable[[Tensor, slice, slice], None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlkernels.ops import _checks, _registry
 from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, scored_rows, start
 from rlkernels.ops._head_outputs import OUTPUTS, Outputs
-from rlkernels.ops._lm_head import Gradients, forward_backward, slices
+from rlkernels.ops._lm_head import Gradients, forward_backward, recycle, slices
 from rlkernels.reference import linear_logprobs as reference
 
 
@@ -184,7 +184,9 @@ class _LinearLogprobs(torch.autograd.Function):
                 gradients = Gradients.of(rows, head, ctx.wanted, weight_in_pieces=False)
                 head.backward(rows, grad_logprobs, grad_entropy, *results, ctx.kept, gradients)
                 head.reduce(gradients)
-                ctx.kept = None  # their gradient has taken their place
+                if ctx.kept is not None:  # their gradient has taken their place
+                    recycle(ctx.kept)
+                    ctx.kept = None
         return *gradients.results(rows, weight.dtype), None, None
 
 
