@@ -3,6 +3,7 @@
     token_logprobs      log-probabilities and entropy of sampled tokens, from logits
     linear_token_logprobs  the same from hidden states and the LM head, whose logits are never stored; beside it
                         linear_policy_loss, linear_preference_logps
+    wrap_lm_head        makes a Hugging Face causal LM give these; unwrap_lm_head undoes it
     kl_penalty          per-token estimates of the KL divergence from a reference model
     shaped_rewards      per-token rewards: a score at the end of each sequence, less a KL penalty at every token
     group_advantages    rewards relative to their group: GRPO, RLOO, Dr. GRPO
@@ -19,6 +20,7 @@ docstring says so, and works under torch.compile. `use_backend` chooses the impl
 device does.
 """
 
+from rlkernels.lm_head import unwrap_lm_head, wrap_lm_head
 from rlkernels.ops import _registry
 from rlkernels.ops._registry import use_backend
 from rlkernels.ops.groups import group_advantages
@@ -50,9 +52,11 @@ __all__ = [
     "shaped_rewards",
     "td_lambda",
     "token_logprobs",
+    "unwrap_lm_head",
     "use_backend",
     "value_loss",
     "vtrace",
+    "wrap_lm_head",
 ]
 
 _registry.load()
