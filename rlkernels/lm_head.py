@@ -31,9 +31,11 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
 
     Both are 0 at t = 0, which nothing predicts, and where labels are -100, so that they line up with labels, masks and
     advantages. Only positions whose next label is scored meet the LM head: to train on completions alone, set the other
-    labels to -100 (logits_to_keep is not needed). The rest of the output is the model's own (past_key_values,
-    hidden_states, attentions, aux_loss ...), but logits and loss are None. Without return_token_logprobs the model does
-    what it always did.
+    labels to -100 (logits_to_keep is not needed). In the place of labels, shift_labels are already those of the next
+    position, as in Hugging Face's losses: token_logprobs[b, t] = log p(shift_labels[b, t] | input_ids[b, :t + 1]).
+
+    The rest of the output is the model's own (past_key_values, hidden_states, attentions, aux_loss ...), but logits and
+    loss are None. Without return_token_logprobs the model does what it always did.
 
     `linear_token_logprobs` is given what the model hands to its output embedding, and that embedding's weight and bias.
     What becomes of the logits afterwards (Gemma's softcap, Cohere's and Granite's scale) is measured: the model runs
@@ -103,9 +105,12 @@ class _WrappedForward:
     def __call__(self, *args, return_token_logprobs=False, logprob_options=None, **kwargs):
         if not return_token_logprobs:
             return self.__wrapped__(*args, **kwargs)
-        labels = kwargs.pop("labels", None)
-        if labels is None:
-            raise ValueError("return_token_logprobs=True needs labels=, [B, T] as input_ids; got None")
+        labels, targets = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        shift = targets is None
+        if shift:
+            if labels is None:
+                raise ValueError("return_token_logprobs=True needs labels= or shift_labels=, shaped as input_ids")
+            targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         _check_options(logprob_options or {})
         options = self.options | (logprob_options or {})
         lm, results = self.lm, []
@@ -113,13 +118,13 @@ class _WrappedForward:
 
         def score(head, args, kwargs):
             hidden = _only_input(lm, args, kwargs)
-            if hidden.shape[:-1] != labels.shape:
-                wanted = list(hidden.shape[:-1])
-                raise ValueError(f"labels must have the shape of the hidden states, {wanted}; got {list(labels.shape)}")
+            if hidden.shape[:-1] != targets.shape:
+                wanted, got = list(hidden.shape[:-1]), list(targets.shape)
+                raise ValueError(f"labels must have the shape of the hidden states, {wanted}; got {got}")
             weight, bias, adapter = _linear(lm, head, hidden)
-            targets = nn.functional.pad(labels.to(weight.device), (0, 1), value=IGNORE_INDEX)[:, 1:]
             inputs = {"bias": bias, "adapter": adapter, "ignore_index": IGNORE_INDEX}
-            found = linear_token_logprobs(hidden.to(weight.device), weight, targets, **inputs, **options)
+            device = weight.device
+            found = linear_token_logprobs(hidden.to(device), weight, targets.to(device), **inputs, **options)
             results.append(found if isinstance(found, tuple) else (found,))
             return (hidden[:, :0],), {}  # the head runs as ever, with all its hooks, on no rows
 
@@ -131,7 +136,10 @@ class _WrappedForward:
         if len(results) != 1:
             raise _refusal(lm, f"its LM head was called {len(results)} times, not once")
         names = [*FIELDS[: 1 + options["return_entropy"]], *options.get("outputs", ())]
-        fields = {name: nn.functional.pad(value, (1, -1)) for name, value in zip(names, results[0], strict=True)}
+        fields = {
+            name: nn.functional.pad(value, (1, -1)) if shift else value
+            for name, value in zip(names, results[0], strict=True)
+        }
         return _output_class(type(output))(**{**output, "loss": None, "logits": None, **fields})
 
 

@@ -159,6 +159,17 @@ def test_alignment_and_shapes():
     assert output.token_logprobs[1, 5].item() == pytest.approx(row[labels[1, 5]].item(), rel=1e-6)
 
 
+def test_shifted_labels():
+    model = wrap_lm_head(build())
+    inputs, labels = batch()
+    wanted, _ = from_head(model, inputs, labels)
+    shifted = labels.roll(-1, 1)
+    shifted[:, -1] = 5
+    inputs = {name: values[:, :-1] for name, values in inputs.items()}
+    output = model(**inputs, shift_labels=shifted[:, :-1], return_token_logprobs=True)
+    torch.testing.assert_close(output.token_logprobs, wanted[:, 1:])
+
+
 def test_one_token_is_predicted_by_none():
     model = wrap_lm_head(build())
     tokens = torch.full((2, 1), 5)
@@ -609,7 +620,7 @@ def test_bad_calls():
         from_head(model, inputs, labels[:, 1:])
     with pytest.raises(ValueError, match=r"labels must have the shape of the hidden states, \[3, 4\]; got \[3, 9\]"):
         from_head(model, inputs, labels, logits_to_keep=4)
-    with pytest.raises(ValueError, match=r"needs labels=, .*; got None"):
+    with pytest.raises(ValueError, match="needs labels= or shift_labels="):
         model(**inputs, return_token_logprobs=True)
     with pytest.raises(TypeError, match=r"options must be among .*temperature.*; got top_k"):
         from_head(model, inputs, labels, logprob_options={"top_k": 5})

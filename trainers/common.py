@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 import rlkernels
 
 from .configs import BaseConfig, GRPOConfig
 from .rewards import RewardFunction, RewardFunctions
 from .rollout import IGNORE, CompletionSampler, decode, encode, end_tokens, is_chat
+
+logger = logging.get_logger(__name__)
 
 # Columns of a dataset that reward functions get under another name, or that would hide what was sampled.
 RESERVED = ("prompt", "completion", "completion_ids")
@@ -83,8 +86,34 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def completion_logprobs(model: nn.Module, batch: dict[str, Any], temperature: float) -> Tensor:
-    """log p of each completion token of `rollout.lay_out`, float32 [B, T]; 0 at padding. Only the positions of
-    completions meet the LM head."""
+    """log p of each completion token of `rollout.lay_out`, float32 [B, T]; 0 at padding. The model is one that
+    `needs_no_logits`: only what predicts a completion's tokens meets the LM head, and logits are never stored."""
+    completion_ids = batch["completion_ids"]
+    before = batch["input_ids"].shape[1] - completion_ids.shape[1]
+    output = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=batch["position_ids"],
+        shift_labels=nn.functional.pad(completion_ids, (before, 0), value=IGNORE),
+        return_token_logprobs=True,
+        logprob_options={"temperature": temperature, "num_scored": batch["num_scored"], "return_entropy": False},
+        use_cache=False,
+    )
+    return output.token_logprobs[:, before:]
+
+
+def needs_no_logits(model: nn.Module) -> bool:
+    """Wraps the model's LM head, if it can."""
+    try:
+        rlkernels.wrap_lm_head(model)
+    except ValueError as error:
+        logger.warning(f"Logits are stored: {error}")
+        return False
+    return True
+
+
+def completion_logprobs_from_logits(model: nn.Module, batch: dict[str, Any], temperature: float) -> Tensor:
+    """The same, for any other model; positions of completions alone meet the LM head."""
     logits = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],

@@ -15,7 +15,16 @@ from transformers.utils import logging
 
 import rlkernels
 
-from .common import GroupSampler, OnlineTrainer, Samples, check_columns, completion_logprobs, load_model
+from .common import (
+    GroupSampler,
+    OnlineTrainer,
+    Samples,
+    check_columns,
+    completion_logprobs,
+    completion_logprobs_from_logits,
+    load_model,
+    needs_no_logits,
+)
 from .configs import GRPOConfig
 from .rewards import RewardFunction
 from .rollout import lay_out
@@ -50,7 +59,8 @@ class GRPOTrainer(OnlineTrainer):
     """Trains a causal language model on rewards of its own completions.
 
     For each prompt `num_generations` completions are sampled; a completion's advantage is its reward against the others
-    of its prompt (`rlkernels.group_advantages`), and the loss is `rlkernels.policy_loss`.
+    of its prompt (`rlkernels.group_advantages`), and the loss is `rlkernels.policy_loss`. Log-probabilities come from
+    `rlkernels.wrap_lm_head`, without logits; a model that it refuses is trained by its logits, after a warning.
 
     Args:
         model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
@@ -86,6 +96,8 @@ class GRPOTrainer(OnlineTrainer):
 
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
+        self.completion_logprobs = completion_logprobs if needs_no_logits(model) else completion_logprobs_from_logits
+        # A copy is wrapped as the model is.
         reference = copy.deepcopy(model).eval().requires_grad_(False) if args.beta > 0 else None
         super().__init__(
             model=model,
@@ -191,7 +203,7 @@ class GRPOTrainer(OnlineTrainer):
         # A sharded model must run equally often on every process.
         chunks += [[0]] * (self.most_on_any_process(len(chunks)) - len(chunks))
         for chunk in chunks:
-            logprobs = completion_logprobs(model, self._lay_out(rollouts, chunk), self.args.temperature)
+            logprobs = self.completion_logprobs(model, self._lay_out(rollouts, chunk), self.args.temperature)
             for row, values in zip(chunk, logprobs, strict=True):
                 scores[row] = values[: len(rollouts.completion_ids[row])].clone()
         return scores
@@ -257,7 +269,7 @@ class GRPOTrainer(OnlineTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        logprobs = completion_logprobs(model, inputs, self.args.temperature)
+        logprobs = self.completion_logprobs(model, inputs, self.args.temperature)
         old, ref = inputs.get("old_logprobs"), inputs.get("ref_logprobs")
         aggregate: dict[str, Any] = {
             "mask": inputs["mask"],

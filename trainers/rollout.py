@@ -60,7 +60,7 @@ def pad(rows: list[list[int]], side: str, value: int, device: torch.device) -> t
 
 def lay_out(
     prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_token_id: int, device: torch.device
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Model inputs: prompts padded on the left, completions on the right, so that completions align."""
     prompts, in_prompt = pad(prompt_ids, "left", pad_token_id, device)
     completions, mask = pad(completion_ids, "right", pad_token_id, device)
@@ -72,6 +72,7 @@ def lay_out(
         "position_ids": (attended.cumsum(1) - 1).clamp(min=0)[:, :-1],
         "completion_ids": completions.masked_fill(~mask, IGNORE),
         "mask": mask,
+        "num_scored": sum(map(len, completion_ids)),
     }
 
 

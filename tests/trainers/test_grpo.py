@@ -336,6 +336,47 @@ def test_bfloat16_computes_over_float32_weights(make_trainer):
     assert history(trainer)[-1]["grad_norm"] > 0
 
 
+def test_logits_are_stored_for_sampling_alone(make_trainer):
+    """Neither the policy nor the reference nor the weights before a step's updates are scored by way of logits."""
+    trainer = make_trainer(beta=0.1, num_iterations=2, max_steps=2)
+    rows = []
+    for model in (trainer.model, trainer.reference):
+        model.lm_head.register_forward_hook(lambda head, inputs, output: rows.append(output.shape[1]))
+    trainer.train()
+    assert set(rows) == {0, 1}
+    assert sum(count == 0 for count in rows) == 4  # two steps, and the two scorings of their rollout
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1, "num_iterations": 2, "temperature": 0.7}], ids=["plain", "all"])
+def test_a_model_whose_logits_cannot_be_left_out(make_trainer, make_model, monkeypatch, caplog, options):
+    """It is trained by its logits, to the same weights, after one warning with the reason."""
+    wanted = make_trainer(**options)
+    wanted.train()
+    odd = make_model()
+    monkeypatch.setattr(odd.config, "is_encoder_decoder", True)
+    trainer = make_trainer(model=odd, **options)
+    assert [record.message for record in caplog.records if "Logits are stored" in record.message] == [
+        "Logits are stored: LlamaForCausalLM cannot give log-probabilities without logits: "
+        "it is an encoder-decoder model, whose labels are not shifted"
+    ]
+    monkeypatch.undo()
+    trainer.train()
+    torch.testing.assert_close(weights(trainer), weights(wanted), rtol=1e-3, atol=1e-5)
+
+
+def test_adapters_are_trained_without_logits(make_trainer, make_model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    trainer = make_trainer(model=peft.get_peft_model(make_model(), config), beta=0.1)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    rows = []
+    trainer.model.get_output_embeddings().register_forward_hook(lambda head, x, output: rows.append(output.shape[1]))
+    trainer.train()
+    assert set(rows) == {0, 1}
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+
+
 def test_reward_error_ends_the_run_with_nothing_written(make_trainer, tmp_path):
     def fails(completions, **kwargs):
         return [1.0] * 7

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlkernels.trainers import rollout
-from rlkernels.trainers.common import completion_logprobs
+from rlkernels.trainers.common import completion_logprobs, completion_logprobs_from_logits, needs_no_logits
 
 CPU = torch.device("cpu")
 
@@ -31,6 +31,7 @@ def test_lay_out():
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 1]]
     assert batch["completion_ids"].tolist() == [[7, 0], [8, -100]]
     assert batch["mask"].tolist() == [[True, True], [True, False]]
+    assert batch["num_scored"] == 3
 
 
 def test_completions_end_at_the_first_end(sampler):
@@ -39,8 +40,17 @@ def test_completions_end_at_the_first_end(sampler):
     assert sampler._until_end([5, 6, 7, 8]) == [5, 6, 7, 8]
 
 
-def test_log_probabilities_do_not_depend_on_padding(make_model):
+@pytest.fixture(params=["no logits", "logits"])
+def model_and_logprobs(request, make_model):
     model = make_model()
+    if request.param == "logits":
+        return model, completion_logprobs_from_logits
+    assert needs_no_logits(model)
+    return model, completion_logprobs
+
+
+def test_log_probabilities_do_not_depend_on_padding(model_and_logprobs):
+    model, completion_logprobs = model_and_logprobs
     prompts, completions = [[3, 4, 5, 0, 6], [7]], [[8, 0], [9, 10, 11, 12]]
     together = completion_logprobs(model, rollout.lay_out(prompts, completions, 0, CPU), 0.7)
     for row in range(2):
@@ -50,8 +60,8 @@ def test_log_probabilities_do_not_depend_on_padding(make_model):
     assert (together[0, 2:] == 0).all()
 
 
-def test_log_probabilities_are_those_of_the_whole_sequence(make_model):
-    model = make_model()
+def test_log_probabilities_are_those_of_the_whole_sequence(model_and_logprobs):
+    model, completion_logprobs = model_and_logprobs
     prompt, completion = [3, 4, 5], [8, 9, 0]
     logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
     expected = logits.log_softmax(-1)[range(3), completion]
@@ -60,9 +70,9 @@ def test_log_probabilities_are_those_of_the_whole_sequence(make_model):
 
 
 @pytest.mark.parametrize("temperature", [0.8, 8.0], ids=["steep", "flat"])
-def test_samples_follow_the_trained_distribution(make_model, temperature):
+def test_samples_follow_the_trained_distribution(model_and_logprobs, temperature):
     """Frequencies of the first token against its log-probabilities, in two prompts of different lengths."""
-    model = make_model()
+    model, completion_logprobs = model_and_logprobs
     sampler = rollout.CompletionSampler(end_token_ids=[0], pad_token_id=0, max_new_tokens=1, temperature=temperature)
     torch.manual_seed(0)
     count, vocabulary = 4000, model.config.vocab_size
