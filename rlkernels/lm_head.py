@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlkernels.ops.linear_logprobs import linear_token_logprobs
 
 IGNORE_INDEX = -100  # of labels, in all of Hugging Face
-FIELDS = ("token_logprobs", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+FIELDS = ("token_logprobs", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1", "head_output")
 # What linear_token_logprobs takes, without what the model determines.
 FROM_MODEL = {"hidden", "weight", "token_ids", "bias", "adapter", "softcap", "scale", "ignore_index"}
 OPTIONS = set(inspect.signature(linear_token_logprobs).parameters) - FROM_MODEL
@@ -34,8 +34,12 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
     labels to -100 (logits_to_keep is not needed). In the place of labels, shift_labels are already those of the next
     position, as in Hugging Face's losses: token_logprobs[b, t] = log p(shift_labels[b, t] | input_ids[b, :t + 1]).
 
+    With head_function=f instead of return_token_logprobs, output.head_output is f(hidden, weight, token_ids, bias=,
+    adapter=, scale=, softcap=, ignore_index=), where token_ids are shift_labels, or labels shifted: a partial of
+    linear_policy_loss or linear_preference_logps then runs where DDP, FSDP2 and autocast expect the head to.
+
     The rest of the output is the model's own (past_key_values, hidden_states, attentions, aux_loss ...), but logits and
-    loss are None. Without return_token_logprobs the model does what it always did.
+    loss are None. Without either argument the model does what it always did.
 
     `linear_token_logprobs` is given what the model hands to its output embedding, and that embedding's weight and bias.
     What becomes of the logits afterwards (Gemma's softcap, Cohere's and Granite's scale) is measured: the model runs
@@ -73,8 +77,8 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
         scale, softcap = _measure(lm)
     if isinstance(vars(lm).get("forward"), _WrappedForward):
         unwrap_lm_head(lm)
-    options = {"return_entropy": True, **options, "scale": 1.0 if scale is None else scale, "softcap": softcap}
-    lm.forward = _WrappedForward(lm, options)
+    constants = {"scale": 1.0 if scale is None else scale, "softcap": softcap, "ignore_index": IGNORE_INDEX}
+    lm.forward = _WrappedForward(lm, constants, {"return_entropy": True, **options})
     return model
 
 
@@ -97,19 +101,19 @@ def unwrap_lm_head(model: nn.Module) -> Any:
 class _WrappedForward:
     """What stands in the place of a model's forward; no closure, so that a deep copy of the model has its own."""
 
-    def __init__(self, lm: Any, options: dict[str, Any]) -> None:
-        self.lm, self.options = lm, options
+    def __init__(self, lm: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
+        self.lm, self.constants, self.options = lm, constants, options
         self.of_instance = "forward" in vars(lm)  # accelerate's device hooks, say
         self.__wrapped__ = lm.forward  # under this name its signature is taken for ours, as generate() does
 
-    def __call__(self, *args, return_token_logprobs=False, logprob_options=None, **kwargs):
-        if not return_token_logprobs:
+    def __call__(self, *args, return_token_logprobs=False, head_function=None, logprob_options=None, **kwargs):
+        if not return_token_logprobs and head_function is None:
             return self.__wrapped__(*args, **kwargs)
         labels, targets = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         shift = targets is None
         if shift:
             if labels is None:
-                raise ValueError("return_token_logprobs=True needs labels= or shift_labels=, shaped as input_ids")
+                raise ValueError("log-probabilities need labels= or shift_labels=, shaped as input_ids")
             targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
         _check_options(logprob_options or {})
         options = self.options | (logprob_options or {})
@@ -122,10 +126,9 @@ class _WrappedForward:
                 wanted, got = list(hidden.shape[:-1]), list(targets.shape)
                 raise ValueError(f"labels must have the shape of the hidden states, {wanted}; got {got}")
             weight, bias, adapter = _linear(lm, head, hidden)
-            inputs = {"bias": bias, "adapter": adapter, "ignore_index": IGNORE_INDEX}
-            device = weight.device
-            found = linear_token_logprobs(hidden.to(device), weight, targets.to(device), **inputs, **options)
-            results.append(found if isinstance(found, tuple) else (found,))
+            hidden, token_ids = hidden.to(weight.device), targets.to(weight.device)
+            inputs = {"bias": bias, "adapter": adapter, **self.constants, **({} if head_function else options)}
+            results.append((head_function or linear_token_logprobs)(hidden, weight, token_ids, **inputs))
             return (hidden[:, :0],), {}  # the head runs as ever, with all its hooks, on no rows
 
         handle = lm.get_output_embeddings().register_forward_pre_hook(score, with_kwargs=True)
@@ -135,18 +138,19 @@ class _WrappedForward:
             handle.remove()
         if len(results) != 1:
             raise _refusal(lm, f"its LM head was called {len(results)} times, not once")
-        names = [*FIELDS[: 1 + options["return_entropy"]], *options.get("outputs", ())]
-        fields = {
-            name: nn.functional.pad(value, (1, -1)) if shift else value
-            for name, value in zip(names, results[0], strict=True)
-        }
+        fields = {"head_output": results[0]}
+        if head_function is None:
+            names = [*FIELDS[: 1 + options["return_entropy"]], *options.get("outputs", ())]
+            found = results[0] if isinstance(results[0], tuple) else results
+            padded = [nn.functional.pad(value, (1, -1)) if shift else value for value in found]
+            fields = dict(zip(names, padded, strict=True))
         return _output_class(type(output))(**{**output, "loss": None, "logits": None, **fields})
 
 
 @functools.cache
 def _output_class(base: type) -> type:
     """A model's own output with further fields: whatever handles the one (accelerate, DDP) handles the other."""
-    fields = [(name, Tensor | None, None) for name in FIELDS]
+    fields = [(name, Any, None) for name in FIELDS]
     return dataclasses.make_dataclass(f"TokenLogprobs{base.__name__}", fields, bases=(base,))
 
 
