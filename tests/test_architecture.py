@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "rlkernels/reference/*.py": {"rlkernels.reference"},
     "rlkernels/triton/*.py": {"rlkernels.triton", "rlkernels.ops._registry"},
     "rlkernels/ops/*.py": {"rlkernels.ops", "rlkernels.reference"},
-    "rlkernels/lm_head.py": {"rlkernels.ops"},
+    "rlkernels/causal_lm.py": set(),
+    "rlkernels/lm_head.py": {"rlkernels.ops", "rlkernels.causal_lm"},
     "rlkernels/__init__.py": {"rlkernels.ops", "rlkernels.lm_head"},
     "trainers/*.py": {"rlkernels.trainers"},
     # `rlkernels info` reports on the registry and the extension themselves.

@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,7 @@ def test_values_and_gradients_are_those_of_the_models_logits(name):
 
 def test_measured_scale_and_softcap():
     def found(name, **options):
-        return wrap_lm_head(build(name, torch.bfloat16, **options)).forward.constants
+        return wrap_lm_head(build(name, torch.bfloat16, **options)).forward.wrap_lm_head[2]
 
     assert found("llama")["scale"] == 1.0
     assert found("llama")["softcap"] is None
@@ -274,32 +275,50 @@ def test_unwrapping_leaves_no_trace():
         unwrap_lm_head(model)
 
 
-def test_a_forward_of_the_instance_goes_on_serving():
-    """accelerate puts its own on a model with device hooks, under ours, and for mixed precision, over it."""
-    model = build()
-    calls = []
-
-    def count(forward):
-        def counting(*args, **kwargs):
+def over(forward, calls=None):
+    @functools.wraps(forward)
+    def function(*args, **kwargs):
+        if calls is not None:
             calls.append(1)
-            return forward(*args, **kwargs)
+        return forward(*args, **kwargs)
 
-        return counting
+    return function
 
-    model.forward = under = count(model.forward)
+
+def test_other_forwards_of_the_instance_go_on_serving():
+    """As accelerate's, under ours for device hooks, and over it for mixed precision."""
+    calls = []
+    model = build()
+    model.forward = under = over(model.forward, calls)
     wrap_lm_head(model)
     calls.clear()
     assert_same_as_logits(model, *batch())
     assert len(calls) == 2
     wrapped = model.forward
-    model.forward = count(wrapped)
+    model.forward = types.MethodType(over(wrapped.__func__, calls), model)
     with pytest.raises(ValueError, match="not the one"):
         unwrap_lm_head(model)
-    wrap_lm_head(model, temperature=0.5)  # over what is over the first
-    from_head(model, *batch())
+    wrap_lm_head(model)  # over what is over the first
+    calls.clear()
+    assert_same_as_logits(model, *batch())
+    assert len(calls) == 4
     unwrap_lm_head(model)
     model.forward = wrapped
     assert unwrap_lm_head(model).forward is under
+
+
+def test_a_deep_copy_under_others_forwards_is_independent():
+    model = wrap_lm_head(build())
+    for again in range(2):
+        model.forward = types.MethodType(over(model.forward.__func__), model)
+        if again:
+            wrap_lm_head(model)
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin.lm_head.weight.mul_(2)
+        assert_same_as_logits(model, *batch())
+        assert_same_as_logits(twin, *batch())
+        assert not torch.equal(from_head(model, *batch())[0], from_head(twin, *batch())[0])
 
 
 def test_wrapping_again_replaces_the_options():
@@ -626,7 +645,7 @@ def test_a_model_that_cannot_run_yet():
         wrap_lm_head(model)
     wrap_lm_head(model, scale=0.3)
     model.to_empty(device="cpu").double().load_state_dict(build("cohere").state_dict())
-    assert model.forward.constants == wrap_lm_head(build("cohere")).forward.constants
+    assert model.forward.wrap_lm_head[2] == wrap_lm_head(build("cohere")).forward.wrap_lm_head[2]
 
 
 def test_bad_calls():

@@ -364,6 +364,16 @@ def test_a_model_whose_logits_cannot_be_left_out(make_trainer, make_model, monke
     torch.testing.assert_close(weights(trainer), weights(wanted), rtol=1e-3, atol=1e-5)
 
 
+def test_a_model_is_trained_again(make_trainer, make_model):
+    """accelerate leaves its mixed-precision forward on the model: the reference is a copy under that."""
+    model = make_model()
+    for _ in range(2):
+        trainer = make_trainer(model=model, bf16=True, beta=0.1, max_steps=3)
+        trainer.train()
+        kl = [log["kl"] for log in history(trainer)]
+        assert kl[0] == 0 and kl[1] > 0
+
+
 def test_adapters_are_trained_without_logits(make_trainer, make_model):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
