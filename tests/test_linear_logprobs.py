@@ -347,9 +347,32 @@ def test_memory(backend, device):
     tile = 4 * rows * 2048
     for budget, logits in ((0, tile), (100, 4 * rows * vocab_size)):
         options = dict(logits_budget_mb=budget, tile=(256, 2048))
+        _lm_head._recycled.clear()
         peak = peak_memory(lambda options=options: run(ours, problem, token_ids, upstream_for(token_ids), **options))
         copies = results  # run() makes leaves of the inputs
         assert logits < peak - results - copies < logits + 1.5e6
+
+
+@pytest.mark.only("cpu")
+def test_memory_of_kept_logits_is_used_again(backend, device):
+    """By the next call, unless its logits are still needed; and never seen by it."""
+    _lm_head._recycled.clear()
+    problem, token_ids = random_problem((40,), 130, device)
+    wanted = run(ours, problem, token_ids, upstream_for(token_ids), logits_budget_mb=0.0, tile=TILE)
+    run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE)
+    (memory,) = _lm_head._recycled
+    memory.fill_(255)
+    first, second = (problem.leaves() for _ in range(2))
+    kept = [leaves.call(ours, token_ids, tile=TILE) for leaves in (first, second)]
+    assert not _lm_head._recycled
+    for leaves, outputs in zip((first, second), kept, strict=True):
+        torch.autograd.backward(outputs, upstream_for(token_ids))
+        assert torch.equal(leaves.hidden.grad, wanted["hidden"])
+        assert torch.equal(leaves.weight.grad, wanted["weight"])
+    assert len(_lm_head._recycled) == 1
+    larger, ids = random_problem((80,), 130, device)
+    run(ours, larger, ids, upstream_for(ids), tile=TILE)
+    assert _lm_head._recycled[0].numel() == 4 * 80 * 130
 
 
 def test_num_scored(backend, device, emulated):
