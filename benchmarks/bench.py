@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import pytest
@@ -67,16 +68,18 @@ class Reporter:
             print(reporting.table(last, self.device, self.copy_bandwidth), flush=True)
 
 
+def load(suite: Path) -> ModuleType:
+    """By its path: the tests of an op have the same name."""
+    spec = importlib.util.spec_from_file_location(f"_{suite.stem}", suite)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def ops() -> list[str]:
     """Of every suite."""
-    found = set()
-    for suite in SUITES:
-        spec = importlib.util.spec_from_file_location(f"_{suite.stem}", suite)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found |= {case.op for case in module.CASES}
-    return sorted(found)
+    return sorted({case.op for suite in SUITES for case in load(suite).CASES})
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

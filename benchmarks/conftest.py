@@ -46,18 +46,26 @@ def measure(request, benchmark):
 
         call.restore()
         begin = time.perf_counter()
-        timed()
-        expected = time.perf_counter() - begin
-        fewest, most = suite.ROUNDS
-        rounds = min(max(int(suite.BUDGET / expected), fewest), most)
-        benchmark.group = case.name
-        benchmark.pedantic(timed, setup=call.restore, rounds=rounds)
+        if case.once:
+            peak = suite.peak_bytes(call, device)
+            seconds = [time.perf_counter() - begin]
+        else:
+            timed()
+            benchmark.group = case.name
+            rounds = suite.rounds(time.perf_counter() - begin)
+            benchmark.pedantic(timed, setup=call.restore, rounds=rounds)
+            seconds = benchmark.stats.stats.data
+            peak = suite.peak_bytes(call, device)
         result |= {
-            "rounds": rounds,
-            **suite.percentiles(benchmark.stats.stats.data),
+            "rounds": len(seconds),
+            **suite.percentiles(seconds),
             "bytes_moved": case.moved,
-            "peak_bytes": suite.peak_bytes(call, device),
+            "peak_bytes": peak,
             "wanted": case.wanted.get(implementation),
+            "gradient_bytes": sum(leaf.nbytes for leaf in call.leaves),
+            "bar": suite.bar(case, implementation),
+            "most_bytes": case.most_bytes,
+            "floor": implementation in case.floors,
         }
         benchmark.extra_info.update(result)
 

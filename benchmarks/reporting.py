@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ from rlkernels.cli import instruction_set
 from suite import backends, copy_bandwidth
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "trl", "verl", "torchrl", "openrlhf")
+PACKAGES = ("torch", "triton", "trl", "verl", "torchrl", "openrlhf", "liger_kernel")
 ROW = "  {:<16} {:>10} {:>20} {:>7} {:>8} {:>9}   {}"
 HEADER = ROW.format("implementation", "ms", "20 % - 80 %", "GB/s", "of copy", "peak MB", "").rstrip()
+
+BARS_ROW = "  {:<22} {:>10} {:>20} {:>7} {:>13} {:>9} {:>7} {:>14}"
+BARS_HEADER = BARS_ROW.format(
+    "implementation", "ms", "20 % - 80 %", "ours", "at most", "peak MB", "ours", "at most"
+).rstrip()
 
 Result = dict[str, Any]
 
@@ -76,7 +82,7 @@ def ours_and_peers(results: list[Result], device: str) -> tuple[Result | None, l
     """Of one case: the fastest of our kernels, and everything measured that is not ours."""
     measured = [result for result in results if "p50" in result]
     kernels = [result for result in measured if result["implementation"] in backends(device)[1:]]
-    peers = [result for result in measured if result["implementation"] not in backends(device)]
+    peers = [r for r in measured if r["implementation"] not in backends(device) and not r.get("floor")]
     return min(kernels, key=lambda result: result["p50"], default=None), peers
 
 
@@ -90,14 +96,15 @@ def milliseconds(seconds: float) -> str:
 
 def table(results: list[Result], device: str, copy_bandwidth: float) -> str:
     """One case: each implementation a line, and how many times as fast ours is."""
+    if any(result.get("bar") or result.get("most_bytes") for result in results):
+        return table_of_bars(results, device)
     ours, peers = ours_and_peers(results, device)
     best = min(peers, key=lambda peer: peer["p50"], default=None)
     lines = [results[0]["case"], HEADER]
     for result in results:
         name = result["implementation"]
         if "p50" not in result:
-            what = "WRONG, not timed" if "wrong" in result else "absent"
-            lines.append(f"  {name:<16} {what}: {result.get('wrong') or result['absent']}"[:120])
+            lines.append(unmeasured(result))
             continue
         note = ""
         if result is ours and best is not None:
@@ -117,6 +124,51 @@ def table(results: list[Result], device: str, copy_bandwidth: float) -> str:
             f"{result['peak_bytes'] / 1e6:.2f}",
             note,
         )
+        lines.append(row.rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def unmeasured(result: Result) -> str:
+    what = "WRONG, not timed" if "wrong" in result else "absent"
+    return f"  {result['implementation']:<16} {what}: {result.get('wrong') or result['absent']}"[:120]
+
+
+def net_peak(result: Result) -> int:
+    """Above the inputs and the gradients that are returned, which every implementation must have."""
+    return max(result["peak_bytes"] - result["gradient_bytes"], 0)
+
+
+def table_of_bars(results: list[Result], device: str) -> str:
+    """One case: of each implementation's time and memory, what share ours takes and what it may take. Of several ways
+    to write the same the fastest counts."""
+    ours, _ = ours_and_peers(results, device)
+    fastest: dict[str, Result] = {}
+    for result in results:
+        if "p50" in result and (bar := result["bar"]):
+            fastest[bar["of"]] = min(fastest.get(bar["of"], result), result, key=lambda one: one["p50"])
+
+    def share(measure: Callable[[Result], float], result: Result, most: float | None) -> tuple[str, str]:
+        if ours is None or result["implementation"] in backends(device):
+            return "", ""
+        whole = measure(result)
+        ratio = measure(ours) / whole if whole else float("inf")
+        verdict = "" if most is None else f"{most:.2f} {'met' if ratio <= most else 'MISSED'}"
+        return (f"{ratio:.2f}x" if ratio < 1000 else "-"), verdict
+
+    lines = [results[0]["case"], BARS_HEADER]
+    for result in results:
+        if "p50" not in result:
+            lines.append(unmeasured(result))
+            continue
+        counts = result in fastest.values()
+        bar = result["bar"] if counts else {"time": None, "memory": None}
+        time = share(lambda one: one["p50"], result, bar["time"])
+        memory = ("", "") if result["floor"] else share(net_peak, result, bar["memory"])
+        if result is ours and (most := result["most_bytes"]):
+            memory = "", f"{most / 1e6:,.0f} {'met' if net_peak(result) <= most else 'MISSED'}"
+        spread = f"{milliseconds(result['p20'])} - {milliseconds(result['p80'])}"
+        peak = f"{net_peak(result) / 1e6:,.1f}"
+        row = BARS_ROW.format(result["implementation"], milliseconds(result["p50"]), spread, *time, peak, *memory)
         lines.append(row.rstrip())
     return "\n".join(lines) + "\n"
 

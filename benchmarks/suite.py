@@ -18,6 +18,8 @@ BUDGET = 1.0
 """Seconds that the rounds of one implementation take, about."""
 ROUNDS = (5, 1000)
 """At least, for calls that take longer than that, and at most, for short ones."""
+SLOW = (3.0, 2)
+"""Calls of more seconds than this have so few rounds: they are several times slower than what they are beside."""
 COPIED = 256 * 2**20
 """Bytes, several times what caches hold."""
 METRICS = 16
@@ -40,6 +42,14 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
+@dataclass(frozen=True)
+class Bar:
+    """At most so many times what an implementation takes."""
+
+    time: float | None = None
+    memory: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """One function at one shape.
@@ -56,8 +66,8 @@ class Case:
     eager: Callable | None = None
     peers: dict[str, Peer] = field(default_factory=dict)
     label: str = "forward, float32"
-    gradient: bool = False
-    """Time the gradient by the first input too, with upstream gradients other than 1."""
+    gradient: int = 0
+    """Time the gradient by so many of the first inputs too, with upstream gradients other than 1."""
     overwrites: bool = False
     """The first input is overwritten, and restored between rounds, which is not timed."""
     moved: int = 0
@@ -69,10 +79,25 @@ class Case:
     """What of the outputs every implementation gives."""
     rows: int | None = None
     """Compare the first rows alone, where float64 for all would not fit. For functions of rows."""
+    whole: tuple[int, ...] = ()
+    """Positions of inputs that are not cut to those rows."""
     ulps: int = 16
     """How far an implementation may be off, in ulp of the largest value of an output."""
+    precision: torch.dtype | None = None
+    """Whose ulp that is, where it is not the output's: that of the products on the way."""
     wanted: dict[str, float] = field(default_factory=dict)
     """How many times as fast as an implementation ours is meant to be."""
+    bars: dict[str, Bar] = field(default_factory=dict)
+    """What ours may take of an implementation, or of the fastest of those whose names begin with a word."""
+    most_bytes: int | None = None
+    """Of memory that ours may take."""
+    floors: dict[str, Callable[..., Callable[[], object]]] = field(default_factory=dict)
+    """Work that no implementation can do without: of the inputs, a function that does it on memory that is ready. It
+    is timed beside the implementations, and has no result to check."""
+    with_reference: bool = True
+    """Time the reference too, which for large inputs takes longer than all the others."""
+    once: bool = False
+    """Run once after the check, for the memory, what takes many seconds."""
 
     @property
     def name(self) -> str:
@@ -85,8 +110,17 @@ def backends(device: str) -> tuple[str, ...]:
 
 
 def implementations(case: Case, device: str) -> list[str]:
+    ours = backends(device)[0 if case.with_reference else 1 :]
     plain = ["eager", "torch.compile"] if case.eager else []
-    return [*backends(device), *plain, *(name for name, peer in case.peers.items() if device in peer.devices)]
+    return [*ours, *plain, *(name for name, peer in case.peers.items() if device in peer.devices), *case.floors]
+
+
+def bar(case: Case, name: str) -> dict[str, Any] | None:
+    """What ours may take of the implementation `name`, and which of its kind share the bar."""
+    for kind, most in case.bars.items():
+        if name == kind or name.startswith(f"{kind} "):
+            return {"of": kind, "time": most.time, "memory": most.memory}
+    return None
 
 
 def function_of(case: Case, name: str, device: str) -> Callable:
@@ -138,10 +172,11 @@ class Producer(torch.autograd.Function):
 class Call:
     """One implementation on its inputs: `run()` is what is timed, `restore()` what must come before each run."""
 
-    def __init__(self, function: Callable, inputs: tuple, *, gradient: bool, overwrites: bool = False) -> None:
+    def __init__(self, function: Callable, inputs: tuple, *, gradient: int, overwrites: bool = False) -> None:
         self.function, self.inputs = function, inputs
         self.gradient, self.overwrites = gradient, overwrites
-        self.source, self.leaf = inputs[0], inputs[0].detach().requires_grad_(gradient)
+        self.source = inputs[0]
+        self.leaves = [leaf.detach().requires_grad_() for leaf in inputs[:gradient]]
         self.parameter = torch.zeros((), device=inputs[0].device, requires_grad=True)
         self.upstream: list[Tensor] | None = None
 
@@ -156,8 +191,8 @@ class Call:
             with torch.no_grad():
                 return as_tuple(self.function(*self.inputs))
         # The stand-in is a Python function, whose time is as much as a small op's own: only where it is needed.
-        produced = Producer.apply(self.parameter, self.inputs[0]) if self.overwrites else self.leaf
-        outputs = as_tuple(self.function(produced, *self.inputs[1:]))
+        produced = [Producer.apply(self.parameter, self.inputs[0])] if self.overwrites else self.leaves
+        outputs = as_tuple(self.function(*produced, *self.inputs[len(produced) :]))
         differentiable = [output for output in outputs if output.requires_grad]
         if self.upstream is None:
             self.upstream = upstream(tuple(differentiable))
@@ -172,7 +207,11 @@ def prepared(case: Case, device: str) -> tuple[tuple, tuple[Tensor, ...]]:
     with torch.device(device):
         inputs = case.inputs()
     rows = slice(case.rows)
-    exact = map_tensors(lambda t: (t.double() if t.is_floating_point() else t)[rows] if t.dim() else t, inputs)
+    cut = tuple(
+        value[rows] if isinstance(value, Tensor) and value.dim() and position not in case.whole else value
+        for position, value in enumerate(inputs)
+    )
+    exact = map_tensors(lambda t: t.double() if t.is_floating_point() else t, cut)
     call = Call(case.ours, exact, gradient=case.gradient, overwrites=case.overwrites)
     call.restore()
     return inputs, call.run()
@@ -196,13 +235,18 @@ def check(case: Case, inputs: tuple, got: tuple[Tensor, ...], want: tuple[Tensor
             if case.mask is not None and exact.shape == inputs[case.mask].shape:
                 scored = inputs[case.mask] != 0
                 error, exact = error[scored], exact[scored]
-            bound = case.ulps * torch.finfo(output.dtype).eps * exact.abs().max()
+            eps = max(torch.finfo(dtype).eps for dtype in (output.dtype, case.precision or output.dtype))
+            bound = case.ulps * eps * exact.abs().max()
         if not bool((error <= bound).all()):
             raise WrongResult(f"output {number} is off by {error.max():.3g}; at most {bound.max():.3g} was expected")
 
 
 def prepare(case: Case, name: str, device: str) -> Call:
     """An implementation that has been checked, and is warm."""
+    if name in case.floors:
+        inputs, _ = prepared(case, device)
+        work = case.floors[name](*inputs)
+        return Call(lambda *_: work(), inputs, gradient=0)
     function = function_of(case, name, device)
     inputs, want = prepared(case, device)
     adapt = case.peers[name].adapt if name in case.peers else Peer.adapt
@@ -230,7 +274,17 @@ def peak_bytes(call: Call, device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def rounds(expected: float) -> int:
+    """Of a call that takes so many seconds."""
+    fewest, most = ROUNDS
+    if expected > SLOW[0]:
+        fewest = SLOW[1]
+    return min(max(int(BUDGET / expected), fewest), most)
+
+
 def percentiles(seconds: list[float]) -> dict[str, float]:
+    if len(seconds) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), seconds[0])
     tenths = statistics.quantiles(seconds, n=10, method="inclusive")
     return {"p20": tenths[1], "p50": tenths[4], "p80": tenths[7]}
 

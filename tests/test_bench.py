@@ -22,7 +22,7 @@ import signal
 import torch
 
 import rlkernels
-from suite import Case, Peer
+from suite import Bar, Case, Peer
 
 
 def inputs():
@@ -42,7 +42,25 @@ def slightly_wrong(logprobs, ref):
     return logprobs - ref + (logprobs == 0) * 1e-3
 
 
+def wasteful(logprobs, ref):
+    torch.ones(2000, 2000).exp()
+    return logprobs - ref
+
+
 CASES = [
+    Case(
+        "bars",
+        (64,),
+        inputs,
+        ours=lambda *inputs: rlkernels.kl_penalty(*inputs, estimator="k1"),
+        gradient=1,
+        peers={"naive": Peer(lambda: torch.sub), "naive wasteful": Peer(lambda: wasteful)},
+        bars={"naive": Bar(time=1000, memory=0.001), "floor": Bar(time=1000)},
+        floors={"floor": lambda *inputs: lambda: wasteful(*inputs)},
+        most_bytes=10**6,
+        with_reference=False,
+    ),
+    Case("bars", (64,), inputs, ours=lambda *inputs: inputs[0] - inputs[1], label="once", once=True),
     Case(
         "tiny",
         (64,),
@@ -143,6 +161,40 @@ def test_compare_and_plot(run, saved):
     ratios = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("  tiny [64] forward")]
     assert len(ratios) == 3 and all(float(ratio) > 0 for ratio in ratios)
     assert (run.folder / "bench_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def barred(run):
+    """What was said of the first case, and the results of both."""
+    path = run.folder / "bars.json"
+    done = run("--op", "bars", "--save", str(path), "--plot")
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 120
+    table = next(part for part in done.stdout.split("\n\n") if part.startswith("bars [64] forward"))
+    results = reporting.by_case(json.loads(path.read_text())["results"])
+    return table.splitlines(), results["bars [64] forward, float32"], results["bars [64] once"]
+
+
+def test_bars_of_time_and_memory(barred):
+    cells = {line[2:24].strip(): line[24:] for line in barred[0] if line.startswith("  ")}
+    assert cells["cpu"].endswith("1 met")  # 1 MB
+    assert "1000.00 met" in cells["naive"] and "0.00 MISSED" in cells["naive"]
+    # The faster of two ways counts; the other's shares are told.
+    assert "x" in cells["naive wasteful"] and "1000.00" not in cells["naive wasteful"]
+    assert "1000.00 met" in cells["floor"] and "MISSED" not in cells["floor"]
+
+
+def test_a_floor_is_no_peer(barred):
+    results = barred[1]
+    assert [result["implementation"] for result in results] == ["cpu", "naive", "naive wasteful", "floor"]
+    ours, peers = reporting.ours_and_peers(results, "cpu")
+    assert ours is results[0] and peers == results[1:3]
+    assert all(result["gradient_bytes"] == (0 if result["floor"] else 256) for result in results)
+    assert reporting.net_peak(results[2]) == results[2]["peak_bytes"] - 256 > 31 * 10**6
+
+
+def test_once(barred):
+    for result in barred[2]:
+        assert result["rounds"] == 1 and 0 < result["p20"] == result["p50"] == result["p80"]
 
 
 def test_nothing_in_common_is_told(run, saved):
@@ -274,6 +326,43 @@ def test_a_wrong_gradient_is_refused():
     suite.check(case, (x,), suite.Call(lambda x: x * x, (x,), gradient=True).run(), want)
     with pytest.raises(suite.WrongResult, match="output 1"):
         suite.check(case, (x,), suite.Call(detached, (x,), gradient=True).run(), want)
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(1e-9, 1000), (0.01, 100), (1, 5), (2.9, 5), (3.1, 2)])
+def test_rounds(seconds, count):
+    assert suite.rounds(seconds) == count
+
+
+def test_gradients_of_several_inputs():
+    x, y = torch.linspace(1, 2, 64), torch.linspace(-1, 1, 64)
+    want = suite.Call(torch.mul, (x.double(), y.double()), gradient=2).run()
+    assert len(want) == 3
+    case = suite.Case("op", (64,), lambda: (), ours=None)
+
+    def of_one_alone(x, y):
+        return x * y.detach() + 0 * y
+
+    suite.check(case, (x, y), suite.Call(torch.mul, (x, y), gradient=2).run(), want)
+    with pytest.raises(suite.WrongResult, match="output 2"):
+        suite.check(case, (x, y), suite.Call(of_one_alone, (x, y), gradient=2).run(), want)
+
+
+def test_products_of_fewer_digits_are_given_their_rounding():
+    off = (WANT.float() * (1 + 1e-2),)
+    checked(off, precision=torch.bfloat16)
+    with pytest.raises(suite.WrongResult):
+        checked(off)
+
+
+def test_inputs_that_are_not_rows_stay_whole():
+    def inputs():
+        return torch.randn(6, 3), torch.randn(5, 3)
+
+    options = dict(inputs=inputs, ours=lambda x, weight: x @ weight.T, gradient=1, rows=2, whole=(1,))
+    case = suite.Case("op", (6, 3), **options)
+    output, gradient = suite.prepared(case, "cpu")[1]
+    assert output.shape == (2, 5) and gradient.shape == (2, 3)
+    suite.prepare(case, "reference", "cpu")
 
 
 def test_each_metric_is_compared_by_itself():
