@@ -4,15 +4,12 @@ import torch
 
 import peer_modules
 import rlkernels
+from eager_policy_loss import BETA, HIGH, LOW, trl_policy_loss
 from suite import Case, Peer, response_mask
 
 SHAPE = (64, 1024)
 SIZE = 4 * SHAPE[0] * SHAPE[1]
-LOW, HIGH, BETA, CLIP = 0.2, 0.28, 0.04, 0.2
-WITHOUT_ENTROPY_AND_SAMPLER = (torch.zeros(()), torch.ones(()), torch.zeros(()))
-"""Of our metrics those that the case does not ask for."""
-
-
+CLIP = 0.2
 TRL_METRICS = ("ratio_mean", "clip_fraction_low", "clip_fraction_high", "approx_kl", "ref_kl", "num_tokens")
 
 
@@ -21,31 +18,6 @@ def policy_inputs():
     old = logprobs + 0.2 * torch.randn(SHAPE)
     reference = logprobs + 0.3 * torch.randn(SHAPE)
     return logprobs, old, 1 + torch.randn(SHAPE[0]), response_mask(SHAPE), reference
-
-
-def trl_policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs):
-    """The arithmetic of GRPOTrainer with beta > 0: k3, two-sided clipping, the mean over tokens, and its metrics."""
-    advantages = advantages.unsqueeze(1)
-    log_ratio = logprobs - old_logprobs
-    ratio = torch.exp(log_ratio)
-    kl = torch.exp(ref_logprobs - logprobs) - (ref_logprobs - logprobs) - 1
-    loss = -torch.min(ratio * advantages, ratio.clamp(1 - LOW, 1 + HIGH) * advantages) + BETA * kl
-    tokens = mask.sum()
-
-    def mean(values):
-        return (values * mask).sum() / tokens
-
-    with torch.no_grad():
-        metrics = [
-            mean(ratio),
-            mean((ratio < 1 - LOW) & (advantages < 0)),
-            mean((ratio > 1 + HIGH) & (advantages > 0)),
-            mean(ratio - 1 - log_ratio),
-            mean(kl),
-            *WITHOUT_ENTROPY_AND_SAMPLER,
-            tokens,
-        ]
-    return mean(loss), torch.stack([metric.float() for metric in metrics])
 
 
 def our_policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs):

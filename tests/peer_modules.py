@@ -18,6 +18,10 @@ def torchrl(module: str = "objectives.value.functional") -> ModuleType:
     return importlib.import_module(f"torchrl.{module}")
 
 
+def liger(module: str = "chunked_loss") -> ModuleType:
+    return importlib.import_module(f"liger_kernel.{module}")
+
+
 def openrlhf(module: str = "models.loss") -> ModuleType:
     """OpenRLHF's packages import DeepSpeed, flash-attn and Ray actors on the way to any of their modules. The modules
     with arithmetic need none of it: their packages stand in empty, and so does what they merely name."""
