@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
+import head_traffic
 import rlkernels
 from rlkernels.ops import _registry
 
@@ -323,6 +324,9 @@ def main() -> int:
         print(f"| {' | '.join(cells)} |", flush=True)
         if line.ours and line.ratio > MOST:
             excessive.append(line.name)
+    print()
+    for text in head_traffic.section():
+        print(text, flush=True)
     if excessive:
         print(f"error: more than {MOST} times the least possible: {'; '.join(excessive)}", file=sys.stderr)
     return int(bool(excessive))

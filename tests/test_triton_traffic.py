@@ -11,6 +11,7 @@ if not INTERPRETED:
 import triton
 import triton.language as tl
 
+import head_traffic
 import rlkernels
 import traffic
 
@@ -68,9 +69,11 @@ def test_reading_twice_is_seen(monkeypatch, capsys):
         yield traffic.measured("copy", copy, torch.ones(1000), 2, torch.ones(1))
 
     monkeypatch.setattr(traffic, "CASES", [case])
+    monkeypatch.setattr(head_traffic, "SHAPES", [((256, 32, 640), torch.float32, (128, 128))])
     assert traffic.main() == 1
     captured = capsys.readouterr()
     assert "1.500" in captured.out and "error: " in captured.err
+    assert "| linear_policy_loss | [256, 32, 640] float32 | 3.00 | 0.0 |" in captured.out
 
 
 def test_counting_ends():
