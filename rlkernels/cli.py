@@ -22,6 +22,10 @@ OPS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("token_logprobs", "kl_penalty", "shaped_rewards", "group_advantages"), _registry.KERNEL_BACKENDS),
     **dict.fromkeys(("gae", "discounted_returns", "td_lambda", "vtrace"), _registry.KERNEL_BACKENDS),
     **dict.fromkeys(("masked_mean", "masked_whiten"), _registry.WITHOUT_CUDA),
+    **dict.fromkeys(
+        ("linear_token_logprobs", "linear_policy_loss", "linear_preference_logps", "linear_kl_divergence"),
+        _registry.WITHOUT_CUDA,
+    ),
     **dict.fromkeys(("policy_loss", "value_loss"), _registry.KERNEL_BACKENDS),
     **dict.fromkeys(("preference_loss", "reward_pair_loss"), ()),
 }

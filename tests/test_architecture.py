@@ -97,13 +97,14 @@ def test_import_is_light():
     assert done.stderr == ""
 
 
-# Where there is nothing to gain from a kernel: pairs of sequences are few.
-PLAIN_PYTORCH = {"preference_loss"}
+# Where there is nothing to gain from a kernel, pairs of sequences being few; and what is put together from the kernels
+# of other ops and the library's matrix products.
+WITHOUT_KERNELS = {"preference_loss", "linear_logprobs", "linear_policy_loss", "linear_preference_logps", "linear_kl"}
 # Triton serves GPUs alone.
 WITHOUT_CUDA = {"masked"}
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in PLAIN_PYTORCH])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in WITHOUT_KERNELS])
 def test_op_stands_under_one_name_in_every_backend(op):
     places = [
         f"csrc/include/rlkernels/{op}.h",

@@ -88,18 +88,49 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
 def completion_logprobs(model: nn.Module, batch: dict[str, Any], temperature: float) -> Tensor:
     """log p of each completion token of `rollout.lay_out`, float32 [B, T]; 0 at padding. The model is one that
     `needs_no_logits`: only what predicts a completion's tokens meets the LM head, and logits are never stored."""
-    completion_ids = batch["completion_ids"]
-    before = batch["input_ids"].shape[1] - completion_ids.shape[1]
-    output = model(
+    options = {"temperature": temperature, "num_scored": batch["num_scored"], "return_entropy": False}
+    output = _forward(model, batch, return_token_logprobs=True, logprob_options=options)
+    return output.token_logprobs[:, _prompt_length(batch) :]
+
+
+def completion_policy_loss(
+    model: nn.Module, batch: dict[str, Any], temperature: float, old_logprobs: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """policy_loss of the same log-probabilities and their entropy; the gradients of the LM head are made on the way."""
+    before = _prompt_length(batch)
+
+    def loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
+        if head["adapter"] is not None:
+            head["adapter"] = (head["adapter"][0][:, before:], head["adapter"][1])
+        return rlkernels.linear_policy_loss(
+            hidden[:, before:],
+            weight,
+            token_ids[:, before:],
+            old_logprobs,
+            batch["advantages"],
+            batch["mask"],
+            temperature=temperature,
+            num_scored=batch["num_scored"],
+            **head,
+            **options,
+        )
+
+    return _forward(model, batch, head_function=loss).head_output
+
+
+def _forward(model: nn.Module, batch: dict[str, Any], **options: Any) -> Any:
+    return model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"],
-        shift_labels=nn.functional.pad(completion_ids, (before, 0), value=IGNORE),
-        return_token_logprobs=True,
-        logprob_options={"temperature": temperature, "num_scored": batch["num_scored"], "return_entropy": False},
+        shift_labels=nn.functional.pad(batch["completion_ids"], (_prompt_length(batch), 0), value=IGNORE),
         use_cache=False,
+        **options,
     )
-    return output.token_logprobs[:, before:]
+
+
+def _prompt_length(batch: dict[str, Any]) -> int:
+    return batch["input_ids"].shape[1] - batch["completion_ids"].shape[1]
 
 
 def needs_no_logits(model: nn.Module) -> bool:

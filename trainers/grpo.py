@@ -22,6 +22,7 @@ from .common import (
     check_columns,
     completion_logprobs,
     completion_logprobs_from_logits,
+    completion_policy_loss,
     load_model,
     needs_no_logits,
 )
@@ -96,7 +97,8 @@ class GRPOTrainer(OnlineTrainer):
 
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
-        self.completion_logprobs = completion_logprobs if needs_no_logits(model) else completion_logprobs_from_logits
+        self.needs_no_logits = needs_no_logits(model)
+        self.completion_logprobs = completion_logprobs if self.needs_no_logits else completion_logprobs_from_logits
         # A copy is wrapped as the model is.
         reference = copy.deepcopy(model).eval().requires_grad_(False) if args.beta > 0 else None
         super().__init__(
@@ -269,33 +271,34 @@ class GRPOTrainer(OnlineTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        logprobs = self.completion_logprobs(model, inputs, self.args.temperature)
         old, ref = inputs.get("old_logprobs"), inputs.get("ref_logprobs")
         aggregate: dict[str, Any] = {
-            "mask": inputs["mask"],
             "aggregation": AGGREGATION[self.args.loss_type],
             "normalizer": inputs["normalizer"],
         }
         # ratio x k3 has the gradient ratio x k2's, so that where the ratio is 1 it is the straight-through k3.
         corrected = self.args.use_bias_correction_kl
         fused = old is None or not corrected
-        loss, values = rlkernels.policy_loss(
-            logprobs,
-            old,
-            inputs["advantages"],
-            clip_low=self.args.epsilon,
-            clip_high=self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high,
-            ref_logprobs=ref,
-            kl_coef=self.args.beta if fused else 0.0,
-            kl_estimator="k3+" if corrected else "k3",
+        options: dict[str, Any] = {
+            "clip_low": self.args.epsilon,
+            "clip_high": self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high,
+            "ref_logprobs": ref,
+            "kl_coef": self.args.beta if fused else 0.0,
+            "kl_estimator": "k3+" if corrected else "k3",
             **aggregate,
-        )
-        if ref is not None and not fused:
-            penalty = (logprobs - old).exp() * rlkernels.kl_penalty(logprobs, ref, estimator="k3")
-            # With advantage -1, reinforce is the plain mean of what stands in the place of the log-probabilities.
-            minus_one = -torch.ones_like(inputs["advantages"])
-            kl, _ = rlkernels.policy_loss(penalty, None, minus_one, objective="reinforce", **aggregate)
-            loss = loss + self.args.beta * kl
+        }
+        if self.needs_no_logits and (fused or ref is None):
+            loss, values = completion_policy_loss(model, inputs, self.args.temperature, old, **options)
+        else:
+            logprobs = self.completion_logprobs(model, inputs, self.args.temperature)
+            advantages, mask = inputs["advantages"], inputs["mask"]
+            loss, values = rlkernels.policy_loss(logprobs, old, advantages, mask, **options)
+            if ref is not None and not fused:
+                penalty = (logprobs - old).exp() * rlkernels.kl_penalty(logprobs, ref, estimator="k3")
+                # With advantage -1, reinforce is the plain mean of what stands in the place of the log-probabilities.
+                minus_one = -torch.ones_like(advantages)
+                kl, _ = rlkernels.policy_loss(penalty, None, minus_one, mask, objective="reinforce", **aggregate)
+                loss = loss + self.args.beta * kl
         names = rlkernels.policy_loss.metrics  # type: ignore[attr-defined]
         self._record_loss(dict(zip(names, values.unbind(), strict=True)))
         return loss

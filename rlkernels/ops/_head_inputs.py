@@ -11,6 +11,7 @@ from rlkernels.ops._lm_head import Head, Rows, fill_up, scored_index, shares
 from rlkernels.ops.logprobs import check_ids
 
 LOGITS_BUDGET_MB = 128.0
+LOSS_LOGITS_BUDGET_MB = 64.0
 
 
 @dataclass(frozen=True)

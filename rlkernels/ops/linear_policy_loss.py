@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rlkernels.ops import _checks, _registry
-from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, check_tokens, start
+from rlkernels.ops._head_inputs import LOSS_LOGITS_BUDGET_MB, Inputs, Options, check_head, check_tokens, start
 from rlkernels.ops._lm_head import (
     Gradients,
     Head,
@@ -40,7 +40,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     group: Any = None,
     num_scored: int | None = None,
-    logits_budget_mb: float = LOGITS_BUDGET_MB,
+    logits_budget_mb: float = LOSS_LOGITS_BUDGET_MB,
     tile: tuple[int, int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:

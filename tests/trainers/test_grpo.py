@@ -194,14 +194,17 @@ def group_rewards(completions, **kwargs):
 def rows_run(monkeypatch):
     """The number of rows of each micro-batch that runs through the model with a gradient."""
     counts = []
-    original = grpo.completion_logprobs
 
-    def counting(model, batch, temperature):
-        if torch.is_grad_enabled():
-            counts.append(len(batch["input_ids"]))
-        return original(model, batch, temperature)
+    def counting(original):
+        def function(model, batch, *args, **options):
+            if torch.is_grad_enabled():
+                counts.append(len(batch["input_ids"]))
+            return original(model, batch, *args, **options)
 
-    monkeypatch.setattr(grpo, "completion_logprobs", counting)
+        return function
+
+    for name in ("completion_logprobs", "completion_policy_loss"):
+        monkeypatch.setattr(grpo, name, counting(getattr(grpo, name)))
     return counts
 
 
