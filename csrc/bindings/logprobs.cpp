@@ -1,25 +1,14 @@
 #include "cpu/logprobs.h"
 
-#include "bindings.h"
+#include "logit_rows.h"
 
 namespace rlk {
 namespace {
-
-DType dtype_of(const Tensor& logits) {
-  if (logits.scalar_type() == ScalarType::BFloat16) return DType::kBFloat16;
-  if (logits.scalar_type() == ScalarType::Half) return DType::kFloat16;
-  return DType::kFloat32;
-}
 
 LogitRows logit_rows(const Tensor& logits) {
   const DType dtype = dtype_of(logits);
   return {logits.data_ptr(), dtype,           logits.size(0) * logits.size(1), logits.size(1), logits.size(2),
           logits.stride(0),  logits.stride(1)};
-}
-
-// Of a tile [R, v] with dense rows.
-LogitRows tile_rows(const Tensor& tile) {
-  return {tile.data_ptr(), dtype_of(tile), tile.size(0), tile.size(0), tile.size(1), 0, tile.stride(0)};
 }
 
 TokenLogprobs logprobs_problem(const Tensor& logits, const Tensor& token_ids, double temperature, double softcap,

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/logprobs.h"
-#include "simd.h"
+#include "logit_rows.h"
 
 namespace rlk {
 namespace {
@@ -20,18 +19,6 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kPrefetchBytes = 2048;
 static_assert(TokenLogprobs::kBlock % kChunk == 0);
 
-template <typename Function>
-void with_element_type(DType dtype, Function function) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return function(float{});
-    case DType::kBFloat16:
-      return function(BFloat16{});
-    case DType::kFloat16:
-      return function(Float16{});
-  }
-}
-
 float to_float(float x) { return x; }
 float to_float(BFloat16 x) { return load(&x, 1).lanes[0]; }
 float to_float(Float16 x) { return load(&x, 1).lanes[0]; }
@@ -41,12 +28,6 @@ T from_float(float x) {
   T element;
   store(&element, Vec(x), 1);
   return element;
-}
-
-template <typename T>
-T* row_start(const LogitRows& logits, int64_t row) {
-  return static_cast<T*>(logits.data) + row / logits.inner * logits.outer_stride +
-         row % logits.inner * logits.inner_stride;
 }
 
 template <typename F>

@@ -44,7 +44,7 @@ def exp_of_double(x):
 
 @triton.jit
 def log1p(x):
-    """For 0 <= x <= 1: 2 artanh(s) with s = x / (2 + x) <= 1/3, eight terms of its series."""
+    """For -1/2 <= x <= 1: 2 artanh(s) with s = x / (2 + x), |s| <= 1/3, eight terms of its series."""
     s = x / (2.0 + x)
     q = s * s
     r = 1.0 / 13 + q * (1.0 / 15)

@@ -1,0 +1,36 @@
+"""What `linear_kl_divergence` asks of the kernels: the divergence of two tiles of logits, and its gradient.
+
+kl_divergence_part: from tiles [R, v] of the student's and the teacher's logits their part, [2, R], of each row's
+
+    divergence  whose terms are all >= 0
+    centre      forward: sum (p_S - p_T), 0 but for the rounding of the statistics
+                reverse, js: sum p_S L, L = log(p_S / p_T) or log(p_S / m)
+
+kl_divergence_part_backward: writes `grad` times the gradient of the student's logits to `gradient`, which may be the
+student's tile itself, from the centre of the whole row; for temperature 1 and no softcap
+
+    forward: p_S - p_T - p_S centre    reverse: p_S (L - centre)    js: (1 - beta) p_S (L - centre)
+
+A row whose grad is 0 gets 0, whatever it holds. Parts of a row are added. *_stats [2, R] are its largest capped logit
+y, and the logarithm of its sum of exp((y - largest) / temperature); kind is an index into
+reference.kl_divergence.KINDS.
+"""
+
+import torch
+
+from rlkernels.ops import _registry
+
+_OPTIONS = "int kind, float beta, float temperature, float teacher_temperature, float softcap, float teacher_softcap"
+_registry.define(
+    "kl_divergence_part",
+    f"(Tensor student, Tensor teacher, Tensor student_stats, Tensor teacher_stats, {_OPTIONS}) -> Tensor",
+    lambda student, *rest: student.new_empty((2, student.shape[0]), dtype=torch.float32),
+    backends=_registry.WITHOUT_CUDA,
+)
+_registry.define(
+    "kl_divergence_part_backward",
+    "(Tensor grad, Tensor centre, Tensor student, Tensor teacher, Tensor student_stats, Tensor teacher_stats, "
+    f"{_OPTIONS}, Tensor(a!) gradient) -> ()",
+    lambda *inputs: None,
+    backends=_registry.WITHOUT_CUDA,
+)
