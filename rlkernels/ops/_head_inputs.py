@@ -61,22 +61,26 @@ def check_head(
     group: Any,
     num_scored: int | None,
     tile: tuple[int, int] | None,
+    prefix: str = "",
 ) -> tuple[Inputs, Options]:
-    """What the functions of an LM head take, checked, in the dtype of the products and with one leading dimension."""
-    _checks.tensor("hidden", hidden, _checks.FLOATS)
-    _checks.tensor("weight", weight, _checks.FLOATS)
+    """What the functions of an LM head take, checked, in the dtype of the products and with one leading dimension.
+    `prefix` is that of the names of hidden, weight, bias, softcap and scale."""
+    _checks.tensor(f"{prefix}hidden", hidden, _checks.FLOATS)
+    _checks.tensor(f"{prefix}weight", weight, _checks.FLOATS)
     _checks.tensor("token_ids", token_ids, _checks.INTEGERS)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"hidden must have the shape [..., H] with H >= 1; got {list(hidden.shape)}")
+        raise ValueError(f"{prefix}hidden must have the shape [..., H] with H >= 1; got {list(hidden.shape)}")
     width = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != width:
-        raise ValueError(f"weight must have the shape [V, {width}] with V >= 1; got {list(weight.shape)}")
+        raise ValueError(f"{prefix}weight must have the shape [V, {width}] with V >= 1; got {list(weight.shape)}")
     vocab_size = weight.shape[0]
-    _checks.shape("token_ids", token_ids, tuple(hidden.shape[:-1]), because="that of hidden without its last dimension")
-    named: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
+    _checks.shape(
+        "token_ids", token_ids, tuple(hidden.shape[:-1]), because=f"that of {prefix}hidden without its last dimension"
+    )
+    named: dict[str, Tensor | None] = {f"{prefix}weight": weight, f"{prefix}bias": bias}
     if bias is not None:
-        _checks.tensor("bias", bias, _checks.FLOATS)
-        _checks.shape("bias", bias, (vocab_size,), because="one a row of weight")
+        _checks.tensor(f"{prefix}bias", bias, _checks.FLOATS)
+        _checks.shape(f"{prefix}bias", bias, (vocab_size,), because=f"one a row of {prefix}weight")
     if adapter is not None:
         if not isinstance(adapter, tuple | list) or len(adapter) != 2:
             raise TypeError(f"adapter must be a pair of tensors; got {type(adapter).__name__}")
@@ -88,18 +92,18 @@ def check_head(
                 f"adapter[0] must have the shape {[*hidden.shape[:-1], 'r']} with r >= 1; got {list(adapter[0].shape)}"
             )
         _checks.shape("adapter[1]", adapter[1], (vocab_size, adapter[0].shape[-1]), because="[V, r]")
-    _checks.same_device("token_ids", token_ids, "hidden", hidden)
+    _checks.same_device("token_ids", token_ids, f"{prefix}hidden", hidden)
     dtype = hidden.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     for name, value in named.items():
         if value is not None:
-            _checks.same_device(name, value, "hidden", hidden)
+            _checks.same_device(name, value, f"{prefix}hidden", hidden)
             if dtype == hidden.dtype and value.dtype != dtype:
-                raise TypeError(f"{name} must have the dtype of hidden, {dtype}; got {value.dtype}")
+                raise TypeError(f"{name} must have the dtype of {prefix}hidden, {dtype}; got {value.dtype}")
     temperature = _checks.number("temperature", temperature, above=0.0)
-    softcap = 0.0 if softcap is None else _checks.number("softcap", softcap, above=0.0)
-    scale = _checks.number("scale", scale, above=0.0)
+    softcap = 0.0 if softcap is None else _checks.number(f"{prefix}softcap", softcap, above=0.0)
+    scale = _checks.number(f"{prefix}scale", scale, above=0.0)
     _checks.integer("ignore_index", ignore_index)
     if num_scored is not None:
         _checks.integer("num_scored", num_scored)

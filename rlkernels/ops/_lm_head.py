@@ -272,11 +272,23 @@ class Head:
         if rows.adapter is not None and self.adapter_weight is not None:
             multiply(rows.adapter[block], self.adapter_weight[vocab].t(), out, None, add=True)
 
+    def logits_tile(self, rows: Rows, block: slice, vocab: slice) -> Tensor:
+        """Logits of a block of rows and a range of the vocabulary, in memory that the next such tile takes."""
+        tile = self._buffer("tile", self.logits_dtype, block.stop - block.start, vocab.stop - vocab.start)
+        self.logits(rows, block, vocab, tile)
+        return tile
+
     def forward(
         self, rows: Rows, kept: Tensor | None, also: Callable[[Tensor, slice, slice], None] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities [R], entropy [R] and row_stats [2, R]. Leaves the logits in `kept`, and shows each tile to
         `also`."""
+        return finish(self.sums(rows, kept, also), self.temperature)
+
+    def sums(
+        self, rows: Rows, kept: Tensor | None, also: Callable[[Tensor, slice, slice], None] | None = None
+    ) -> Tensor:
+        """The part [4, R] of all tiles; the rest as forward."""
         part_of = self._row_op("token_logprobs_part")
         token_ids = self.local_ids(rows)
         parts = self.weight.new_empty(len(self.vocab_tiles), 4, len(rows), dtype=working_dtype(self.weight))
@@ -284,15 +296,15 @@ class Head:
         for number, vocab in enumerate(self.vocab_tiles):
             for block in slices(len(rows), self.block_rows):
                 if tiles is None:
-                    tile = self._buffer("tile", self.logits_dtype, self.block_rows, vocab.stop - vocab.start)
+                    tile = self.logits_tile(rows, block, vocab)
                 else:
                     tile = tiles[number][block]
-                self.logits(rows, block, vocab, tile)
+                    self.logits(rows, block, vocab, tile)
                 options = (self.temperature, self.softcap, PADDING, self.entropy)
                 parts[number, :, block] = part_of(tile, token_ids[block], vocab.start, *options)
                 if also is not None:
                     also(tile, block, vocab)
-        return finish(self.join(parts), self.temperature)
+        return self.join(parts)
 
     def backward(
         self,
@@ -307,8 +319,39 @@ class Head:
         *,
         add: bool = False,
     ) -> None:
+        """From the gradients of log-probabilities and entropy, and what Head.forward gave."""
+        token_ids = self.local_ids(rows)
+
+        def to_gradient(vocab: slice, block: slice, tile: Tensor, gradient: Tensor) -> None:
+            self._row_op("token_logprobs_part_backward")(
+                None if grad_logprobs is None else grad_logprobs[block],
+                None if grad_entropy is None else grad_entropy[block],
+                tile,
+                token_ids[block],
+                vocab.start,
+                logprobs[block],
+                entropy[block] if grad_entropy is not None else entropy,
+                row_stats[:, block].contiguous(),
+                self.temperature,
+                self.softcap,
+                PADDING,
+                gradient,
+            )
+
+        self.backward_tiles(rows, to_gradient, kept, gradients, add=add)
+
+    def backward_tiles(
+        self,
+        rows: Rows,
+        to_gradient: Callable[[slice, slice, Tensor, Tensor], None],
+        kept: Tensor | None,
+        gradients: Gradients,
+        *,
+        add: bool = False,
+    ) -> None:
         """Turns each tile of logits, kept or computed again, into its gradient, in place where the dtype allows, and
-        that into those of its factors. With `add` the weights' go on top of what is there."""
+        that into those of its factors: to_gradient(range of the vocabulary, block of rows, tile, gradient) writes it.
+        With `add` the weights' go on top of what is there."""
         of_rows = [(gradients.hidden, self.weight), (gradients.adapter, self.adapter_weight)]
         of_weights = [
             ("weight", gradients.weight, rows.hidden),
@@ -318,7 +361,6 @@ class Head:
             for out in (gradients.weight, gradients.bias, gradients.adapter_weight):
                 if out is not None:
                     out.zero_()
-        token_ids = self.local_ids(rows)
         # Kept logits become their gradient where they are, in one piece; others in a tile of so many rows.
         in_place = kept is not None and self.logits_dtype == self.weight.dtype
         most = max(CHUNK_ROWS // self.block_rows, 1) * self.block_rows
@@ -335,20 +377,7 @@ class Head:
                     block = slice(chunk.start + at.start, chunk.start + at.stop)
                     if strip is None:
                         self.logits(rows, block, vocab, tile[at])
-                    self._row_op("token_logprobs_part_backward")(
-                        None if grad_logprobs is None else grad_logprobs[block],
-                        None if grad_entropy is None else grad_entropy[block],
-                        tile[at],
-                        token_ids[block],
-                        vocab.start,
-                        logprobs[block],
-                        entropy[block] if grad_entropy is not None else entropy,
-                        row_stats[:, block].contiguous(),
-                        self.temperature,
-                        self.softcap,
-                        PADDING,
-                        gradient[at],
-                    )
+                    to_gradient(vocab, block, tile[at], gradient[at])
                     for out, weight in of_rows:
                         if out is not None and weight is not None:
                             scratch = self._scratch(self.block_rows, weight.shape[1])
