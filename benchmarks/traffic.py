@@ -187,6 +187,23 @@ def token_logprobs_part() -> Iterator[Line]:
     yield Line("token_logprobs_part backward", shape, traffic, size_of(tile, gradient, *per_row, *upstream))
 
 
+def kl_divergence() -> Iterator[Line]:
+    """Of two tiles, which the second kernel reads once the sums of their rows are known."""
+    rows, vocab_size = 4, 16384
+    tiles, gradient = numbers(2, rows, vocab_size), torch.empty(rows, vocab_size, dtype=torch.bfloat16)
+    stats, upstream = numbers(2, 2, rows), numbers(2, rows)
+    shape = f"[rows, {vocab_size}] float32, bfloat16"
+    for number, kind in enumerate(("forward", "reverse", "js")):
+        options = (number, 0.3, 1.0, 1.0, 0.0, 0.0)
+        with counting() as traffic:
+            parts = _registry.op("kl_divergence_part", "triton")(*tiles, *stats, *options)
+        yield Line(f"kl_divergence_part, {kind}", shape, traffic, size_of(tiles, stats, parts))
+        with counting() as traffic:
+            _registry.op("kl_divergence_part_backward", "triton")(*upstream, *tiles, *stats, *options, gradient)
+        least = size_of(tiles, stats, upstream, gradient)
+        yield Line(f"kl_divergence_part backward, {kind}", shape, traffic, least)
+
+
 BATCH, TIME = 8, 4096
 SHAPE = (BATCH, TIME)
 
@@ -292,6 +309,7 @@ CASES: list[Case] = [
     *(lambda dtype=dtype: our_logprobs(dtype) for dtype in (torch.float32, torch.bfloat16)),
     lambda: our_logprobs(torch.bfloat16, inplace_backward=True),
     token_logprobs_part,
+    kl_divergence,
     *(lambda dtype=dtype: trl_logprobs(dtype) for dtype in (torch.float32, torch.bfloat16)),
     kl_penalty,
     group_advantages,

@@ -4,6 +4,7 @@
     linear_token_logprobs  the same from hidden states and the LM head, whose logits are never stored; beside it
                         linear_policy_loss, linear_preference_logps
     wrap_lm_head        makes a Hugging Face causal LM give these; unwrap_lm_head undoes it
+    linear_kl_divergence  divergence from a teacher over the whole vocabulary, from the hidden states and heads of both
     kl_penalty          per-token estimates of the KL divergence from a reference model
     shaped_rewards      per-token rewards: a score at the end of each sequence, less a KL penalty at every token
     group_advantages    rewards relative to their group: GRPO, RLOO, Dr. GRPO
@@ -25,6 +26,7 @@ from rlkernels.ops import _registry
 from rlkernels.ops._registry import use_backend
 from rlkernels.ops.groups import group_advantages
 from rlkernels.ops.kl import kl_penalty, shaped_rewards
+from rlkernels.ops.linear_kl import linear_kl_divergence
 from rlkernels.ops.linear_logprobs import linear_token_logprobs
 from rlkernels.ops.linear_policy_loss import linear_policy_loss
 from rlkernels.ops.linear_preference_logps import linear_preference_logps
@@ -41,6 +43,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl_penalty",
+    "linear_kl_divergence",
     "linear_policy_loss",
     "linear_preference_logps",
     "linear_token_logprobs",

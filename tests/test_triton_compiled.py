@@ -27,6 +27,7 @@ from gpu_assembly import (
     innermost_loop_with_loads,
 )
 from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, recurrence, value_loss
+from rlkernels.triton import kl_divergence as kl_divergences
 
 INF = math.inf
 
@@ -84,6 +85,29 @@ def token_logprobs_part(
     saved = (empty(rows), empty(rows), empty(2, rows))
     output = empty(rows, vocab_size, dtype=gradient) if gradient else logits
     logprobs.token_logprobs_part_backward(*grads, logits, token_ids, vocab_start, *saved, *options, output)
+
+
+def kl_divergence(
+    dtype: torch.dtype,
+    vocab_size: int = 8192,
+    *,
+    kind: int = 0,
+    teacher: torch.dtype | None = None,
+    gradient: torch.dtype | None = None,
+    rows: int = 6,
+    stride: int | None = None,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+    teacher_softcap: float = 0.0,
+) -> None:
+    """In place, or with a gradient of a dtype of its own."""
+    student = empty(rows, vocab_size, dtype=dtype, strides=(stride, 1) if stride else None)
+    tiles = (student, empty(rows, vocab_size, dtype=teacher or dtype))
+    options = (kind, 0.3, temperature, temperature, softcap, teacher_softcap)
+    stats = (empty(2, rows), empty(2, rows))
+    kl_divergences.kl_divergence_part(*tiles, *stats, *options)
+    output = empty(rows, vocab_size, dtype=gradient) if gradient else student
+    kl_divergences.kl_divergence_part_backward(empty(rows), empty(rows), *tiles, *stats, *options, output)
 
 
 def kl_penalty(estimator: int, straight_through: bool = False) -> None:
@@ -223,6 +247,7 @@ def recur(
 
 # name: launches, and the 16-byte loads that each thread of a kernel makes, "loop" where they are a loop's only loads.
 LOGPROBS_LOADS = {"logprobs._forward_kernel": "loop", "logprobs._backward_kernel": "loop"}
+DIVERGENCE_LOADS = {"kl_divergence._part_kernel": "loop", "kl_divergence._part_backward_kernel": "loop"}
 KL_LOADS = {"kl._forward_kernel": 2, "kl._backward_kernel": 3}
 MASKED_LOADS = {"masked._sums_kernel": 1, "masked._block_moments_kernel": 1, "masked._whiten_kernel": 1}
 CASES: dict[str, tuple[Callable[[], None], dict]] = {
@@ -261,6 +286,27 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
         }.items()
         for name, options in options_of.items()
     },
+    **{
+        f"kl_divergence {kind} {str(dtype).removeprefix('torch.')} {name}": (
+            lambda dtype=dtype, kind=number, options=options: kl_divergence(dtype, kind=kind, **options),
+            DIVERGENCE_LOADS if "vocab_size" not in options else {},
+        )
+        for number, kind in enumerate(("forward", "reverse", "js"))
+        for dtype, name, options in (
+            (torch.float32, "plain", {}),
+            (torch.bfloat16, "plain", {}),
+            (torch.bfloat16, "softcap", dict(softcap=30.0, teacher_softcap=30.0)),
+            (torch.bfloat16, "odd softcap", dict(vocab_size=257, softcap=30.0)),
+        )
+    },
+    "kl_divergence as on a GPU": (
+        lambda: kl_divergence(torch.float32, kind=2, gradient=torch.bfloat16),
+        DIVERGENCE_LOADS,
+    ),
+    "kl_divergence of two dtypes": (
+        lambda: kl_divergence(torch.bfloat16, kind=2, teacher=torch.float16, teacher_softcap=30.0),
+        DIVERGENCE_LOADS,
+    ),
     "kl_penalty k1": (lambda: kl_penalty(0), KL_LOADS),
     "kl_penalty k2": (lambda: kl_penalty(1), KL_LOADS),
     "kl_penalty k3": (lambda: kl_penalty(2), KL_LOADS),
@@ -416,6 +462,23 @@ def test_two_variants_serve_every_tile(gradient, compile_launches):
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
         "logprobs._forward_kernel": 2,
         "logprobs._backward_kernel": 2,
+    }
+
+
+def test_two_variants_of_kl_divergence_serve_every_tile(compile_launches):
+    def launches():
+        for vocab_size in VOCAB_SIZES:
+            kl_divergence(torch.bfloat16, vocab_size)
+        for temperature in (1.0, 0.5, 0.7):
+            kl_divergence(torch.bfloat16, temperature=temperature)
+        for rows in (1, 70_000):
+            kl_divergence(torch.bfloat16, 4096, rows=rows)
+        kl_divergence(torch.bfloat16, 4096, stride=2**33)
+
+    compiled = compile_launches(TARGETS["sm_90"], launches)
+    assert {name: len(kernels) for name, kernels in compiled.items()} == {
+        "kl_divergence._part_kernel": 2,
+        "kl_divergence._part_backward_kernel": 2,
     }
 
 

@@ -134,7 +134,7 @@ FUNCTIONS = {
         (-20.0, 20.0),
         6,
     ),
-    "log1p": (torch.log1p, (0.0, 1.0), 2),
+    "log1p": (torch.log1p, (-0.5, 1.0), 2),
     "softplus": (lambda x: torch.logaddexp(x, torch.zeros_like(x)), (-80.0, 80.0), 4),
     "tanh": (torch.tanh, (-20.0, 20.0), 4),
     "tanh_derivative": (lambda x: torch.cosh(x) ** -2, (-20.0, 20.0), 4),

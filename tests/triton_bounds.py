@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from triton.runtime import interpreter
 
-from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, recurrence, value_loss
+from rlkernels.triton import groups, kl, kl_divergence, logprobs, masked, policy_loss, recurrence, value_loss
 from triton_interpreter import scan_in_steps
 
 PAGE = mmap.PAGESIZE
@@ -77,6 +77,17 @@ def run_all(after: bool) -> None:
             logprobs.token_logprobs_part_backward(
                 *numbers[:2], tile, token_ids, start, *numbers[2:], guard(torch.randn(2, rows)), 0.7, 0.0, -100, output
             )
+
+    for size in (1, 31, 64, 4097):
+        for dtype, teacher_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+            print(f"kl_divergence {size=} {dtype} {teacher_dtype}", flush=True)
+            tile, teacher_tile = (guard(torch.randn(3, size).to(d)) for d in (dtype, teacher_dtype))
+            stats, numbers = [guard(torch.randn(2, 3)) for _ in range(2)], [guard(torch.randn(3)) for _ in range(2)]
+            for kind in range(3):
+                options = (kind, 0.3, 0.7, 0.7, 30.0, 0.0)
+                kl_divergence.kl_divergence_part(tile, teacher_tile, *stats, *options)
+                output = guard(torch.empty(3, size, dtype=torch.bfloat16)) if kind else tile
+                kl_divergence.kl_divergence_part_backward(*numbers, tile, teacher_tile, *stats, *options, output)
 
     print("kl_penalty", flush=True)
     values = guard(torch.randn(1027))
