@@ -1,20 +1,22 @@
 """Fused kernels for the arithmetic between a language model and its optimizer in reinforcement learning.
 
-    token_logprobs      log-probabilities and entropy of sampled tokens, from logits
-    linear_token_logprobs  the same from hidden states and the LM head, whose logits are never stored; beside it
-                        linear_policy_loss, linear_preference_logps
-    wrap_lm_head        makes a Hugging Face causal LM give these; unwrap_lm_head undoes it
-    linear_kl_divergence  divergence from a teacher over the whole vocabulary, from the hidden states and heads of both
-    kl_penalty          per-token estimates of the KL divergence from a reference model
-    shaped_rewards      per-token rewards: a score at the end of each sequence, less a KL penalty at every token
-    group_advantages    rewards relative to their group: GRPO, RLOO, Dr. GRPO
-    gae                 advantages and returns, skipping masked tokens; beside it discounted_returns, td_lambda, vtrace
-    masked_mean         mean of scored elements
-    masked_whiten       scored elements to mean 0 and variance 1, over one process or many
-    policy_loss         the PPO and GRPO family of losses with KL penalty, gradient and metrics in one pass
-    value_loss          PPO's clipped value loss, the same way
-    preference_loss     DPO and its relatives, on log-probabilities of pairs
-    reward_pair_loss    Bradley-Terry, on scores of pairs
+    token_logprobs           log-probabilities and entropy of sampled tokens, from logits
+    linear_token_logprobs    the same from hidden states and the LM head, whose logits are never stored
+    linear_policy_loss       policy_loss of these, with the head's gradient made on the way
+    linear_preference_logps  these summed over sequences, as preference_loss takes them
+    linear_kl_divergence     divergence from a teacher over the whole vocabulary, from both heads
+    wrap_lm_head             makes a Hugging Face causal LM give these; unwrap_lm_head undoes it
+    kl_penalty               per-token estimates of the KL divergence from a reference model
+    shaped_rewards           per-token rewards: a score at the end of each sequence, less a KL penalty
+    group_advantages         rewards relative to their group: GRPO, RLOO, Dr. GRPO
+    gae                      advantages and returns, skipping masked tokens; beside it discounted_returns,
+                             td_lambda, vtrace
+    masked_mean              mean of scored elements
+    masked_whiten            scored elements to mean 0 and variance 1, over one process or many
+    policy_loss              the PPO and GRPO family of losses with KL penalty, gradient and metrics in one pass
+    value_loss               PPO's clipped value loss, the same way
+    preference_loss          DPO and its relatives, on log-probabilities of pairs
+    reward_pair_loss         Bradley-Terry, on scores of pairs
 
 Each is a function on tensors that serves CPUs (C++ SIMD) and GPUs (Triton, CUDA C++), is differentiable where its
 docstring says so, and works under torch.compile. `use_backend` chooses the implementation; by default the tensors'

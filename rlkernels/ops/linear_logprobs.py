@@ -66,7 +66,8 @@ def linear_token_logprobs(
         num_scored: how many rows to project: the number of those scored, or more. Without it that number is asked of
             the device, the only time that the host waits for it.
         logits_budget_mb: where all scored rows' logits take no more memory, they are kept for the backward pass instead
-            of computed again. The default is ...
+            of computed again, which saves one product in four. The default, 128, has room for 680 rows of a vocabulary
+            of 49,152 in float32 and 1,360 in bfloat16. On a CPU that memory is left to the next call.
         tile: (rows, tokens) of a tile; by default 256 rows (512 on a GPU) and as many tokens as the L2 cache has room
             for. A row's bits depend on the tile, not on the other rows.
 

@@ -60,8 +60,9 @@ def linear_policy_loss(
             as in policy_loss.
         weight, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile: as in
             linear_token_logprobs; num_scored counts tokens that the mask scores.
-        logits_budget_mb: logits that may exist at once: rows are worked on in groups of so many, in whole blocks. More
-            than one group, in 16 bits, costs a float32 sum of the weight's gradient beside it. Objectives and sampler
+        logits_budget_mb: logits that may exist at once: rows are worked on in groups of so many, in whole blocks, one
+            at least. The default is 64, half of linear_token_logprobs', since another group costs no product; in 16
+            bits it costs a float32 sum of the weight's gradient beside it. Objectives and sampler
             corrections of whole sequences ("gspo", "gmpo", "vespo", "sequence_*") have whole sequences in a group;
             where the longest does not fit, the loss is linear_token_logprobs and policy_loss one after the other, in
             four products.
