@@ -238,6 +238,16 @@ def test_any_strides_and_integer_dtypes(backend, device):
             torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
 
 
+def test_strided_token_ids_of_whole_blocks(backend, device):
+    problem, token_ids = random_problem((16,), 65, device)
+    wanted = problem.call(linear_token_logprobs, token_ids, tile=TILE)
+    for strided in (torch.stack([token_ids, token_ids + 1], -1)[:, 0], token_ids.flip(0).contiguous().flip(0)):
+        assert torch.equal(problem.call(linear_token_logprobs, strided, tile=TILE), wanted)
+    same = token_ids[:1].expand(16)
+    wanted = problem.call(linear_token_logprobs, same.contiguous(), tile=TILE)
+    assert torch.equal(problem.call(linear_token_logprobs, same, tile=TILE), wanted)
+
+
 @kernels_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_others(backend, device, emulated, dtype):

@@ -128,7 +128,7 @@ def check_head(
         None if bias is None else bias.to(dtype),
         None if adapter is None else adapter[0].reshape(-1, adapter[0].shape[-1]).to(dtype),
         None if adapter is None else adapter[1].to(dtype),
-        token_ids.reshape(-1).long(),
+        token_ids.reshape(-1).long().contiguous(),
     )
     backend = _registry.select(inputs.hidden, _registry.WITHOUT_CUDA)
     if group is None and _checks.values_in_python(backend, token_ids):
