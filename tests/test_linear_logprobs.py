@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,18 @@ def test_huge_logits(backend, device, dtype):
     problem, token_ids = random_problem((24,), 130, device, dtype, spread=1e4)
     got = assert_matches_reference(ours, eager, problem, token_ids, upstream_for(token_ids), head=dict(tile=TILE))
     assert (got["logprobs"] < -1e4).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vocabulary_masked_by_the_lowest_number(backend, device, dtype):
+    problem, token_ids = random_problem((16,), 300, device, dtype, bias=True)
+    problem.bias[70:] = torch.finfo(dtype).min
+    token_ids %= 70
+    values = run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE)
+    alone = replace(problem, weight=problem.weight[:70], bias=problem.bias[:70])
+    for name, wanted in run(ours, alone, token_ids, upstream_for(token_ids), tile=TILE).items():
+        value = values[name][:70] if name in ("weight", "bias") else values[name]
+        torch.testing.assert_close(value, wanted, msg=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -287,6 +287,16 @@ def test_confident_tokens_keep_their_precision(backend, device, gap, dtype):
     torch.testing.assert_close(gradient, wanted, rtol=relative, atol=smallest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_vocabulary_masked_by_the_lowest_number(backend, device, dtype):
+    logits = torch.randn(3, 9000, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    logits[:, 50:] = torch.finfo(dtype).min
+    token_ids = torch.tensor([0, 7, 49], device=device)
+    values = token_logprobs(logits, token_ids, return_entropy=True)
+    for value, wanted in zip(values, token_logprobs(logits[:, :50], token_ids, return_entropy=True), strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
 def test_never_above_zero(backend, device):
     """Also where rounding of a logsumexp would make it so: everything far from zero, one logit slightly ahead."""
     generator = torch.Generator().manual_seed(0)

@@ -37,7 +37,10 @@ RLK_HD RowSums<F> merge(RowSums<F> a, RowSums<F> b) {
   F db = select(b.m == -infinity, F(0), b.m - m);
   F ca = select(a.m == -infinity, F(0), exp(da));
   F cb = select(b.m == -infinity, F(0), exp(db));
-  return {m, a.s * ca + b.s * cb, (a.w + a.s * da) * ca + (b.w + b.s * db) * cb};
+  // A sum of which nothing is left may lie so far below (a vocabulary masked by the lowest float) that its w overflows.
+  F wa = select(ca == F(0), F(0), (a.w + a.s * da) * ca);
+  F wb = select(cb == F(0), F(0), (b.w + b.s * db) * cb);
+  return {m, a.s * ca + b.s * cb, wa + wb};
 }
 
 // With max and log_sum, log p_v = (z_v - max) - log_sum. The pair is kept instead of its sum, logsumexp, because beside
