@@ -496,6 +496,17 @@ def test_autocast_is_that_of_linear(backend, device, dtype):
         assert torch.equal(value, wanted[name]), name
 
 
+@kernels_only
+@pytest.mark.parametrize("given", ["hidden", "weight"])
+def test_autocast_of_one_factor_that_has_its_dtype_already(backend, device, given):
+    problem, token_ids = random_problem((16,), 130, device)
+    cast = problem.to(torch.bfloat16)
+    setattr(problem, given, getattr(cast, given))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = problem.call(linear_token_logprobs, token_ids, tile=TILE)
+    assert torch.equal(got, cast.call(linear_token_logprobs, token_ids, tile=TILE))
+
+
 def test_token_ids_out_of_range(backend, device, monkeypatch):
     problem, token_ids = random_problem((4,), 65, device)
     for wrong in (-1, 65, 2**40):

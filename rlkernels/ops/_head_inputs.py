@@ -94,12 +94,13 @@ def check_head(
         _checks.shape("adapter[1]", adapter[1], (vocab_size, adapter[0].shape[-1]), because="[V, r]")
     _checks.same_device("token_ids", token_ids, f"{prefix}hidden", hidden)
     dtype = hidden.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
+    autocast = dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
+    if autocast:
         dtype = torch.get_autocast_dtype(hidden.device.type)
     for name, value in named.items():
         if value is not None:
             _checks.same_device(name, value, f"{prefix}hidden", hidden)
-            if dtype == hidden.dtype and value.dtype != dtype:
+            if not autocast and value.dtype != dtype:
                 raise TypeError(f"{name} must have the dtype of {prefix}hidden, {dtype}; got {value.dtype}")
     temperature = _checks.number("temperature", temperature, above=0.0)
     softcap = 0.0 if softcap is None else _checks.number(f"{prefix}softcap", softcap, above=0.0)
