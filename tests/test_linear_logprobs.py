@@ -1,11 +1,13 @@
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -396,6 +398,53 @@ def test_memory_of_kept_logits_is_used_again(backend, device):
     larger, ids = random_problem((80,), 130, device)
     run(ours, larger, ids, upstream_for(ids), tile=TILE)
     assert _lm_head._recycled[0].numel() == 4 * 80 * 130
+
+
+@pytest.mark.only("cpu")
+def test_memory_of_an_odd_number_of_16_bit_logits_is_used_again(backend, device):
+    _lm_head._recycled.clear()
+    problem, token_ids = random_problem((3,), 101, device)
+    wanted = run(ours, problem, token_ids, upstream_for(token_ids), tile=(1, 64), logits_budget_mb=0)
+    run(ours, problem.to(torch.bfloat16), token_ids, upstream_for(token_ids), tile=(1, 64))
+    problem.hidden, token_ids = problem.hidden[:1], token_ids[:1]
+    got = run(ours, problem, token_ids, upstream_for(token_ids), tile=(1, 64))
+    assert torch.equal(got["logprobs"], wanted["logprobs"][:1])
+
+
+@kernels_only
+def test_a_backward_pass_after_one_that_broke_off(backend, device, monkeypatch):
+    problem, token_ids = random_problem((40,), 130, device)
+    wanted = run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE)
+    leaves = problem.leaves()
+    outputs = leaves.call(ours, token_ids, tile=TILE)
+    arguments = (outputs, [leaves.hidden, leaves.weight], upstream_for(token_ids))
+    with monkeypatch.context() as patch:
+
+        def multiply(*args, **options):
+            raise KeyboardInterrupt
+
+        patch.setattr(_lm_head, "multiply", multiply)
+        with pytest.raises(KeyboardInterrupt):
+            torch.autograd.grad(*arguments, retain_graph=True)
+    for name, value in zip(("hidden", "weight"), torch.autograd.grad(*arguments), strict=True):
+        torch.testing.assert_close(value, wanted[name])
+
+
+@kernels_only
+@pytest.mark.parametrize("rows", [16, 17])
+def test_hidden_states_are_kept_by_autograd_alone(backend, device, rows):
+    """A checkpointed forward pass leaves none of them, in whole blocks or gathered."""
+    problem, token_ids = random_problem((rows,), 130, device)
+    leaves, alive = problem.leaves(), []
+
+    def function(hidden):
+        hidden = hidden * 1
+        alive.append(weakref.ref(hidden))
+        return linear_token_logprobs(hidden, leaves.weight, token_ids, tile=TILE, logits_budget_mb=0).sum()
+
+    result = torch.utils.checkpoint.checkpoint(function, leaves.hidden, use_reentrant=False)
+    assert alive[0]() is None
+    assert torch.equal(*(torch.autograd.grad(v, leaves.hidden)[0] for v in (result, function(leaves.hidden))))
 
 
 def test_num_scored(backend, device, emulated):

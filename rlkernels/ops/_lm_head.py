@@ -238,9 +238,9 @@ class Head:
         """Memory for all logits of `rows`, seen through `tiles` and `strips`; to be given to `recycle`."""
         size = len(rows) * self.weight.shape[0]
         if self.weight.is_cpu and _recycled:
-            memory = _recycled.pop()
-            if memory.numel() >= size * self.logits_dtype.itemsize:
-                return memory.view(self.logits_dtype)[:size]
+            memory, used = _recycled.pop(), size * self.logits_dtype.itemsize
+            if memory.numel() >= used:
+                return memory[:used].view(self.logits_dtype)
         return self.weight.new_empty(size, dtype=self.logits_dtype)
 
     def tiles(self, kept: Tensor, rows: Rows) -> list[Tensor]:

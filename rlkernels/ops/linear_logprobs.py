@@ -164,7 +164,9 @@ class _LinearLogprobs(torch.autograd.Function):
             values = [rows.scatter(value) for value in (*results[:2], *others)]
         if too_few is not None:
             values = [torch.where(too_few, float("nan"), value) for value in values]
-        ctx.options, ctx.share, ctx.unit, ctx.kept, ctx.wanted, ctx.rows = options, head.share, unit, kept, wanted, rows
+        ctx.options, ctx.share, ctx.unit, ctx.kept, ctx.wanted = options, head.share, unit, kept, wanted
+        # Hidden states are saved by autograd alone, so that checkpointing and offloading hooks can let go of them.
+        ctx.rows = replace(rows, hidden=rows.hidden.new_empty(0), adapter=None)
         ctx.save_for_backward(weight, bias, adapter_weight, rows.hidden, rows.adapter, *results)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*values[2:], *([] if options.return_entropy else [values[1]]))
@@ -183,11 +185,11 @@ class _LinearLogprobs(torch.autograd.Function):
                 inputs = Inputs(hidden, weight, bias, adapter, adapter_weight, rows.token_ids)
                 head = start(inputs, ctx.options, ctx.share)
                 gradients = Gradients.of(rows, head, ctx.wanted, weight_in_pieces=False)
-                head.backward(rows, grad_logprobs, grad_entropy, *results, ctx.kept, gradients)
+                kept, ctx.kept = ctx.kept, None  # their gradient takes their place
+                head.backward(rows, grad_logprobs, grad_entropy, *results, kept, gradients)
                 head.reduce(gradients)
-                if ctx.kept is not None:  # their gradient has taken their place
-                    recycle(ctx.kept)
-                    ctx.kept = None
+                if kept is not None:
+                    recycle(kept)
         return *gradients.results(rows, weight.dtype), None, None
 
 
