@@ -460,7 +460,6 @@ def test_num_scored(backend, device, emulated):
             torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
 
 
-@kernels_only
 def test_more_are_scored_than_said(backend, device):
     problem, token_ids = random_problem((40,), 130, device)
     if device.type == "cpu":
@@ -673,6 +672,7 @@ BAD_INPUT = {
     "scale 0": (dict(scale=0.0), ValueError, ("scale", "> 0")),
     "ignore_index None": (dict(ignore_index=None), TypeError, ("ignore_index", "None")),
     "outputs unknown": (dict(outputs=("top1",)), ValueError, ("outputs", "is_top1", "top1")),
+    "outputs a string": (dict(outputs="is_top1"), TypeError, ("outputs", "a sequence of names", "is_top1")),
     "num_scored too many": (dict(num_scored=3), ValueError, ("num_scored", "2", "3")),
     "num_scored negative": (dict(num_scored=-1), ValueError, ("num_scored", "-1")),
     "num_scored a float": (dict(num_scored=1.0), TypeError, ("num_scored", "float")),

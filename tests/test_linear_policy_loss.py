@@ -253,6 +253,35 @@ def test_what_is_not_scored_leaves_no_trace(backend, device):
             torch.testing.assert_close(value, clean[name], rtol=1e-5, atol=1e-7)
 
 
+def test_ids_that_the_mask_leaves_out_may_be_anything(backend, device):
+    for dtype in (torch.float32, torch.float64):
+        problem, token_ids = random_problem((2, 4), 130, device, dtype)
+        mask = torch.tensor([[1, 1, 0, 1], [1, 0, 1, 1]], device=device)
+        arguments = (None, torch.ones(2, device=device), mask)
+        wanted, _ = problem.call(linear_policy_loss, token_ids, *arguments)
+        loss, _ = problem.call(linear_policy_loss, token_ids.masked_fill(mask == 0, 7777), *arguments)
+        assert torch.equal(loss, wanted)
+
+
+@pytest.mark.parametrize("objective", ["ppo", "gspo"])
+def test_cu_seqlens_that_are_wrong(backend, device, objective):
+    problem, token_ids = random_problem((20,), 130, device)
+    options = dict(objective=objective, tile=TILE, logits_budget_mb=BUDGETS["two blocks"])
+
+    def loss(cu_seqlens, problem=problem, token_ids=token_ids):
+        arguments = (token_ids, None, torch.ones(2, device=device))
+        return problem.leaves().call(linear_policy_loss, *arguments, cu_seqlens=cu_seqlens, **options)
+
+    with pytest.raises(ValueError, match=r"token_ids.*\[B, T\].*\[20\]"):
+        loss(None)
+    with pytest.raises(TypeError, match="cu_seqlens must be a tensor; got list"):
+        loss([0, 10, 20])
+    if device.type == "cpu":
+        for wrong, message in (([0, 10, 90], "20.*0 to 90"), ([0, 12, 9, 20], "decrease")):
+            with pytest.raises(ValueError, match=f"cu_seqlens.*{message}"):
+                loss(torch.tensor(wrong, dtype=torch.int32))
+
+
 def test_num_scored(backend, device):
     problem, arguments, _ = random_batch((device,))
     scored = int(arguments[-1].sum())

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlkernels.ops import _checks, _registry
 from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, scored_rows, start
 from rlkernels.ops._head_outputs import OUTPUTS, Outputs
-from rlkernels.ops._lm_head import Gradients, forward_backward, recycle, slices
+from rlkernels.ops._lm_head import Gradients, forward_backward, recycle, scored_index, slices
 from rlkernels.reference import linear_logprobs as reference
 
 
@@ -94,6 +94,8 @@ def linear_token_logprobs(
     inputs, options = check_head(
         hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile
     )
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs must be a sequence of names; got the string {outputs!r}")
     outputs = tuple(outputs)
     for name in outputs:
         _checks.choice("outputs", name, OUTPUTS)
@@ -108,6 +110,8 @@ def evaluate(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, list[Ten
     """Log-probabilities, entropy and other outputs, [N] each."""
     options = replace(options, differentiated=torch.is_grad_enabled())
     if options.backend == "reference" and options.group is None:
+        if options.num_scored is not None and inputs.token_ids.is_cpu and not torch.compiler.is_compiling():
+            scored_index(inputs.token_ids != options.ignore_index, options.num_scored)  # checks it
         adapter = None if inputs.adapter is None else (inputs.adapter, cast(Tensor, inputs.adapter_weight))
         logprobs, entropy, *others = reference.linear_token_logprobs(
             inputs.hidden,

@@ -82,14 +82,18 @@ def linear_policy_loss(
     """
     if "entropy" in options:
         raise TypeError("entropy cannot be given to linear_policy_loss, which measures it")
+    _checks.tensor("token_ids", token_ids, _checks.INTEGERS)
+    _, cu_seqlens = _checks.sequences("token_ids", token_ids, options.get("cu_seqlens"))
+    if cu_seqlens is not None and (cu_seqlens.is_cpu or _checks.CHECK_VALUES) and not torch.compiler.is_compiling():
+        _checks.cu_seqlens_values(cu_seqlens, len(token_ids))
+    _checks.integer("ignore_index", ignore_index)
+    if mask is not None:
+        token_ids = token_ids.long().masked_fill(~_checks.mask("mask", mask, "token_ids", token_ids), ignore_index)
     inputs, head_options = check_head(
         hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile
     )
     budget = int(_checks.number("logits_budget_mb", logits_budget_mb, at_least=0.0) * 2**20)
     scored = token_ids.long() != ignore_index
-    if mask is not None:
-        scored = scored & _checks.mask("mask", mask, "token_ids", token_ids)
-    inputs = replace(inputs, token_ids=torch.where(scored.reshape(-1), inputs.token_ids, ignore_index))
     head_options = replace(head_options, return_entropy=True, budget=budget, differentiated=torch.is_grad_enabled())
     dtype = working_dtype(inputs.hidden)
     old_logprobs = optional_per_token("old_logprobs", old_logprobs, "token_ids", token_ids, dtype)
