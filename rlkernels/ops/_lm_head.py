@@ -486,7 +486,7 @@ def join(parts: Tensor, temperature: float) -> Tensor:
     # A difference of 0 stands for -inf - -inf, which would be NaN; the sums it weighs are 0.
     below = ((top - largest) / temperature).masked_fill(torch.isneginf(top), 0.0)
     weight = below.exp()
-    # A part of which nothing is left may lie so far below (a vocabulary masked by the lowest float) that this overflows.
+    # A part of which nothing is left may lie so far below (a vocabulary masked by the lowest float) that it overflows.
     moment = ((moment + total * below) * weight).masked_fill(weight == 0, 0.0)
     found = ~target.isnan()
     sum_of_one = target.masked_fill(~found, 0.0).sum(0)

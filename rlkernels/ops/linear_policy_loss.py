@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -61,11 +62,11 @@ def linear_policy_loss(
         weight, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile: as in
             linear_token_logprobs; num_scored counts tokens that the mask scores.
         logits_budget_mb: logits that may exist at once: rows are worked on in groups of so many, in whole blocks, one
-            at least. The default is 64, half of linear_token_logprobs', since another group costs no product; in 16
-            bits it costs a float32 sum of the weight's gradient beside it. Objectives and sampler
-            corrections of whole sequences ("gspo", "gmpo", "vespo", "sequence_*") have whole sequences in a group;
-            where the longest does not fit, the loss is linear_token_logprobs and policy_loss one after the other, in
-            four products.
+            at least. The default is 64, half of linear_token_logprobs', since another group costs no product; more than
+            one in bfloat16, and any in float16, cost a float32 sum of the weight's gradient beside it. Objectives and
+            sampler corrections of whole sequences ("gspo", "gmpo", "vespo", "sequence_*") have whole sequences in a
+            group; where the longest does not fit, the loss is linear_token_logprobs and policy_loss one after the other,
+            in four products.
 
     Returns: loss and metrics, as policy_loss does; the entropy is always among them.
 
@@ -184,10 +185,10 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if loss.old_logprobs is not None:
             logprobs[:-1] = torch.where(loss.scored, loss.old_logprobs, 0.0).flatten()
         entropy = torch.zeros_like(logprobs)
-        outcome = None
+        outcome = scale = None
 
         def upstream(at, logprobs_at, entropy_at):
-            nonlocal outcome
+            nonlocal outcome, scale
             index = rows.index[at]
             logprobs.index_copy_(0, index, logprobs_at)
             entropy.index_copy_(0, index, entropy_at)
@@ -198,13 +199,19 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 outcome = loss(*of_tokens)
                 gradients = torch.autograd.grad(outcome[0], of_tokens, allow_unused=True)
             outcome = [value.detach() for value in outcome]
+            if weight.dtype == torch.float16:
+                scale = _scale(gradients) if scale is None else scale
+                gradients = [None if g is None else g * scale for g in gradients]
             return [None if g is None else nn.functional.pad(g.flatten(), (0, 1))[index] for g in gradients]
 
         with torch.autocast(hidden.device.type, enabled=False):
             rows = Rows.gather(plan.index, hidden, adapter, token_ids)
-            gradients = Gradients.of(rows, head, wanted, weight_in_pieces=len(plan.groups) > 1)
+            # What is scaled is not rounded to float16 before it is scaled back.
+            float16 = weight.dtype == torch.float16
+            gradients = Gradients.of(rows, head, wanted, weight_in_pieces=len(plan.groups) > 1 or float16)
             forward_backward(head, rows, plan.groups, upstream, gradients)
-            ctx.gradients = head.reduce(gradients).results(rows, weight.dtype)
+            ctx.gradients = head.reduce(gradients).results(rows, torch.float32 if float16 else weight.dtype)
+        ctx.scale = scale
         total, metrics = outcome
         if plan.too_few is not None:
             total = torch.where(plan.too_few, float("nan"), total)
@@ -222,9 +229,20 @@ class _LinearPolicyLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if ctx.too_few is not None:
             grad_loss = torch.where(ctx.too_few, float("nan"), grad_loss)
+        if ctx.scale is not None:
+            factor = grad_loss / ctx.scale
+            return *(None if v is None else v.mul_(factor).half() for v in gradients), None, None, None
         # One pass over the weight's gradient less, where looking costs nothing.
         if not (grad_loss.is_cpu and grad_loss.item() == 1):
             for value in gradients:
                 if value is not None:
                     value.mul_(grad_loss)
         return *gradients, None, None, None
+
+
+def _scale(gradients: Sequence[Tensor | None]) -> Tensor:
+    """The power of two that brings the largest to 1 or just below: unscaled, a token's share of a mean times a small
+    probability is 0 in float16, and a GradScaler comes only with the backward pass."""
+    largest = torch.stack([nn.functional.pad(g.flatten(), (0, 1)).abs().amax() for g in gradients if g is not None])
+    exponent = torch.frexp(largest.amax()).exponent
+    return torch.ldexp(torch.ones_like(largest[0]), -exponent)
