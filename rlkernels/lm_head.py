@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import threading
 import types
 from typing import Any
 
@@ -89,6 +90,8 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
         own = types.MethodType(type(self).forward, self) if under is None else getattr(self, under)
         if not return_token_logprobs and head_function is None:
             return own(*args, **kwargs)
+        if head_function is not None and logprob_options:
+            raise TypeError("logprob_options cannot be given beside head_function, which has its own options")
         _check_options(logprob_options or {})
         options = defaults | (logprob_options or {})
         return _run(self, functools.partial(own, *args), kwargs, head_function, constants, options)
@@ -130,9 +133,11 @@ def _run(lm, own, kwargs, head_function, constants, options):
             raise ValueError("log-probabilities need labels= or shift_labels=, shaped as input_ids")
         targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
     linear_map(lm, lm.get_output_embeddings())  # before a hook makes one that is sharded by itself whole for a moment
-    results = []
+    results, thread = [], threading.get_ident()
 
     def score(head, args, kwargs):
+        if threading.get_ident() != thread:  # another call of the model, at the same time
+            return None
         hidden = only_input(lm, args, kwargs)
         if hidden.shape[:-1] != targets.shape:
             wanted, got = list(hidden.shape[:-1]), list(targets.shape)

@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -188,6 +189,27 @@ def test_a_function_of_the_head(family):
     wanted = gradients(model, loss, 0 * loss)
     for name, gradient in gradients(model, output.head_output[0], 0 * loss.detach()).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_in_another_thread_has_its_own_labels():
+    model = wrap_lm_head(build())
+    inputs, labels = batch()
+    wanted = [model(**inputs).logits, model(**inputs, labels=labels, return_token_logprobs=True).token_logprobs]
+    found = []
+
+    def others():
+        found.append(model(**inputs).logits)
+        found.append(model(**inputs, labels=labels, return_token_logprobs=True).token_logprobs)
+
+    def in_the_middle(hidden, *args, **options):
+        thread = threading.Thread(target=others)
+        thread.start()
+        thread.join()
+        return hidden.shape
+
+    output = model(**inputs, labels=labels, head_function=in_the_middle)
+    assert output.head_output == (BATCH, TIME, 32)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
 def test_one_token_is_predicted_by_none():
@@ -659,6 +681,8 @@ def test_bad_calls():
         model(**inputs, return_token_logprobs=True)
     with pytest.raises(TypeError, match=r"options must be among .*temperature.*; got top_k"):
         from_head(model, inputs, labels, logprob_options={"top_k": 5})
+    with pytest.raises(TypeError, match="logprob_options cannot be given beside head_function"):
+        model(**inputs, labels=labels, head_function=len, logprob_options={"temperature": 0.5})
     with pytest.raises(TypeError, match=r"options must be among .*; got bias"):
         wrap_lm_head(model, bias=None)
     assert not model.lm_head._forward_pre_hooks
