@@ -471,6 +471,23 @@ def test_more_are_scored_than_said(backend, device):
 
 
 @kernels_only
+@pytest.mark.parametrize("frozen", ["nothing", "weight"])
+def test_more_are_scored_than_said_where_the_host_does_not_look(backend, device, monkeypatch, frozen):
+    """As on a GPU: everything is NaN, the gradients too."""
+
+    def without_looking(scored, num_scored):
+        index = torch.nonzero_static(scored, size=num_scored, fill_value=scored.numel()).squeeze(1)
+        return index, scored.sum() > num_scored
+
+    monkeypatch.setattr(_head_inputs, "scored_index", without_looking)
+    problem, token_ids = random_problem((40,), 130, device)
+    function = alone(linear_token_logprobs)
+    results = run(function, problem, token_ids, upstream_for(token_ids), FROZEN[frozen], num_scored=39)
+    assert all(value.isnan().all() for value in results.values())
+    results = run(function, problem, token_ids, upstream_for(token_ids), FROZEN[frozen], num_scored=40)
+    assert not any(value.isnan().any() for value in results.values())
+
+
 @pytest.mark.gpu
 def test_waits_for_the_device_never_with_num_scored(backend, device):
     if device.type == "cpu":

@@ -169,6 +169,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if too_few is not None:
             values = [torch.where(too_few, float("nan"), value) for value in values]
         ctx.options, ctx.share, ctx.unit, ctx.kept, ctx.wanted = options, head.share, unit, kept, wanted
+        ctx.too_few = too_few
         # Hidden states are saved by autograd alone, so that checkpointing and offloading hooks can let go of them.
         ctx.rows = replace(rows, hidden=rows.hidden.new_empty(0), adapter=None)
         ctx.save_for_backward(weight, bias, adapter_weight, rows.hidden, rows.adapter, *results)
@@ -194,7 +195,13 @@ class _LinearLogprobs(torch.autograd.Function):
                 head.reduce(gradients)
                 if kept is not None:
                     recycle(kept)
-        return *gradients.results(rows, weight.dtype), None, None
+        return *_nan_if(ctx.too_few, gradients.results(rows, weight.dtype)), None, None
+
+
+def _nan_if(too_few: Tensor | None, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    if too_few is None:
+        return values
+    return tuple(None if value is None else value.masked_fill_(too_few, float("nan")) for value in values)
 
 
 def _one(at: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
@@ -249,12 +256,12 @@ def _backward_op(
 ):
     inputs, options = Inputs(hidden, weight, bias, adapter, adapter_weight, token_ids), _options(backend, *given)
     head = start(inputs, options)
-    rows, _ = scored_rows(inputs, options, head)
+    rows, too_few = scored_rows(inputs, options, head)
     grad_logprobs, grad_entropy = (None if g is None else rows.select(g) for g in (grad_logprobs, grad_entropy))
     saved = (rows.select(logprobs), rows.select(entropy), torch.stack([rows.select(value) for value in row_stats]))
     gradients = Gradients.of(rows, head, wanted, weight_in_pieces=False)
     head.backward(rows, grad_logprobs, grad_entropy, *saved, None, gradients)
-    results = gradients.results(rows, weight.dtype)
+    results = _nan_if(too_few, gradients.results(rows, weight.dtype))
     return tuple(weight.new_empty(0) if value is None else value.clone() for value in results)
 
 
