@@ -8,6 +8,7 @@ import threading
 import types
 from typing import Any
 
+import torch
 from torch import nn
 
 from rlkernels.causal_lm import find_causal_lm, linear_map, only_input, refusal, scale_and_softcap
@@ -52,10 +53,11 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
             that cannot run yet (on the meta device, say) and whose forward you know: nothing then checks it.
         **options: of linear_token_logprobs: temperature, num_scored, logits_budget_mb, tile ...; outputs, each of which
             becomes a field; and return_entropy, True by default. `logprob_options={...}` overrides them in one call.
+            head_function does not get them.
 
     Returns:
         model. Wrapping it again replaces the options; `unwrap_lm_head` makes it what it was. Parameters, state_dict and
-        save_pretrained are untouched, and a deep copy is wrapped too.
+        save_pretrained are untouched, and a deep copy is wrapped too (but not a pickle: unwrap before pickling).
 
     Differentiable: as in linear_token_logprobs. PEFT may come before or after: LoRA on the head (several adapters,
     disabled, merged) and modules_to_save are served; with prompt tuning the results have the virtual tokens too, as the
@@ -133,10 +135,11 @@ def _run(lm, own, kwargs, head_function, constants, options):
             raise ValueError("log-probabilities need labels= or shift_labels=, shaped as input_ids")
         targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
     linear_map(lm, lm.get_output_embeddings())  # before a hook makes one that is sharded by itself whole for a moment
-    results, thread = [], threading.get_ident()
+    results = []
+    thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
     def score(head, args, kwargs):
-        if threading.get_ident() != thread:  # another call of the model, at the same time
+        if thread is not None and threading.get_ident() != thread:  # another call of the model, at the same time
             return None
         hidden = only_input(lm, args, kwargs)
         if hidden.shape[:-1] != targets.shape:

@@ -15,6 +15,16 @@ from rlkernels import linear_policy_loss, linear_token_logprobs
 OPTIONS = dict(temperature=0.7, softcap=5.0, scale=1.5, tile=(8, 16))
 
 
+FROZEN = ("weight", "bias", "adapter_weight")
+
+
+def share_of(problem, rank, processes, empty=False):
+    """Its rows of the weight; with `empty` the last process has none."""
+    number = processes - empty
+    parts = {name: [*getattr(problem, name).tensor_split(number), getattr(problem, name)[:0]] for name in FROZEN}
+    return replace(problem, **{name: part[rank] for name, part in parts.items()})
+
+
 def logprobs(problem, token_ids, frozen=(), **options):
     leaves = problem.leaves(frozen)
     values = leaves.call(
@@ -60,21 +70,25 @@ if __name__ == "__main__":
         for dtype in (torch.float64, torch.float32):
             problem, token_ids = inputs["problem"].to(dtype), inputs["token_ids"]
             assert (token_ids == IGNORE).any()
-            own = {n: getattr(problem, n).tensor_split(processes)[rank] for n in ("weight", "bias", "adapter_weight")}
-            share = replace(problem, **own)
+            share = share_of(problem, rank, processes)
             cases = {
                 "again": (logprobs, dict(logits_budget_mb=0)),
                 "kept": (logprobs, {}),
-                "frozen": (logprobs, dict(frozen=("weight", "bias", "adapter_weight"))),
+                "frozen": (logprobs, dict(frozen=FROZEN)),
             }
+            # Rows in groups, as many as fit the largest share: of 34 tokens 24 rows do, of 33 they would be 25.
+            row = problem.weight.element_size() * len(share_of(problem, 0, processes).weight)
+            cases["in groups"] = (logprobs, dict(frozen=FROZEN, logits_budget_mb=8 * row / 2**20))
             if dtype == torch.float32:
                 cases["policy"] = (policy, {})
+                cases["policy in groups"] = (policy, dict(logits_budget_mb=8 * row / 2**20))
             for name, (function, options) in cases.items():
-                results[name, str(dtype)] = {
-                    "dtype": dtype,
-                    "whole": function(problem, token_ids, **options),
-                    "shared": function(share, token_ids, group=dist.group.WORLD, **options),
-                }
+                for kind, own in (("", share), (", one without", share_of(problem, rank, processes, empty=True))):
+                    results[name + kind, str(dtype)] = {
+                        "dtype": dtype,
+                        "whole": function(problem, token_ids, **options),
+                        "shared": function(own, token_ids, group=dist.group.WORLD, **options),
+                    }
             try:
                 logprobs(share, token_ids.masked_fill(token_ids == token_ids[1], 101), group=dist.group.WORLD)
             except ValueError as error:

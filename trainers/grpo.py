@@ -310,6 +310,8 @@ class GRPOTrainer(OnlineTrainer):
         self.metrics.add("clip_ratio/high_mean", high, weight)
         self.metrics.add("clip_ratio/region_mean", low + high, weight)
         self.metrics.add("ratio_mean", values["ratio_mean"], weight)
+        if self.needs_no_logits:
+            self.metrics.add("entropy", values["entropy"], weight)
         if self.reference is not None:
             self.metrics.add("kl", values["ref_kl"], weight)
 

@@ -71,7 +71,8 @@ def check_head(
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{prefix}hidden must have the shape [..., H] with H >= 1; got {list(hidden.shape)}")
     width = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != width:
+    # In a group a process may have no token: refusing it here would leave the others waiting.
+    if weight.dim() != 2 or (weight.shape[0] == 0 and group is None) or weight.shape[1] != width:
         raise ValueError(f"{prefix}weight must have the shape [V, {width}] with V >= 1; got {list(weight.shape)}")
     vocab_size = weight.shape[0]
     _checks.shape(
@@ -120,6 +121,8 @@ def check_head(
             if size < 1:
                 raise ValueError(f"tile's {name} must be at least 1; got {size}")
         tile = (tile[0], tile[1])
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup; got {type(group).__name__}")
     if group is not None and torch.compiler.is_compiling():
         raise ValueError("group cannot be given under torch.compile")
 
@@ -138,7 +141,7 @@ def check_head(
     return inputs, options
 
 
-def start(inputs: Inputs, options: Options, share: tuple[Tensor, Tensor] | None = None) -> Head:
+def start(inputs: Inputs, options: Options, share: tuple[int, int, int] | None = None) -> Head:
     if options.group is not None and share is None:
         share = shares(inputs.weight, options.group)
     return Head(
@@ -167,5 +170,5 @@ def scored_rows(inputs: Inputs, options: Options, head: Head) -> tuple[Rows, Ten
 
 def check_tokens(inputs: Inputs, options: Options, head: Head) -> None:
     if inputs.token_ids.is_cpu or _checks.CHECK_VALUES:
-        vocab_size = inputs.weight.shape[0] if head.share is None else int(head.share[1])
+        vocab_size = inputs.weight.shape[0] if head.share is None else head.share[1]
         check_ids(inputs.token_ids, vocab_size, options.ignore_index)

@@ -191,8 +191,8 @@ class Head:
     entropy: bool
     tile: tuple[int, int] | None = None
     group: Any = None
-    share: tuple[Tensor, Tensor] | None = None
-    """Where the vocabulary is shared by `group`: its first token in this process, and how many there are in all."""
+    share: tuple[int, int, int] | None = None
+    """What `shares` says, where the vocabulary is shared by `group`."""
     _buffers: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -211,13 +211,17 @@ class Head:
         self.vocab_tiles = slices(self.weight.shape[0], self.tile_columns)
 
     def fits(self, rows: int, budget: int) -> bool:
-        """Whether all logits of so many rows take no more than `budget` bytes."""
-        return rows * self.weight.shape[0] * self.logits_dtype.itemsize <= budget
+        """Whether all logits of so many rows take no more than `budget` bytes, in every process."""
+        return rows * self._row_bytes() <= budget
 
     def rows_within(self, budget: int) -> int:
         """The most rows whose logits fit, in whole blocks, one at least."""
-        block = self.block_rows * self.weight.shape[0] * self.logits_dtype.itemsize
-        return max(budget // block, 1) * self.block_rows
+        return max(budget // (self.block_rows * self._row_bytes()), 1) * self.block_rows
+
+    def _row_bytes(self) -> int:
+        """What decides how rows are grouped must be the same in all processes, which wait for each other."""
+        vocab_size = self.weight.shape[0] if self.share is None else self.share[2]
+        return vocab_size * self.logits_dtype.itemsize
 
     def _row_op(self, name: str) -> Callable:
         return getattr(reference, name) if self.backend == "reference" else _registry.op(name, self.backend)
@@ -292,6 +296,9 @@ class Head:
         part_of = self._row_op("token_logprobs_part")
         token_ids = self.local_ids(rows)
         parts = self.weight.new_empty(len(self.vocab_tiles), 4, len(rows), dtype=working_dtype(self.weight))
+        if not self.vocab_tiles:  # a process without a share
+            nothing = parts.new_tensor([float("-inf"), 0.0, 0.0, float("nan")])
+            parts = nothing.view(1, 4, 1).expand(1, 4, len(rows))
         tiles = None if kept is None else self.tiles(kept, rows)
         for number, vocab in enumerate(self.vocab_tiles):
             for block in slices(len(rows), self.block_rows):
@@ -357,10 +364,10 @@ class Head:
             ("weight", gradients.weight, rows.hidden),
             ("adapter_weight", gradients.adapter_weight, rows.adapter),
         ]
-        if not len(rows) and not add:
-            for out in (gradients.weight, gradients.bias, gradients.adapter_weight):
-                if out is not None:
-                    out.zero_()
+        empty = () if len(rows) or add else (gradients.weight, gradients.bias, gradients.adapter_weight)
+        for out in empty if self.vocab_tiles else (gradients.hidden, gradients.adapter):
+            if out is not None:
+                out.zero_()
         # Kept logits become their gradient where they are, in one piece; others in a tile of so many rows.
         in_place = kept is not None and self.logits_dtype == self.weight.dtype
         most = max(CHUNK_ROWS // self.block_rows, 1) * self.block_rows
@@ -432,10 +439,10 @@ def _all_gather(value: Tensor, group: Any) -> Tensor:
     return torch.stack(gathered)
 
 
-def shares(weight: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """The first token of this process's share of the vocabulary, and the number of all tokens; left on the device."""
-    sizes = _all_gather(torch.tensor(weight.shape[0], device=weight.device), group)
-    return sizes[: torch.distributed.get_rank(group)].sum(), sizes.sum()
+def shares(weight: Tensor, group: Any) -> tuple[int, int, int]:
+    """The first token of this process's share, how many tokens there are, and how many in the largest share."""
+    sizes = _all_gather(torch.tensor(weight.shape[0], device=weight.device), group).tolist()
+    return sum(sizes[: torch.distributed.get_rank(group)]), sum(sizes), max(sizes)
 
 
 def forward_backward(

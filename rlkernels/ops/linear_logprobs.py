@@ -62,7 +62,8 @@ def linear_token_logprobs(
             likeliest, the first such in a tie.
         group: a torch.distributed process group whose processes have the same rows of hidden, and a share of the
             vocabulary each (of weight, bias and adapter[1]), in the order of their ranks. Each gets all results and
-            hidden's whole gradient, and the weight's of its share. Not under torch.compile.
+            hidden's whole gradient, and the weight's of its share. The host waits for the sizes of the shares. Not
+            under torch.compile.
         num_scored: how many rows to project: the number of those scored, or more. Without it that number is asked of
             the device, the only time that the host waits for it.
         logits_budget_mb: where all scored rows' logits take no more memory, they are kept for the backward pass instead
@@ -165,7 +166,8 @@ class _LinearLogprobs(torch.autograd.Function):
                     kept = head.kept(rows)
                 results = head.forward(rows, kept, also)
             others = [] if also is None else also.results(results[2])
-            values = [rows.scatter(value) for value in (*results[:2], *others)]
+            # Copies: what is saved for the backward pass, or a view, could not be changed in place.
+            values = [rows.scatter(value).clone() for value in (*results[:2], *others)]
         if too_few is not None:
             values = [torch.where(too_few, float("nan"), value) for value in values]
         ctx.options, ctx.share, ctx.unit, ctx.kept, ctx.wanted = options, head.share, unit, kept, wanted

@@ -60,13 +60,14 @@ def linear_policy_loss(
         old_logprobs, advantages, mask, and by keyword all options of policy_loss but entropy, which is measured here:
             as in policy_loss.
         weight, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile: as in
-            linear_token_logprobs; num_scored counts tokens that the mask scores.
+            linear_token_logprobs; num_scored counts tokens that the mask scores (where whole sequences are in several
+            groups, the host waits for their lengths all the same).
         logits_budget_mb: logits that may exist at once: rows are worked on in groups of so many, in whole blocks, one
             at least. The default is 64, half of linear_token_logprobs', since another group costs no product; more than
             one in bfloat16, and any in float16, cost a float32 sum of the weight's gradient beside it. Objectives and
             sampler corrections of whole sequences ("gspo", "gmpo", "vespo", "sequence_*") have whole sequences in a
-            group; where the longest does not fit, the loss is linear_token_logprobs and policy_loss one after the other,
-            in four products.
+            group; where the longest does not fit, the loss is linear_token_logprobs and policy_loss one after the
+            other, in four products.
 
     Returns: loss and metrics, as policy_loss does; the entropy is always among them.
 

@@ -38,8 +38,9 @@ RLK_HD RowSums<F> merge(RowSums<F> a, RowSums<F> b) {
   F ca = select(a.m == -infinity, F(0), exp(da));
   F cb = select(b.m == -infinity, F(0), exp(db));
   // A sum of which nothing is left may lie so far below (a vocabulary masked by the lowest float) that its w overflows.
-  F wa = select(ca == F(0), F(0), (a.w + a.s * da) * ca);
-  F wb = select(cb == F(0), F(0), (b.w + b.s * db) * cb);
+  // One that is NaN stays so.
+  F wa = select((ca == F(0)) & (a.s == a.s), F(0), (a.w + a.s * da) * ca);
+  F wb = select((cb == F(0)) & (b.s == b.s), F(0), (b.w + b.s * db) * cb);
   return {m, a.s * ca + b.s * cb, wa + wb};
 }
 
