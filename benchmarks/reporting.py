@@ -229,7 +229,7 @@ def plot(run: Result, path: Path) -> None:
             bars += [(case, peer["implementation"], peer["p50"] / ours["p50"]) for peer in peers]
     figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.16 * len(bars)), layout="constrained")
     cases = list(dict.fromkeys(case for case, _, _ in bars))
-    colors = dict(zip(dict.fromkeys(peer for _, peer, _ in bars), pyplot.get_cmap("tab10").colors, strict=False))
+    colors = dict(zip(dict.fromkeys(peer for _, peer, _ in bars), pyplot.get_cmap("tab20").colors, strict=False))
     for number, (_, peer, ratio) in enumerate(bars):
         axes.barh(number, ratio - 1, left=1, color=colors[peer])
         axes.annotate(

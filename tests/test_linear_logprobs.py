@@ -372,7 +372,6 @@ def test_memory(backend, device):
     tile = 4 * rows * 2048
     for budget, logits in ((0, tile), (100, 4 * rows * vocab_size)):
         options = dict(logits_budget_mb=budget, tile=(256, 2048))
-        _lm_head._recycled.clear()
         peak = peak_memory(lambda options=options: run(ours, problem, token_ids, upstream_for(token_ids), **options))
         copies = results  # run() makes leaves of the inputs
         assert logits < peak - results - copies < logits + 1.5e6

@@ -6,7 +6,6 @@ import rlkernels
 from lm_head import IGNORE, NAN, eager, random_problem
 from peak_memory import peak_memory
 from rlkernels import linear_policy_loss, linear_token_logprobs, policy_loss
-from rlkernels.ops import _lm_head
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
@@ -227,7 +226,6 @@ def test_memory(backend, device):
         logits = size * 512 * vocab_size
         in_float32 = 0 if size == 4 else 4 * vocab_size * width
         options = dict(tile=(256, 2048), logits_budget_mb=logits / MB)
-        _lm_head._recycled.clear()
         peak = peak_memory(lambda: run(linear_policy_loss, problem, arguments, **options))  # noqa: B023
         assert logits < peak - 2 * results - in_float32 < logits + 2e6
 
