@@ -13,6 +13,8 @@ from tolerance import assert_as_accurate_as_torch
 
 INF = float("inf")
 NAN = float("nan")
+# Triton's kernels serve NVIDIA GPUs too.
+pytestmark = pytest.mark.only("reference", "cpu", "triton")
 kernels_only = pytest.mark.only("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
