@@ -69,6 +69,13 @@ def scored_index(scored: Tensor, num_scored: int | None) -> tuple[Tensor, Tensor
     return index, None if scored.is_cpu else too_few
 
 
+def nan_if(too_few: Tensor | None, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients that say so where more rows were scored than were projected."""
+    if too_few is None:
+        return values
+    return tuple(None if value is None else value.masked_fill_(too_few, float("nan")) for value in values)
+
+
 def fill_up(index: Tensor, block_rows: int, total: int) -> Tensor:
     """[n] to whole blocks, with `total`, which is no row."""
     return torch.nn.functional.pad(index, (0, -len(index) % block_rows), value=total)

@@ -7,7 +7,7 @@ from torch import Tensor
 import rlkernels.ops.kl_divergence  # noqa: F401
 from rlkernels.ops import _checks, _registry
 from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, scored_rows, start
-from rlkernels.ops._lm_head import Gradients, Head, Rows, recycle, slices
+from rlkernels.ops._lm_head import Gradients, Head, Rows, nan_if, recycle, slices
 from rlkernels.reference import linear_kl as reference
 from rlkernels.reference.kl_divergence import KINDS
 
@@ -307,10 +307,11 @@ class _LinearKl(torch.autograd.Function):
             heads = _Heads.of(inputs, teacher, options, pair)
             kept = heads.kept(len(heads.rows)) if any(wanted) and heads.fits(options.budget) else None
             results, stats = heads.forward(kept, options.budget)
-            divergence = heads.scatter(results)[0]
-        ctx.options, ctx.pair, ctx.kept, ctx.wanted = options, pair, kept, wanted
-        ctx.rows = heads.rows, heads.teacher_rows
-        hidden, teacher_hidden = (rows.hidden for rows in ctx.rows)
+            divergence = heads.scatter(results[:1])[0].clone()  # a view could not be changed in place
+        ctx.options, ctx.pair, ctx.kept, ctx.wanted, ctx.too_few = options, pair, kept, wanted, heads.too_few
+        hidden, teacher_hidden = heads.rows.hidden, heads.teacher_rows.hidden
+        # Hidden states are saved by autograd alone, so that checkpointing and offloading hooks can let go of them.
+        ctx.rows = tuple(replace(rows, hidden=hidden.new_empty(0)) for rows in (heads.rows, heads.teacher_rows))
         ctx.save_for_backward(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, results, stats)
         return divergence
 
@@ -323,11 +324,11 @@ class _LinearKl(torch.autograd.Function):
         teacher = Inputs(teacher_hidden, teacher_weight, teacher_bias, None, None, rows[1].token_ids)
         with torch.autocast(weight.device.type, enabled=False):
             heads = _Heads.of(inputs, teacher, ctx.options, ctx.pair, rows)
-            gradients = heads.backward(rows[0].select(grad), results, stats, ctx.kept, ctx.wanted)
-        if ctx.kept is not None:  # their gradient has taken their place
-            recycle(ctx.kept[0])
-            ctx.kept = None
-        return *gradients, *(None,) * 6
+            kept, ctx.kept = ctx.kept, None  # their gradient takes their place
+            gradients = heads.backward(rows[0].select(grad), results, stats, kept, ctx.wanted)
+        if kept is not None:
+            recycle(kept[0])
+        return *nan_if(ctx.too_few, gradients), *(None,) * 6
 
 
 # torch.compile sees one op and its gradient, which gathers the scored rows again and computes their logits again.
@@ -352,7 +353,7 @@ def _forward_op(backend: str, *given):
 def _backward_op(backend: str, grad, saved, wanted, *given):
     heads, _ = _heads(backend, given)
     rows = torch.stack([heads.rows.select(value) for value in (grad, *saved)])
-    gradients = heads.backward(rows[0], rows[:2], rows[2:], None, wanted)
+    gradients = nan_if(heads.too_few, heads.backward(rows[0], rows[:2], rows[2:], None, wanted))
     return tuple(heads.student.weight.new_empty(0) if value is None else value.clone() for value in gradients)
 
 

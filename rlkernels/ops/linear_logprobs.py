@@ -8,7 +8,7 @@ from torch import Tensor
 from rlkernels.ops import _checks, _registry
 from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, scored_rows, start
 from rlkernels.ops._head_outputs import OUTPUTS, Outputs
-from rlkernels.ops._lm_head import Gradients, forward_backward, recycle, scored_index, slices
+from rlkernels.ops._lm_head import Gradients, forward_backward, nan_if, recycle, scored_index, slices
 from rlkernels.reference import linear_logprobs as reference
 
 
@@ -197,13 +197,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 head.reduce(gradients)
                 if kept is not None:
                     recycle(kept)
-        return *_nan_if(ctx.too_few, gradients.results(rows, weight.dtype)), None, None
-
-
-def _nan_if(too_few: Tensor | None, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    if too_few is None:
-        return values
-    return tuple(None if value is None else value.masked_fill_(too_few, float("nan")) for value in values)
+        return *nan_if(ctx.too_few, gradients.results(rows, weight.dtype)), None, None
 
 
 def _one(at: slice, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
@@ -263,7 +257,7 @@ def _backward_op(
     saved = (rows.select(logprobs), rows.select(entropy), torch.stack([rows.select(value) for value in row_stats]))
     gradients = Gradients.of(rows, head, wanted, weight_in_pieces=False)
     head.backward(rows, grad_logprobs, grad_entropy, *saved, None, gradients)
-    results = _nan_if(too_few, gradients.results(rows, weight.dtype))
+    results = nan_if(too_few, gradients.results(rows, weight.dtype))
     return tuple(weight.new_empty(0) if value is None else value.clone() for value in results)
 
 
