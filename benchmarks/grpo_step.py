@@ -36,6 +36,7 @@ import reporting
 from peak_memory import peak_memory
 from rlkernels.trainers import GRPOConfig, GRPOTrainer
 from rlkernels.trainers.grpo import Rollouts
+from rlkernels.trainers.packing import IGNORE
 
 COMPLETIONS, GROUP, PROMPT, LENGTH = 16, 8, 38, 64
 TIME, MEMORY = 0.75, 0.6
@@ -130,9 +131,10 @@ def trl_step(model: str, settings: dict[str, Any], batch: Batch, rows: list, tok
 
 def our_step(model: str, settings: dict[str, Any], batch: Batch, rows: list, tokenizer: Any) -> tuple[Any, Step]:
     trainer = GRPOTrainer(model, no_reward, GRPOConfig(**settings), Dataset.from_list(rows), processing_class=tokenizer)
+    pairs = list(zip(batch.prompts.tolist(), batch.completions.tolist(), strict=True))
     rollouts = Rollouts(
-        prompt_ids=batch.prompts.tolist(),
-        completion_ids=batch.completions.tolist(),
+        input_ids=[prompt + completion for prompt, completion in pairs],
+        labels=[[IGNORE] * len(prompt) + completion for prompt, completion in pairs],
         advantages=batch.advantages.tolist(),
         in_loss=[True] * len(batch.completions),
         num_tokens=batch.completions.numel(),

@@ -1,38 +1,40 @@
-"""What the trainers share: `BaseTrainer`, `OnlineTrainer`, metrics, loading and checking what they are given."""
+"""What all trainers share: `BaseTrainer`, metrics, loading and checking what they are given."""
 
 import contextlib
 import copy
-import math
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import logging
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
-import rlkernels
-
-from .configs import BaseConfig, GRPOConfig
-from .rewards import RewardFunction, RewardFunctions
-from .rollout import IGNORE, CompletionSampler, decode, encode, end_tokens, is_chat
+from .configs import BaseConfig
+from .packing import Sequence, lay_out, prepare_packing
+from .scoring import needs_no_logits
 
 logger = logging.get_logger(__name__)
 
-# Columns of a dataset that reward functions get under another name, or that would hide what was sampled.
-RESERVED = ("prompt", "completion", "completion_ids")
+
+# What the trainers themselves read of a dataset.
+COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "margin")
 
 
-def load_model(path: str, kwargs: Any) -> PreTrainedModel:
-    """A causal language model from a folder, or by name from the local Hugging Face cache; float32 unless asked."""
+class NonFiniteLoss(RuntimeError):
+    """A step's loss was NaN or infinite. The weights are those before it, and were saved."""
+
+
+def load_model(
+    path: str, kwargs: Any = None, auto_class: Any = AutoModelForCausalLM, **defaults: Any
+) -> PreTrainedModel:
+    """A model from a folder, or by name from the local Hugging Face cache; float32 unless asked."""
     if not Path(path).is_dir():
         from huggingface_hub import constants, try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
@@ -47,8 +49,18 @@ def load_model(path: str, kwargs: Any) -> PreTrainedModel:
             )
     elif not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"model '{path}': the folder has no config.json")
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True} | (kwargs or {})
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True} | defaults | (kwargs or {})
+    return auto_class.from_pretrained(path, **options)
+
+
+def flash_attention(args: BaseConfig) -> dict[str, str]:
+    """The attention of a model that is loaded for training: flash attention where it is installed and can serve."""
+    if args.use_cpu or not (args.bf16 or args.fp16):
+        return {}
+    for version, available in ((3, is_flash_attn_3_available), (2, is_flash_attn_2_available)):
+        if available():
+            return {"attn_implementation": f"flash_attention_{version}"}
+    return {}
 
 
 def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -85,109 +97,17 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
     np.random.set_state(numpy)
 
 
-def completion_logprobs(model: nn.Module, batch: dict[str, Any], temperature: float) -> Tensor:
-    """log p of each completion token of `rollout.lay_out`, float32 [B, T]; 0 at padding. The model is one that
-    `needs_no_logits`: only what predicts a completion's tokens meets the LM head, and logits are never stored."""
-    options = {"temperature": temperature, "num_scored": batch["num_scored"], "return_entropy": False}
-    output = _forward(model, batch, return_token_logprobs=True, logprob_options=options)
-    return output.token_logprobs[:, _prompt_length(batch) :]
+class NumberedRows(Dataset):
+    """A dataset whose rows know their place in it, `row_id`."""
 
-
-def completion_policy_loss(
-    model: nn.Module, batch: dict[str, Any], temperature: float, old_logprobs: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """policy_loss of the same log-probabilities and their entropy; the gradients of the LM head are made on the way."""
-    before = _prompt_length(batch)
-
-    def loss(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
-        if head["adapter"] is not None:
-            head["adapter"] = (head["adapter"][0][:, before:], head["adapter"][1])
-        return rlkernels.linear_policy_loss(
-            hidden[:, before:],
-            weight,
-            token_ids[:, before:],
-            old_logprobs,
-            batch["advantages"],
-            batch["mask"],
-            temperature=temperature,
-            num_scored=batch["num_scored"],
-            **head,
-            **options,
-        )
-
-    return _forward(model, batch, head_function=loss).head_output
-
-
-def _forward(model: nn.Module, batch: dict[str, Any], **options: Any) -> Any:
-    return model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        shift_labels=nn.functional.pad(batch["completion_ids"], (_prompt_length(batch), 0), value=IGNORE),
-        use_cache=False,
-        **options,
-    )
-
-
-def _prompt_length(batch: dict[str, Any]) -> int:
-    return batch["input_ids"].shape[1] - batch["completion_ids"].shape[1]
-
-
-def needs_no_logits(model: nn.Module) -> bool:
-    """Wraps the model's LM head, if it can."""
-    try:
-        rlkernels.wrap_lm_head(model)
-    except ValueError as error:
-        logger.warning(f"Logits are stored: {error}")
-        return False
-    return True
-
-
-def completion_logprobs_from_logits(model: nn.Module, batch: dict[str, Any], temperature: float) -> Tensor:
-    """The same, for any other model; positions of completions alone meet the LM head."""
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        logits_to_keep=batch["completion_ids"].shape[1],
-        use_cache=False,
-    ).logits
-    logprobs = rlkernels.token_logprobs(
-        logits,
-        batch["completion_ids"],
-        temperature=temperature,
-        ignore_index=IGNORE,
-        inplace_backward=logits.requires_grad,
-    )
-    return cast(Tensor, logprobs)  # with return_entropy it would be a pair
-
-
-class GroupSampler(Sampler[int]):
-    """Indices of prompts, each `num_generations` times in a row; each run of `prompts` prompts `repeats` times over.
-
-    The order of an epoch depends on the seed and the epoch alone, so that a resumed run sees what the first would have.
-    """
-
-    def __init__(
-        self, size: int, prompts: int, num_generations: int, repeats: int, seed: int | None, epoch: Callable[[], int]
-    ) -> None:
-        self.size, self.prompts, self.num_generations, self.repeats = size, prompts, num_generations, repeats
-        self.seed, self.epoch = seed, epoch
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
 
     def __len__(self) -> int:
-        return self.size // self.prompts * self.prompts * self.num_generations * self.repeats
+        return len(self.rows)
 
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(self.size))
-        if self.seed is not None:
-            order = torch.randperm(
-                self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch())
-            ).tolist()
-        for start in range(0, self.size - self.prompts + 1, self.prompts):
-            chunk = order[start : start + self.prompts]
-            for _ in range(self.repeats):
-                for index in chunk:
-                    yield from [index] * self.num_generations
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "row_id": index}
 
 
 class Metrics:
@@ -218,30 +138,134 @@ class Metrics:
 class BaseTrainer(Trainer):
     """`transformers.Trainer`, in which one batch of the dataloader is one optimizer step.
 
-    A subclass turns a batch into micro-batches (`micro_batches`) and a micro-batch into its share of the step's loss
-    (`compute_loss`), already divided by what the whole step is normalised with. The Trainer itself accumulates nothing:
-    its `args.gradient_accumulation_steps` is 1, and the given number is `self.accumulation_steps`.
+    A subclass turns a batch, a list of rows of the dataset, into micro-batches (`micro_batches`), and a micro-batch
+    into its share of the step's loss (`compute_loss`), already divided by what the whole step is normalised with. The
+    Trainer itself accumulates nothing: its `args.gradient_accumulation_steps` is 1, and the given number is
+    `self.accumulation_steps`.
+
+    Args:
+        model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
+        args: the config.
+        processing_class: the tokenizer; the model's own if None.
+        peft_config: of PEFT: adapters are trained, and they alone are saved.
+        ref_model: what the model is held against, if it is not what it was at the start; as model.
+        needs_reference: whether there is such a model. With peft_config it is the model without its adapters; else a
+            copy is kept.
+        **kwargs: of `transformers.Trainer`.
     """
 
     args: BaseConfig
+    auto_class: Any = AutoModelForCausalLM
 
-    def __init__(self, model: PreTrainedModel, args: BaseConfig, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: BaseConfig,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        ref_model: str | PreTrainedModel | None = None,
+        needs_reference: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        model = self.load(model, args)
+        tokenizer = processing_class or load_tokenizer(model)
+        self.has_own_reference = needs_reference and (ref_model is not None or peft_config is None)
+        reference = None
+        if self.has_own_reference:
+            reference = copy.deepcopy(model) if ref_model is None else self.load(ref_model, args)
+            reference.eval().requires_grad_(False)
+        if peft_config is not None:
+            import peft
+
+            model = peft.get_peft_model(model, peft_config)
+        models = [model] if reference is None else [model, reference]
+        #: Whether log-probabilities come from the LM head without logits.
+        self.fused = self.auto_class is AutoModelForCausalLM
+        self.padding_free = args.padding_free
+        for each in models:
+            self.fused = self.fused and needs_no_logits(each)
+            self.padding_free = self.padding_free and prepare_packing(each)
+
         self.accumulation_steps = args.gradient_accumulation_steps
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1
         # Batches are lists of rows of the dataset; there is nothing to collate before they are tokenised.
-        super().__init__(model=model, args=args, data_collator=list, **kwargs)
+        super().__init__(model=self.trained(model), args=args, data_collator=list, processing_class=tokenizer, **kwargs)
         if args.n_gpu > 1:
             raise ValueError(
                 "several GPUs in one process are not supported: launch with torchrun or accelerate, or make one visible"
             )
+        self.reference_model = (
+            None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
+        )
+        self.keeps_reference = self.has_own_reference and ref_model is None
         self.metrics = Metrics(self.accelerator.device)
         # Ranks must not sample the same completions.
         set_seed(args.seed, device_specific=True)
 
+    def load(self, model: str | PreTrainedModel, args: BaseConfig) -> PreTrainedModel:
+        if isinstance(model, str):
+            return load_model(model, args.model_init_kwargs, self.auto_class, **flash_attention(args))
+        return model
+
+    def trained(self, model: nn.Module) -> nn.Module:
+        """The module that the optimizer gets: the model, and what else a subclass trains with it."""
+        return model
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The model whose log-probabilities are the reference, in evaluation mode, without gradients."""
+        with torch.no_grad():
+            if self.reference_model is not None:
+                yield self.reference_model
+                return
+            model: Any = self.accelerator.unwrap_model(self.model_wrapped)
+            training = model.training
+            model.eval()
+            try:
+                with model.disable_adapter():
+                    yield self.model_wrapped
+            finally:
+                model.train(training)
+
+    def lay_out(self, sequences: list[Sequence]) -> dict[str, Any]:
+        pad = self.processing_class.pad_token_id
+        return lay_out(
+            sequences, self.accelerator.device, padding_free=self.padding_free, pad_token_id=0 if pad is None else pad
+        )
+
+    # Data: a batch of the dataloader is what one optimizer step learns from.
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        return super()._get_dataloader(NumberedRows(dataset), *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size * self.accumulation_steps,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    # The optimizer step
+
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The micro-batches of one optimizer step; every process must return equally many, at least one."""
+        """The micro-batches of one optimizer step, at least one and equally many on every process (`even_out`); each
+        has a `normalizer`, what the losses of the step are divided by."""
         raise NotImplementedError
+
+    def even_out(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """So that every process takes part in each forward and backward pass, one with fewer runs its first again,
+        whose loss then counts for nothing."""
+        missing = self.most_on_any_process(len(batches)) - len(batches)
+        return [{**batches[0], "is_filler": True}] * missing + batches
+
+    def most_on_any_process(self, count: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
     def training_step(
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
@@ -254,15 +278,67 @@ class BaseTrainer(Trainer):
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self.compute_loss(model, batch)
+                loss = self._counted_loss(model, batch)
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self._stop_unless_finite(total, inputs)
         return total
 
-    def most_on_any_process(self, count: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return count
-        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
+    def _counted_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        if not batch.get("is_filler"):
+            return self.compute_loss(model, batch)
+        with self.metrics_into(Metrics(self.accelerator.device)):
+            return self.compute_loss(model, batch) * 0.0
+
+    def _stop_unless_finite(self, loss: Tensor, inputs: list[dict[str, Any]]) -> None:
+        # As large a share as any: all processes stop together.
+        worst = self.accelerator.gather(loss.reshape(1))
+        if worst.isfinite().all():
+            return
+        rows = [row["row_id"] for row in inputs]
+        rows = sorted(set(gather_object(rows) if self.accelerator.num_processes > 1 else rows))
+        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+        if not (folder / "trainer_state.json").is_file():
+            self._save_checkpoint(self.model, trial=None)
+        value = next(value for value in worst.tolist() if not np.isfinite(value))
+        raise NonFiniteLoss(
+            f"step {self.state.global_step + 1}: the loss is {value}, on rows {', '.join(map(str, rows))} of "
+            f"train_dataset; the state before this step is in {folder}"
+        )
+
+    @contextlib.contextmanager
+    def metrics_into(self, metrics: Metrics) -> Iterator[None]:
+        own, self.metrics = self.metrics, metrics
+        try:
+            yield
+        finally:
+            self.metrics = own
+
+    # Evaluation and logs
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The loss, and what `compute_loss` records besides, over the rows of an evaluation set."""
+        metrics = Metrics(self.accelerator.device)
+        training = self.model.training
+        self.model.eval()
+        for inputs in dataloader:
+            with self.metrics_into(metrics), self.accelerator.autocast():
+                batches = self.micro_batches(inputs)
+                total = sum((self._counted_loss(self.model, batch).detach() for batch in batches), torch.zeros(()))
+            metrics.add("loss", total, batches[-1]["normalizer"])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.model.train(training)
+        values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
+        count = len(dataloader.dataset)  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=count)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Sampling in evaluation has a stream of random numbers of its own, the same in each evaluation."""
@@ -284,128 +360,19 @@ class BaseTrainer(Trainer):
         pass  # counted where the tokens are made
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt"]
+        self._signature_columns = [*COLUMNS, "row_id"]
 
+    # Checkpoints hold the reference too, if it is the model of the start: a resumed run may be given the checkpoint.
 
-@dataclass
-class Samples:
-    """Completions of one batch of rows on this process, a list entry per row."""
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.keeps_reference and self.args.should_save:
+            self.accelerator.unwrap_model(self.reference_model).save_pretrained(Path(output_dir) / "reference")
 
-    prompts: list
-    prompt_ids: list[list[int]]
-    completions: list
-    completion_ids: list[list[int]]
-    ended: list[bool]  # by itself, not at max_completion_length
-    rewards: Tensor  # [rows, reward functions], NaN where one does not apply
-    extra: dict[str, list]  # columns that reward functions logged
-
-
-class OnlineTrainer(BaseTrainer):
-    """A trainer that learns from rewards of the model's own completions."""
-
-    args: GRPOConfig
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        reward_funcs: RewardFunction | list[RewardFunction],
-        args: GRPOConfig,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.rewards = RewardFunctions(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs])
-        count = len(self.rewards.names)
-        weights = [1.0] * count if args.reward_weights is None else args.reward_weights
-        if len(weights) != count:
-            raise ValueError(f"reward_weights must have one entry per reward function, {count}; got {len(weights)}")
-        if eval_dataset is not None:
-            parts = eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]
-            for key, part in parts:
-                check_columns(f"eval_dataset['{key}']" if key else "eval_dataset", part, "prompt")
-        tokenizer = processing_class or load_tokenizer(model)
-        super().__init__(model, args, eval_dataset=eval_dataset, processing_class=tokenizer, **kwargs)
-        self.reward_weights = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
-        self.num_generations_eval = args.num_generations_eval or args.num_generations
-        end_token_ids = end_tokens(model, tokenizer)
-        padding = [token for token in (tokenizer.pad_token_id, *end_token_ids, 0) if token is not None]
-        self.sampler = CompletionSampler(
-            end_token_ids=end_token_ids,
-            pad_token_id=padding[0],
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-        )
-
-    def sample(self, inputs: list[dict[str, Any]], metrics: Metrics) -> Samples:
-        prompts = [row["prompt"] for row in inputs]
-        prompt_ids = encode(self.processing_class, prompts, self.args.chat_template_kwargs)
-        # One autocast context around all of generate(): inside it each weight is cast to bfloat16 once, not per token.
-        with self.accelerator.autocast():
-            completion_ids = self.sampler(self.model, prompt_ids)
-        completions = decode(self.processing_class, completion_ids, is_chat(prompts[0]))
-        extra: dict[str, list] = defaultdict(list)
-        columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in RESERVED}
-        rewards = self.rewards(
-            {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids},
-            trainer_state=self.state,
-            log_extra=lambda column, values: extra[column].extend(values),
-            log_metric=metrics.add,
-        )
-        return Samples(
-            prompts=prompts,
-            prompt_ids=prompt_ids,
-            completions=completions,
-            completion_ids=completion_ids,
-            ended=[ids[-1] in self.sampler.end_token_ids for ids in completion_ids],
-            rewards=rewards.to(self.accelerator.device),
-            extra=extra,
-        )
-
-    def gather_outcomes(self, samples: Samples) -> Tensor:
-        """Of all processes, [rows, functions + 2]: the rewards, the completion's length, whether it ended."""
-        device = self.accelerator.device
-        lengths = torch.tensor([[float(len(ids))] for ids in samples.completion_ids], device=device)
-        ended = torch.tensor([[float(ended)] for ended in samples.ended], device=device)
-        return self.accelerator.gather(torch.cat([samples.rewards, lengths, ended], 1))
-
-    def record_outcomes(self, outcomes: Tensor, metrics: Metrics) -> None:
-        rewards, lengths, ended = outcomes[:, :-2], outcomes[:, -2], outcomes[:, -1]
-        metrics.add("completions/mean_length", lengths.mean())
-        metrics.add("completions/min_length", lengths.min())
-        metrics.add("completions/max_length", lengths.max())
-        metrics.add("completions/clipped_ratio", 1 - ended.mean())
-
-        def std(values: Tensor) -> Tensor | float:
-            return values.std() if len(values) > 1 else math.nan
-
-        for name, column in zip(self.rewards.names, rewards.T, strict=True):
-            applies = column[~column.isnan()]
-            metrics.add(f"rewards/{name}/mean", applies.mean())
-            metrics.add(f"rewards/{name}/std", std(applies))
-        total = (rewards * self.reward_weights).nansum(1)[~rewards.isnan().all(1)]
-        metrics.add("reward", total.mean())
-        metrics.add("reward_std", std(total))
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> GroupSampler:
-        return GroupSampler(len(eval_dataset), 1, self.num_generations_eval, 1, seed=None, epoch=lambda: 0)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Samples completions of the evaluation prompts and reports their rewards and lengths; there is no loss."""
-        metrics = Metrics(self.accelerator.device)
-        batches = []
-        for inputs in dataloader:
-            batches.append(self.gather_outcomes(self.sample(inputs, metrics)))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        # Past its end the sampler starts over, to give every process a full batch.
-        count = len(dataloader.dataset) * self.num_generations_eval  # type: ignore[arg-type]
-        outcomes = torch.cat(batches)[:count]
-        self.record_outcomes(outcomes, metrics)
-        values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=len(outcomes))
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        folder = None if checkpoint is None else Path(checkpoint) / "reference"
+        if folder is not None and folder.is_dir() and self.keeps_reference:
+            reference: Any = self.accelerator.unwrap_model(self.reference_model)
+            saved = self.auto_class.from_pretrained(folder, dtype=reference.dtype)
+            reference.load_state_dict(saved.state_dict())

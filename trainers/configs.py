@@ -41,6 +41,24 @@ class BaseConfig(TrainingArguments):
         default=None,
         metadata={"help": "Keyword arguments of `from_pretrained`, as JSON, when the model is given as a path."},
     )
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Keep only the columns that the trainer itself reads: reward functions then see no other."},
+    )
+    token_budget: int = field(
+        default=8192,
+        metadata={
+            "help": "Most tokens in a micro-batch: an optimizer step of per_device_train_batch_size x "
+            "gradient_accumulation_steps rows runs in as many as it takes. A longer sequence runs alone."
+        },
+    )
+    padding_free: bool = field(
+        default=True,
+        metadata={
+            "help": "Lay the sequences of a micro-batch end to end. Without it, and for models that do not keep them "
+            "apart then, they are padded to the longest."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
@@ -49,31 +67,60 @@ class BaseConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _computes_bf16(self.use_cpu)
         super().__post_init__()
+        if self.token_budget < 1:
+            raise ValueError(f"token_budget must be at least 1; got {self.token_budget}")
+        if self.per_device_train_batch_size < 1:
+            raise ValueError(f"per_device_train_batch_size must be at least 1; got {self.per_device_train_batch_size}")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a finite number, at least 0; got {self.learning_rate}")
+        for name in self._VALID_DICT_FIELDS:
+            if name.endswith("_kwargs") and not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name} must be a mapping (JSON on the command line); got {getattr(self, name)!r}")
+        if self.deepspeed is not None:
+            raise ValueError("deepspeed is not supported yet: its engine would step once per micro-batch")
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size is not supported: micro-batches are filled by token_budget")
 
 
 @dataclass
-class GRPOConfig(BaseConfig):
-    """Options of `GRPOTrainer`. An optimizer step is `gradient_accumulation_steps` micro-batches of
-    `per_device_train_batch_size` completions; `steps_per_generation` micro-batches are generated at a time."""
+class OnlineConfig(BaseConfig):
+    """What `PPOTrainer` and `GRPOTrainer` share: sampling and rewards."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*BaseConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
-    remove_unused_columns: bool = field(
-        default=False,
-        metadata={"help": "Keep only the column `prompt`: reward functions then see no other column."},
-    )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts, anew in each epoch."})
-
-    num_generations: int = field(default=8, metadata={"help": "Completions sampled per prompt: the size of a group."})
-    num_generations_eval: int | None = field(
-        default=None, metadata={"help": "Completions per prompt in evaluation; num_generations if unset."}
-    )
     max_completion_length: int = field(default=512, metadata={"help": "Longest completion, in tokens."})
     temperature: float = field(
         default=1.0, metadata={"help": "Temperature of sampling, and of the log-probabilities in the loss."}
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `apply_chat_template`, as JSON, for chat prompts."}
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward function; 1 each if unset."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1; got {self.max_completion_length}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0; got {self.temperature}")
+        if not all(math.isfinite(weight) for weight in self.reward_weights or []):
+            raise ValueError(f"reward_weights must be finite numbers; got {self.reward_weights}")
+        if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss"):
+            # There is no evaluation loss.
+            self.metric_for_best_model, self.greater_is_better = "reward", True
+
+
+@dataclass
+class GRPOConfig(OnlineConfig):
+    """Options of `GRPOTrainer`. An optimizer step is `gradient_accumulation_steps` micro-batches of
+    `per_device_train_batch_size` completions; `steps_per_generation` micro-batches are generated at a time."""
+
+    num_generations: int = field(default=8, metadata={"help": "Completions sampled per prompt: the size of a group."})
+    num_generations_eval: int | None = field(
+        default=None, metadata={"help": "Completions per prompt in evaluation; num_generations if unset."}
     )
     generation_batch_size: int | None = field(
         default=None,
@@ -115,9 +162,6 @@ class GRPOConfig(BaseConfig):
         default=False, metadata={"help": "Leave completions that did not end by themselves out of the loss."}
     )
 
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per reward function; 1 each if unset."}
-    )
     scale_rewards: str = field(
         default="group",
         metadata={
@@ -143,31 +187,16 @@ class GRPOConfig(BaseConfig):
             choices = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
-        for name in ("num_iterations", "max_completion_length", "per_device_train_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.num_iterations < 1:
+            raise ValueError(f"num_iterations must be at least 1; got {self.num_iterations}")
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2, to have a group; got {self.num_generations}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number above 0; got {self.temperature}")
-        for name in ("beta", "epsilon", "epsilon_high", "learning_rate"):
+        for name in ("beta", "epsilon", "epsilon_high"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
         if self.num_generations_eval is not None and self.num_generations_eval < 1:
             raise ValueError(f"num_generations_eval must be at least 1; got {self.num_generations_eval}")
-        if not all(math.isfinite(weight) for weight in self.reward_weights or []):
-            raise ValueError(f"reward_weights must be finite numbers; got {self.reward_weights}")
-        for name in ("model_init_kwargs", "chat_template_kwargs"):
-            if not isinstance(getattr(self, name), dict | None):
-                raise ValueError(f"{name} must be a mapping (JSON on the command line); got {getattr(self, name)!r}")
-        if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss"):
-            # There is no evaluation loss.
-            self.metric_for_best_model, self.greater_is_better = "reward", True
-        if self.deepspeed is not None:
-            raise ValueError("deepspeed is not supported yet: its engine would step once per micro-batch")
-        if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size is not supported: a smaller batch would split groups")
         self._set_generation_batch()
 
     def _set_generation_batch(self) -> None:

@@ -1,6 +1,5 @@
 """Group relative policy optimization (DeepSeekMath, arXiv 2402.03300) and its variants by loss type."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,27 +7,19 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 import rlkernels
 
-from .common import (
-    GroupSampler,
-    OnlineTrainer,
-    Samples,
-    check_columns,
-    completion_logprobs,
-    completion_logprobs_from_logits,
-    completion_policy_loss,
-    load_model,
-    needs_no_logits,
-)
+from . import scoring
+from .common import check_columns
 from .configs import GRPOConfig
+from .online import GroupSampler, OnlineTrainer, Samples
+from .packing import IGNORE, Sequence, fill, split
 from .rewards import RewardFunction
-from .rollout import lay_out
+from .rollout import Engine
 
 logger = logging.get_logger(__name__)
 
@@ -42,10 +33,11 @@ AGGREGATION = {
 
 @dataclass
 class Rollouts:
-    """This process's completions of one generation batch, a list entry per row."""
+    """This process's completions of one generation batch, a list entry per row. What is per token is laid out and
+    shifted as in `packing.lay_out`."""
 
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
+    input_ids: list[list[int]]
+    labels: list[list[int]]
     advantages: list[float]
     in_loss: list[bool]  # False: truncated, and mask_truncated_completions is set
     num_tokens: float  # tokens in the loss, mean over the processes
@@ -54,6 +46,9 @@ class Rollouts:
 
     def has_gradient(self, row: int) -> bool:
         return self.in_loss[row] and (self.advantages[row] != 0 or self.ref_logprobs is not None)
+
+    def scored(self, row: int) -> int:
+        return sum(label != IGNORE for label in self.labels[row])
 
 
 class GRPOTrainer(OnlineTrainer):
@@ -71,6 +66,8 @@ class GRPOTrainer(OnlineTrainer):
         train_dataset: rows with a `prompt`, a string or a list of messages; further columns go to the reward functions.
         eval_dataset: the same, or a dict of such.
         processing_class: the tokenizer; the model's own if None.
+        peft_config: of PEFT: adapters are trained, and the reference is the model without them.
+        rollout: what samples the completions, see `rollout.Engine`; the model itself if None.
     """
 
     args: GRPOConfig
@@ -83,8 +80,11 @@ class GRPOTrainer(OnlineTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        rollout: Engine | None = None,
     ) -> None:
         args = GRPOConfig() if args is None else args
         check_columns("train_dataset", train_dataset, "prompt")
@@ -95,23 +95,20 @@ class GRPOTrainer(OnlineTrainer):
                 f"generation batch ({args.generation_batch_size} completions, {args.num_generations} per prompt)"
             )
 
-        if isinstance(model, str):
-            model = load_model(model, args.model_init_kwargs)
-        self.needs_no_logits = needs_no_logits(model)
-        self.completion_logprobs = completion_logprobs if self.needs_no_logits else completion_logprobs_from_logits
-        # A copy is wrapped as the model is.
-        reference = copy.deepcopy(model).eval().requires_grad_(False) if args.beta > 0 else None
         super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
+            model,
+            reward_funcs,
+            args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            peft_config=peft_config,
+            needs_reference=args.beta > 0,
             callbacks=callbacks,
             optimizers=optimizers,
+            rollout=rollout,
         )
-        self.reference = None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.num_generations_eval = args.num_generations_eval or args.num_generations
         # Optimizer steps that one generation batch serves.
         self.steps_per_rollout = args.steps_per_generation * args.num_iterations // self.accumulation_steps
         self.rollouts: Rollouts | None = None
@@ -161,22 +158,22 @@ class GRPOTrainer(OnlineTrainer):
         advantages = advantages[first : first + len(inputs)].tolist()
         self.completions = gather_object(self._table(samples, advantages))
 
-        in_loss = [ended or not self.args.mask_truncated_completions for ended in samples.ended]
-        lengths = [len(ids) for ids in samples.completion_ids]
-        scored = sum(length for length, counts in zip(lengths, in_loss, strict=True) if counts)
-        counts = torch.tensor([scored, sum(map(len, samples.prompt_ids)) + sum(lengths)], device=outcomes.device)
-        scored, seen = self.accelerator.reduce(counts).tolist()
-        self.state.num_input_tokens_seen += seen
-
+        self.count_tokens(samples.rollouts)
+        in_loss = [rollout.ended or not self.args.mask_truncated_completions for rollout in samples.rollouts]
+        sequences = [rollout.sequence() for rollout in samples.rollouts]
         rollouts = Rollouts(
-            prompt_ids=samples.prompt_ids,
-            completion_ids=samples.completion_ids,
+            input_ids=[sequence.input_ids for sequence in sequences],
+            labels=[sequence.labels for sequence in sequences],
             advantages=advantages,
             in_loss=in_loss,
-            num_tokens=scored / self.accelerator.num_processes,
+            num_tokens=0.0,
         )
-        if self.reference is not None:
-            rollouts.ref_logprobs = self._score(self.reference, rollouts, in_loss)
+        scored = sum(rollouts.scored(row) for row, counts in enumerate(in_loss) if counts)
+        scored = self.accelerator.reduce(torch.tensor(scored, device=outcomes.device)).item()
+        rollouts.num_tokens = scored / self.accelerator.num_processes
+        if self.args.beta > 0:
+            with self.reference() as reference:
+                rollouts.ref_logprobs = self._score(reference, rollouts, in_loss)
         if self.steps_per_rollout > 1:
             rows = [rollouts.has_gradient(row) for row in range(len(inputs))]
             rollouts.old_logprobs = self._score(self.model_wrapped, rollouts, rows)
@@ -197,18 +194,23 @@ class GRPOTrainer(OnlineTrainer):
 
     @torch.no_grad()
     def _score(self, model: nn.Module, rollouts: Rollouts, wanted: list[bool]) -> list[Tensor | None]:
-        """Log-probabilities of each wanted row's completion, [its length]."""
+        """Log-probabilities of each wanted row's tokens."""
         scores: list[Tensor | None] = [None] * len(wanted)
-        rows = [row for row, is_wanted in enumerate(wanted) if is_wanted]
-        size = self.args.per_device_train_batch_size
-        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        chunks = self._fill(rollouts, [row for row, is_wanted in enumerate(wanted) if is_wanted])
         # A sharded model must run equally often on every process.
         chunks += [[0]] * (self.most_on_any_process(len(chunks)) - len(chunks))
         for chunk in chunks:
-            logprobs = self.completion_logprobs(model, self._lay_out(rollouts, chunk), self.args.temperature)
-            for row, values in zip(chunk, logprobs, strict=True):
-                scores[row] = values[: len(rollouts.completion_ids[row])].clone()
+            batch = self._lay_out(rollouts, chunk)
+            logprobs = scoring.token_logprobs(model, batch, fused=self.fused, temperature=self.args.temperature)
+            for row, values in zip(chunk, split(logprobs, batch), strict=True):
+                scores[row] = values.clone()
         return scores
+
+    def _fill(self, rollouts: Rollouts, rows: list[int]) -> list[list[int]]:
+        """Rows of each micro-batch, by length: then attention does neighbours together."""
+        rows = sorted(rows, key=lambda row: len(rollouts.input_ids[row]))
+        chunks = fill([len(rollouts.input_ids[row]) for row in rows], self.args.token_budget)
+        return [[rows[index] for index in chunk] for chunk in chunks]
 
     # The optimizer step
 
@@ -218,50 +220,43 @@ class GRPOTrainer(OnlineTrainer):
             if step:
                 logger.warning("The checkpoint holds no rollouts: this step's prompts are completed anew.")
             self.rollouts = self.roll_out(inputs)
-        size = self.args.per_device_train_batch_size
+        rollouts, size = self.rollouts, self.args.per_device_train_batch_size
+        first = step * self.accumulation_steps % self.args.steps_per_generation * size
+        rows = range(first, first + size * self.accumulation_steps)
+        # bnpo is a mean over the tokens of each micro-batch of so many rows; for the others they are all the same.
+        width = size if self.args.loss_type == "bnpo" else len(rows)
         batches = []
-        for index in range(step * self.accumulation_steps, (step + 1) * self.accumulation_steps):
-            first = index % self.args.steps_per_generation * size
-            rows = range(first, first + size)
-            with_gradient = [row for row in rows if self.rollouts.has_gradient(row)]
-            if with_gradient:
-                batch = self._lay_out(self.rollouts, with_gradient)
-                batches.append({**batch, "normalizer": self._normalizer(self.rollouts, rows)})
-        # Where another process has more to run, and where none has any, a row runs with nothing in the loss: then
-        # gradients are zero, not missing, and every process takes part in their reduction.
-        for _ in range(max(self.most_on_any_process(len(batches)), 1) - len(batches)):
-            batch = self._lay_out(self.rollouts, [0])
-            batches.insert(0, {**batch, "mask": torch.zeros_like(batch["mask"]), "normalizer": 1.0})
-        return batches
+        for start in range(rows.start, rows.stop, width):
+            part = range(start, start + width)
+            normalizer = self._normalizer(rollouts, part)
+            for chunk in self._fill(rollouts, [row for row in part if rollouts.has_gradient(row)]):
+                batches.append({**self._lay_out(rollouts, chunk), "normalizer": normalizer})
+        if not batches:
+            # Gradients must be zero, not missing.
+            batches = [{**self._lay_out(rollouts, [rows.start]), "normalizer": 1.0, "is_filler": True}]
+        return self.even_out(batches)
 
     def _normalizer(self, rollouts: Rollouts, rows: range) -> float:
-        """What the sum over a micro-batch is divided by: TRL's, in which all `rows` count, also those not run."""
+        """What the sum over these rows is divided by: TRL's, in which all of them count, also those not run."""
         steps = self.accumulation_steps
         if self.args.loss_type == "grpo":
-            return len(rows) * steps
+            return len(rows)
         if self.args.loss_type == "dr_grpo":
-            return len(rows) * self.args.max_completion_length * steps
+            return len(rows) * self.args.max_completion_length
         if self.args.loss_type == "bnpo":
-            return max(sum(len(rollouts.completion_ids[row]) for row in rows if rollouts.in_loss[row]), 1) * steps
+            return max(sum(rollouts.scored(row) for row in rows if rollouts.in_loss[row]), 1) * steps
         return max(rollouts.num_tokens, 1) * steps / self.args.steps_per_generation
 
     def _lay_out(self, rollouts: Rollouts, rows: list[int]) -> dict[str, Any]:
         device = self.accelerator.device
-        batch = lay_out(
-            [rollouts.prompt_ids[row] for row in rows],
-            [rollouts.completion_ids[row] for row in rows],
-            self.sampler.pad_token_id,
-            device,
-        )
+        batch = self.lay_out([Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows])
         batch["advantages"] = torch.tensor([rollouts.advantages[row] for row in rows], device=device)
-        width = batch["mask"].shape[1]
         for name in ("old_logprobs", "ref_logprobs"):
-            values = getattr(rollouts, name)
-            if values is not None:
-                empty = torch.zeros(0, device=device)
-                known = [empty if values[row] is None else values[row].to(device) for row in rows]
-                padded = pad_sequence(known, batch_first=True)
-                batch[name] = nn.functional.pad(padded, (0, width - padded.shape[1]))
+            known = getattr(rollouts, name)
+            if known is not None:
+                unknown = [torch.zeros(len(rollouts.input_ids[row])) for row in rows]
+                parts = [unknown[i] if known[row] is None else known[row] for i, row in enumerate(rows)]
+                batch[name] = torch.cat([part.to(device) for part in parts])
         return batch
 
     def compute_loss(
@@ -287,18 +282,23 @@ class GRPOTrainer(OnlineTrainer):
             "kl_estimator": "k3+" if corrected else "k3",
             **aggregate,
         }
-        if self.needs_no_logits and (fused or ref is None):
-            loss, values = completion_policy_loss(model, inputs, self.args.temperature, old, **options)
+        temperature, advantages = self.args.temperature, inputs["advantages"]
+        if fused or ref is None:
+            loss, values = scoring.policy_loss(
+                model, inputs, old, advantages, fused=self.fused, temperature=temperature, **options
+            )
         else:
-            logprobs = self.completion_logprobs(model, inputs, self.args.temperature)
-            advantages, mask = inputs["advantages"], inputs["mask"]
+            logprobs, entropy = scoring.token_logprobs(
+                model, inputs, fused=self.fused, temperature=temperature, return_entropy=True
+            )
+            mask, layout = inputs["mask"], {"cu_seqlens": inputs["cu_seqlens"], **aggregate}
+            options |= {"entropy": entropy.detach(), "cu_seqlens": inputs["cu_seqlens"]}
             loss, values = rlkernels.policy_loss(logprobs, old, advantages, mask, **options)
-            if ref is not None and not fused:
-                penalty = (logprobs - old).exp() * rlkernels.kl_penalty(logprobs, ref, estimator="k3")
-                # With advantage -1, reinforce is the plain mean of what stands in the place of the log-probabilities.
-                minus_one = -torch.ones_like(advantages)
-                kl, _ = rlkernels.policy_loss(penalty, None, minus_one, mask, objective="reinforce", **aggregate)
-                loss = loss + self.args.beta * kl
+            penalty = (logprobs - old).exp() * rlkernels.kl_penalty(logprobs, ref, estimator="k3")
+            # With advantage -1, reinforce is the plain mean of what stands in the place of the log-probabilities.
+            minus_one = -torch.ones_like(advantages)
+            kl, _ = rlkernels.policy_loss(penalty, None, minus_one, mask, objective="reinforce", **layout)
+            loss = loss + self.args.beta * kl
         names = rlkernels.policy_loss.metrics  # type: ignore[attr-defined]
         self._record_loss(dict(zip(names, values.unbind(), strict=True)))
         return loss
@@ -310,32 +310,22 @@ class GRPOTrainer(OnlineTrainer):
         self.metrics.add("clip_ratio/high_mean", high, weight)
         self.metrics.add("clip_ratio/region_mean", low + high, weight)
         self.metrics.add("ratio_mean", values["ratio_mean"], weight)
-        if self.needs_no_logits:
-            self.metrics.add("entropy", values["entropy"], weight)
-        if self.reference is not None:
+        self.metrics.add("entropy", values["entropy"], weight)
+        if self.args.beta > 0:
             self.metrics.add("kl", values["ref_kl"], weight)
 
-    # Checkpoints: beside what the Trainer keeps, the unfinished rollouts of each process and the reference weights. A
-    # resumed run is usually given the model of its start, but may as well be given the checkpoint.
+    # Checkpoints: beside what the Trainer keeps, the unfinished rollouts of each process.
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.rollouts is not None and self.state.global_step % self.steps_per_rollout:
             torch.save(vars(self.rollouts), self._rollouts_file(output_dir))
-        if self.reference is not None and self.args.should_save:
-            self.accelerator.unwrap_model(self.reference).save_pretrained(Path(output_dir) / "reference")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        file = self._rollouts_file(checkpoint)
-        self.rollouts = Rollouts(**torch.load(file, weights_only=True)) if file.is_file() else None
-        folder = Path(checkpoint) / "reference"
-        if self.reference is not None and folder.is_dir():
-            reference = self.accelerator.unwrap_model(self.reference)
-            saved = AutoModelForCausalLM.from_pretrained(folder, dtype=reference.dtype)
-            reference.load_state_dict(saved.state_dict())
+        if checkpoint is not None:
+            file = self._rollouts_file(checkpoint)
+            self.rollouts = Rollouts(**torch.load(file, weights_only=True)) if file.is_file() else None
 
     def _rollouts_file(self, folder: str) -> Path:
         return Path(folder) / f"rollouts_{self.accelerator.process_index}.pth"

@@ -1,9 +1,10 @@
-"""Sampling completions with transformers `generate`, and laying sequences out for the model.
+"""Rollouts: prompts and sampling options in; token ids, the sampler's log-probabilities and a loss mask out.
 
-Where a sequence starts and ends is known from its length, never from token ids: the padding token may be the
-end-of-sequence token, and either may be sampled.
+An engine is any function of the shape of `Engine`. The default one is transformers `generate`; one that calls it for
+several turns, with tools in between, is another.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,37 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-IGNORE = -100  # the token id that token_logprobs skips
+from .packing import IGNORE, Sequence
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How completions are sampled: from the model's own distribution at a temperature, nothing cut off."""
+
+    temperature: float
+    max_completion_length: int  # in tokens
+    logprobs: bool = False  # whether the sampler's log-probabilities are wanted
+
+
+@dataclass
+class Rollout:
+    """One completion of one prompt."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]  # at least one
+    ended: bool  # by itself, not at max_completion_length
+    logprobs: list[float] | None = None  # of each completion token, as the sampler had them; NaN where it had none
+    mask: list[bool] | None = None  # False where a token is a tool's, not the model's; None: all are the model's
+
+    def sequence(self) -> Sequence:
+        """With the model's own tokens in the loss."""
+        mask = [True] * len(self.completion_ids) if self.mask is None else self.mask
+        labels = [token if own else IGNORE for token, own in zip(self.completion_ids, mask, strict=True)]
+        return Sequence(self.prompt_ids + self.completion_ids, [IGNORE] * len(self.prompt_ids) + labels)
+
+
+Engine = Callable[[list, SamplingOptions], list[Rollout]]
+"""Takes prompts as the dataset has them, text or messages, and gives one rollout of each, in their order."""
 
 
 def is_chat(prompt: Any) -> bool:
@@ -46,53 +77,43 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted({*listed, tokenizer.eos_token_id} - {None})
 
 
-def pad(rows: list[list[int]], side: str, value: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] padded with `value` on the given side, and which of them are real, bool [B, T]."""
+def pad_left(rows: list[list[int]], value: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] padded with `value` on the left, and which of them are real, bool [B, T]."""
     width = max(len(row) for row in rows)
-    filled = [
-        ([value] * (width - len(row)) + row) if side == "left" else (row + [value] * (width - len(row))) for row in rows
-    ]
-    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    columns = torch.arange(width)
-    real = columns >= width - lengths if side == "left" else columns < lengths
-    return torch.tensor(filled, dtype=torch.long).to(device), real.to(device)
+    filled = torch.tensor([[value] * (width - len(row)) + row for row in rows], dtype=torch.long)
+    real = torch.arange(width) >= width - torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    return filled.to(device), real.to(device)
 
 
-def lay_out(
-    prompt_ids: list[list[int]], completion_ids: list[list[int]], pad_token_id: int, device: torch.device
-) -> dict[str, Any]:
-    """Model inputs: prompts padded on the left, completions on the right, so that completions align."""
-    prompts, in_prompt = pad(prompt_ids, "left", pad_token_id, device)
-    completions, mask = pad(completion_ids, "right", pad_token_id, device)
-    attended = torch.cat([in_prompt, mask], 1)
-    return {
-        # The last token predicts nothing.
-        "input_ids": torch.cat([prompts, completions], 1)[:, :-1],
-        "attention_mask": attended[:, :-1].long(),
-        "position_ids": (attended.cumsum(1) - 1).clamp(min=0)[:, :-1],
-        "completion_ids": completions.masked_fill(~mask, IGNORE),
-        "mask": mask,
-        "num_scored": sum(map(len, completion_ids)),
-    }
+class TransformersEngine:
+    """Completes prompts with transformers `generate`.
 
+    Args:
+        model: a causal language model, the trained one itself: what it has learned is sampled from.
+        tokenizer: its tokenizer.
+        chat_template_kwargs: keyword arguments of `apply_chat_template`, for prompts of messages.
+    """
 
-@dataclass
-class CompletionSampler:
-    """Samples one completion of each prompt from the model's distribution at `temperature`, nothing cut off."""
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Any = None
+    ) -> None:
+        self.model, self.tokenizer, self.chat_template_kwargs = model, tokenizer, chat_template_kwargs
+        self.end_token_ids = end_tokens(model, tokenizer)
+        padding = [token for token in (tokenizer.pad_token_id, *self.end_token_ids, 0) if token is not None]
+        self.pad_token_id = padding[0]
 
-    end_token_ids: list[int]
-    pad_token_id: int
-    max_new_tokens: int
-    temperature: float
+    def __call__(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
+        return self.complete(encode(self.tokenizer, prompts, self.chat_template_kwargs), options)
 
     @torch.no_grad()
-    def __call__(self, model: PreTrainedModel, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Completions, each up to and including the first token that ends it."""
-        input_ids, real = pad(prompt_ids, "left", self.pad_token_id, model.device)
+    def complete(self, prompt_ids: list[list[int]], options: SamplingOptions) -> list[Rollout]:
+        """Continues each row of token ids, up to and including the first token that ends it."""
+        model = self.model
+        input_ids, real = pad_left(prompt_ids, self.pad_token_id, model.device)
         # generate() fills what a config leaves open from the model's own, where a top_k or a repetition penalty would
         # make the sampler another policy than the one whose log-probabilities are trained.
         own_config, training = model.generation_config, model.training
-        model.generation_config = self._config()
+        model.generation_config = self._config(options)
         model.eval()
         try:
             cache = self._read_prompts(model, prompt_ids)
@@ -100,15 +121,19 @@ class CompletionSampler:
         finally:
             model.generation_config = own_config
             model.train(training)
-        return [self._until_end(row) for row in sequences[:, input_ids.shape[1] :].tolist()]
+        completions = map(self._until_end, sequences[:, input_ids.shape[1] :].tolist())
+        return [
+            Rollout(prompt, completion, ended=completion[-1] in self.end_token_ids)
+            for prompt, completion in zip(prompt_ids, completions, strict=True)
+        ]
 
-    def _read_prompts(self, model: PreTrainedModel, prompt_ids: list[list[int]]) -> DynamicCache | None:
+    def _read_prompts(self, model: Any, prompt_ids: list[list[int]]) -> DynamicCache | None:
         """The cache of all but the last token of each prompt. A prompt that is sampled many times is read once."""
         unique = list(dict.fromkeys(map(tuple, prompt_ids)))
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         # Other layers keep a state besides keys and values, which is not theirs to repeat.
         repeatable = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-        input_ids, real = pad([list(prompt) for prompt in unique], "left", self.pad_token_id, model.device)
+        input_ids, real = pad_left([list(prompt) for prompt in unique], self.pad_token_id, model.device)
         if len(unique) == len(prompt_ids) or not repeatable or input_ids.shape[1] == 1:
             return None
         model(
@@ -124,12 +149,12 @@ class CompletionSampler:
         cache.batch_select_indices(rows)
         return cache
 
-    def _config(self) -> GenerationConfig:
+    def _config(self, options: SamplingOptions) -> GenerationConfig:
         return GenerationConfig(
             do_sample=True,
-            temperature=self.temperature,
+            temperature=options.temperature,
             top_k=0,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=options.max_completion_length,
             eos_token_id=self.end_token_ids,
             pad_token_id=self.pad_token_id,
             disable_compile=True,

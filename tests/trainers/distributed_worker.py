@@ -40,6 +40,7 @@ def train(folder: str, options: dict) -> dict:
         save_strategy="no",
         activation_checkpointing=False,
         shuffle_dataset=False,
+        token_budget=24,
         disable_tqdm=True,
         **options,
     )

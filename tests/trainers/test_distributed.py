@@ -43,7 +43,7 @@ def test_a_process_without_signal(results):
     first, second = results[0]
     signal = [[any(rollouts["advantages"]) for rollouts in rank["rollouts"]] for rank in (first, second)]
     assert signal == [[True] * 3, [False] * 3]
-    assert first["micro_batches"] == second["micro_batches"] == [2] * 3
+    assert first["micro_batches"] == second["micro_batches"] and min(first["micro_batches"]) > 1
     assert torch.equal(first["weights"], second["weights"])
     assert first["table"] == second["table"]
     assert len(first["table"]) == 8
@@ -61,7 +61,7 @@ def test_a_group_over_two_processes(results):
     expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(torch.tensor([row["advantage"] for row in first["table"]]).view(-1, 4), expected)
     # The two were given the same prompt, and must not draw the same completions.
-    assert first["rollouts"][0]["completion_ids"] != second["rollouts"][0]["completion_ids"]
+    assert first["rollouts"][0]["input_ids"] != second["rollouts"][0]["input_ids"]
     halves = [rank["rollouts"][-1]["advantages"] for rank in (first, second)]
     assert [len(half) for half in halves] == [2, 2]
     assert [row["advantage"] for row in first["table"]] == halves[0] + halves[1]
@@ -70,8 +70,8 @@ def test_a_group_over_two_processes(results):
 def test_gradient_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
     """Which holds the completions of both."""
     first, second = (rank["rollouts"][0] for rank in results[0])
-    both = {name: first[name] + second[name] for name in ("prompt_ids", "completion_ids", "advantages", "in_loss")}
-    num_tokens = sum(map(len, both["completion_ids"]))
+    both = {name: first[name] + second[name] for name in ("input_ids", "labels", "advantages", "in_loss")}
+    num_tokens = sum(label != -100 for labels in both["labels"] for label in labels)
     args = GRPOConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=8,

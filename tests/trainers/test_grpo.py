@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, grpo
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, grpo, scoring
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(13)]
 
@@ -36,7 +36,7 @@ def make_trainer(make_model, tokenizer, tmp_path):
         } | options
         model = make_model() if model is None else model
         return GRPOTrainer(
-            model, reward_funcs, GRPOConfig(**options), train_dataset, eval_dataset, tokenizer, callbacks
+            model, reward_funcs, GRPOConfig(**options), train_dataset, eval_dataset, tokenizer, callbacks=callbacks
         )
 
     return make
@@ -176,13 +176,13 @@ def test_reference_of_a_model_in_memory(make_trainer, make_model):
     assert history(trainer)[0]["kl"] == 0.0
     assert history(trainer)[-1]["kl"] > 0.0
     start = torch.cat([parameter.flatten() for parameter in make_model().parameters()])
-    reference = torch.cat([parameter.flatten() for parameter in trainer.reference.parameters()])
+    reference = torch.cat([parameter.flatten() for parameter in trainer.reference_model.parameters()])
     assert torch.equal(reference, start)
     assert not torch.equal(weights(trainer), start)
 
 
 def test_without_beta_there_is_no_reference(make_trainer):
-    assert make_trainer().reference is None
+    assert make_trainer().reference_model is None
 
 
 def group_rewards(completions, **kwargs):
@@ -198,13 +198,13 @@ def rows_run(monkeypatch):
     def counting(original):
         def function(model, batch, *args, **options):
             if torch.is_grad_enabled():
-                counts.append(len(batch["input_ids"]))
+                counts.append(len(batch["cu_seqlens"]) - 1)
             return original(model, batch, *args, **options)
 
         return function
 
-    for name in ("completion_logprobs", "completion_policy_loss"):
-        monkeypatch.setattr(grpo, name, counting(getattr(grpo, name)))
+    for name in ("token_logprobs", "policy_loss"):
+        monkeypatch.setattr(scoring, name, counting(getattr(scoring, name)))
     return counts
 
 
@@ -343,7 +343,7 @@ def test_logits_are_stored_for_sampling_alone(make_trainer):
     """Neither the policy nor the reference nor the weights before a step's updates are scored by way of logits."""
     trainer = make_trainer(beta=0.1, num_iterations=2, max_steps=2)
     rows = []
-    for model in (trainer.model, trainer.reference):
+    for model in (trainer.model, trainer.reference_model):
         model.lm_head.register_forward_hook(lambda head, inputs, output: rows.append(output.shape[1]))
     trainer.train()
     assert set(rows) == {0, 1}

@@ -86,7 +86,13 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
             train_dataset=dataset,
             processing_class=tokenizer,
         )
-        monkeypatch.setattr(rollout.CompletionSampler, "__call__", lambda self, model, prompt_ids: fixed)
+        monkeypatch.setattr(
+            rollout.TransformersEngine,
+            "complete",
+            lambda self, prompt_ids, options: [
+                rollout.Rollout(prompt, ids, ended=ids[-1] == 0) for prompt, ids in zip(prompt_ids, fixed, strict=True)
+            ],
+        )
 
         results: tuple[list, list] = ([], [])
         for step in range(steps):

@@ -1,0 +1,133 @@
+"""Sequences laid end to end: what the model is shown, and that it keeps them apart."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+
+from rlkernels.trainers import packing, scoring
+from rlkernels.trainers.packing import Sequence, fill, lay_out, shift, split
+
+CPU = torch.device("cpu")
+# Two of one length are attended to together; token 0 is the padding token.
+ROWS = [Sequence([*range(1, n), 0], [-100, -100, *range(3, n), 0]) for n in (8, 8, 5, 12, 3)]
+
+
+def test_fill():
+    assert fill([3, 3, 3, 9, 1, 1], 6) == [[0, 1], [2], [3], [4, 5]]
+    assert fill([], 6) == []
+    assert fill([7, 7], 1) == [[0], [1]]
+    assert fill([2, 2, 2], 6) == [[0, 1, 2]]
+
+
+def test_lay_out_packed():
+    batch = lay_out([Sequence([5, 6, 0], [-100, 6, 0]), Sequence([7, 8], [-100, -100])], CPU)
+    inputs = batch["model_inputs"]
+    assert inputs["input_ids"].tolist() == [[5, 6, 0, 7, 8]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert "attention_mask" not in inputs and inputs["use_cache"] is False and batch["index"] is None
+    assert batch["token_ids"].tolist() == [6, 0, -100, -100, -100]
+    assert batch["mask"].tolist() == [True, True, False, False, False]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 5] and batch["num_scored"] == 2
+
+
+def test_lay_out_padded():
+    """Token 0 at the end of a sequence is real, where the same token as padding is not."""
+    batch = lay_out([Sequence([5, 0], [-100, 0]), Sequence([7, 8, 9], [-100, 8, 9])], CPU, padding_free=False)
+    inputs = batch["model_inputs"]
+    assert inputs["input_ids"].tolist() == [[5, 0, 0], [7, 8, 9]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["shift_labels"].tolist() == [[0, -100, -100], [8, 9, -100]]
+    assert batch["index"].tolist() == [0, 1, 3, 4, 5]
+    assert batch["token_ids"].tolist() == [0, -100, 8, 9, -100]
+
+
+def test_shift_and_split():
+    values = shift([[9.0, 1.0, 2.0], [9.0, 3.0]], CPU)
+    assert values.tolist() == [1.0, 2.0, 0.0, 3.0, 0.0]
+    parts = split(values, {"cu_seqlens": torch.tensor([0, 3, 5])})
+    assert [part.tolist() for part in parts] == [[1.0, 2.0, 0.0], [3.0, 0.0]]
+
+
+def mistral(**options) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    return MistralForCausalLM(MistralConfig(vocab_size=64, **sizes, **heads, **options))
+
+
+def results(model, padding_free: bool, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient of a weighted sum of the log-probabilities of ROWS."""
+    model.zero_grad()
+    batch = lay_out(ROWS, CPU, padding_free=padding_free)
+    logprobs = scoring.token_logprobs(model, batch, fused=fused)
+    loss = (logprobs * torch.linspace(1, 2, len(logprobs))).sum()
+    loss.backward()
+    return logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointing"])
+@pytest.mark.parametrize("fused", [True, False], ids=["no logits", "logits"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_packed_is_padded_is_alone(attention, checkpointing, fused, window, monkeypatch):
+    """Log-probabilities and gradients. A long sequence's attention is computed otherwise than a short one's."""
+    expected = None
+    for stored in (512, 0):
+        monkeypatch.setattr(packing, "STORED_SCORES", stored)
+        for padding_free in (False, True):
+            model = mistral(sliding_window=window, attn_implementation=attention)
+            assert packing.prepare_packing(model) and model.config._attn_implementation.startswith("rlkernels")
+            if checkpointing:
+                model.activation_checkpointing_enable()
+            model.train()
+            if fused:
+                assert scoring.needs_no_logits(model)
+            found = results(model, padding_free, fused)
+            expected = expected or found
+            torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
+            assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm()
+    assert expected is not None
+    parts = split(expected[0], lay_out(ROWS, CPU))
+    for row, part in zip(ROWS, parts, strict=True):
+        alone = scoring.token_logprobs(mistral(sliding_window=window), lay_out([row], CPU), fused=False)
+        torch.testing.assert_close(part, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointing"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_sequences_do_not_leak_under_the_mask_of_transformers(make_model, attention, checkpointing):
+    """What GPUs without flash attention use."""
+    model = make_model()
+    model.set_attn_implementation(attention)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model.train()
+    together, gradient = results(model, True, fused=False)
+    padded, padded_gradient = results(model, False, fused=False)
+    torch.testing.assert_close(together, padded, rtol=1e-4, atol=1e-5)
+    assert (gradient - padded_gradient).norm() <= 1e-5 * padded_gradient.norm()
+    changed = [Sequence([17] * 7 + [0], ROWS[0].labels), *ROWS[1:]]
+    for free in (True, False):
+        others = scoring.token_logprobs(model, lay_out(changed, CPU, padding_free=free), fused=False)[8:]
+        torch.testing.assert_close(others, together[8:], rtol=1e-4, atol=1e-5)
+
+
+def test_models_that_do_not_keep_sequences_apart_are_padded(caplog):
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+    assert not packing.prepare_packing(model)
+    assert "MambaForCausalLM does not keep packed sequences apart" in caplog.text
+
+
+def test_models_of_learned_positions_are_packed():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    assert packing.prepare_packing(model)
+    torch.testing.assert_close(*(results(model.eval(), free, fused=False)[0] for free in (True, False)))
+
+
+def test_attention_is_not_saved_and_serves_generation(make_model, tmp_path):
+    model = make_model()
+    expected = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False)
+    assert packing.prepare_packing(model)
+    assert model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False).equal(expected)
+    model.save_pretrained(tmp_path)
+    assert "rlkernels" not in (tmp_path / "config.json").read_text()

@@ -1,0 +1,171 @@
+"""What PPO and GRPO share: completions of the model itself, and their rewards."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput
+
+from .common import BaseTrainer, Metrics, check_columns
+from .configs import OnlineConfig
+from .rewards import RewardFunction, RewardFunctions
+from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, decode, is_chat
+
+# Columns of a dataset that reward functions get under another name, or that would hide what was sampled.
+RESERVED = ("prompt", "completion", "completion_ids", "row_id")
+
+
+class GroupSampler(Sampler[int]):
+    """Indices of prompts, each `num_generations` times in a row; each run of `prompts` prompts `repeats` times over.
+
+    The order of an epoch depends on the seed and the epoch alone, so that a resumed run sees what the first would have.
+    """
+
+    def __init__(
+        self, size: int, prompts: int, num_generations: int, repeats: int, seed: int | None, epoch: Callable[[], int]
+    ) -> None:
+        self.size, self.prompts, self.num_generations, self.repeats = size, prompts, num_generations, repeats
+        self.seed, self.epoch = seed, epoch
+
+    def __len__(self) -> int:
+        return self.size // self.prompts * self.prompts * self.num_generations * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self.size))
+        if self.seed is not None:
+            order = torch.randperm(
+                self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch())
+            ).tolist()
+        for start in range(0, self.size - self.prompts + 1, self.prompts):
+            chunk = order[start : start + self.prompts]
+            for _ in range(self.repeats):
+                for index in chunk:
+                    yield from [index] * self.num_generations
+
+
+@dataclass
+class Samples:
+    """Completions of one batch of rows on this process, a list entry per row."""
+
+    prompts: list
+    rollouts: list[Rollout]
+    completions: list  # as reward functions see them
+    rewards: Tensor  # [rows, reward functions], NaN where one does not apply
+    extra: dict[str, list]  # columns that reward functions logged
+
+
+class OnlineTrainer(BaseTrainer):
+    """A trainer that learns from rewards of the model's own completions.
+
+    Args:
+        reward_funcs: one or several functions `f(prompts=, completions=, completion_ids=, **columns, trainer_state=,
+            log_extra=, log_metric=) -> list[float | None]`, plain or async, by TRL's contract.
+        rollout: what samples the completions, see `rollout.Engine`; the trained model itself if None.
+    """
+
+    args: OnlineConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: RewardFunction | list[RewardFunction],
+        args: OnlineConfig,
+        eval_dataset: Any = None,
+        rollout: Engine | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.rewards = RewardFunctions(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs])
+        count = len(self.rewards.names)
+        weights = [1.0] * count if args.reward_weights is None else args.reward_weights
+        if len(weights) != count:
+            raise ValueError(f"reward_weights must have one entry per reward function, {count}; got {len(weights)}")
+        if eval_dataset is not None:
+            parts = eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]
+            for key, part in parts:
+                check_columns(f"eval_dataset['{key}']" if key else "eval_dataset", part, "prompt")
+        super().__init__(model, args, eval_dataset=eval_dataset, **kwargs)
+        self.reward_weights = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
+        self.num_generations_eval = 1
+        self.sampling = SamplingOptions(temperature=args.temperature, max_completion_length=args.max_completion_length)
+        self.engine = rollout or TransformersEngine(
+            self.generating_model(), self.processing_class, args.chat_template_kwargs
+        )
+
+    def generating_model(self) -> Any:
+        return self.model
+
+    def sample(self, inputs: list[dict[str, Any]], metrics: Metrics) -> Samples:
+        prompts = [row["prompt"] for row in inputs]
+        # One autocast context around all of generate(): inside it each weight is cast to bfloat16 once, not per token.
+        with self.accelerator.autocast():
+            rollouts = self.engine(prompts, self.sampling)
+        completion_ids = [rollout.completion_ids for rollout in rollouts]
+        completions = decode(self.processing_class, completion_ids, is_chat(prompts[0]))
+        extra: dict[str, list] = defaultdict(list)
+        columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in RESERVED}
+        rewards = self.rewards(
+            {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids},
+            trainer_state=self.state,
+            log_extra=lambda column, values: extra[column].extend(values),
+            log_metric=metrics.add,
+        )
+        return Samples(prompts, rollouts, completions, rewards.to(self.accelerator.device), extra)
+
+    def gather_outcomes(self, samples: Samples) -> Tensor:
+        """Of all processes, [rows, functions + 2]: the rewards, the completion's length, whether it ended."""
+        device = self.accelerator.device
+        lengths = torch.tensor([[float(len(rollout.completion_ids))] for rollout in samples.rollouts], device=device)
+        ended = torch.tensor([[float(rollout.ended)] for rollout in samples.rollouts], device=device)
+        return self.accelerator.gather(torch.cat([samples.rewards, lengths, ended], 1))
+
+    def record_outcomes(self, outcomes: Tensor, metrics: Metrics) -> None:
+        rewards, lengths, ended = outcomes[:, :-2], outcomes[:, -2], outcomes[:, -1]
+        metrics.add("completions/mean_length", lengths.mean())
+        metrics.add("completions/min_length", lengths.min())
+        metrics.add("completions/max_length", lengths.max())
+        metrics.add("completions/clipped_ratio", 1 - ended.mean())
+
+        def std(values: Tensor) -> Tensor | float:
+            return values.std() if len(values) > 1 else math.nan
+
+        for name, column in zip(self.rewards.names, rewards.T, strict=True):
+            applies = column[~column.isnan()]
+            metrics.add(f"rewards/{name}/mean", applies.mean())
+            metrics.add(f"rewards/{name}/std", std(applies))
+        total = (rewards * self.reward_weights).nansum(1)[~rewards.isnan().all(1)]
+        metrics.add("reward", total.mean())
+        metrics.add("reward_std", std(total))
+
+    def count_tokens(self, rollouts: list[Rollout]) -> None:
+        seen = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(torch.tensor(seen, device=self.args.device)))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> GroupSampler:
+        return GroupSampler(len(eval_dataset), 1, self.num_generations_eval, 1, seed=None, epoch=lambda: 0)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Samples completions of the evaluation prompts and reports their rewards and lengths; there is no loss."""
+        metrics = Metrics(self.accelerator.device)
+        batches = []
+        for inputs in dataloader:
+            batches.append(self.gather_outcomes(self.sample(inputs, metrics)))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        # Past its end the sampler starts over, to give every process a full batch.
+        count = len(dataloader.dataset) * self.num_generations_eval  # type: ignore[arg-type]
+        outcomes = torch.cat(batches)[:count]
+        self.record_outcomes(outcomes, metrics)
+        values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=len(outcomes))
