@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,30 @@ def check_columns(name: str, dataset: Any, *columns: str) -> None:
             raise ValueError(f"{name} has no column '{column}'; its columns are {', '.join(present)}")
 
 
+def random_state(device: torch.device) -> Callable[[], None]:
+    """Remembers where all streams of random numbers are; calling the result puts them back."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if accelerator is not None:
+            torch.get_device_module(device).set_rng_state(accelerator, device)
+
+    return restore
+
+
 @contextlib.contextmanager
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers inside come from `seed`; the streams outside do not notice."""
-    python, numpy = random.getstate(), np.random.get_state()
-    on_cpu = device.type == "cpu"
-    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+    restore = random_state(device)
+    try:
         set_seed(seed, device_specific=True)
         yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    finally:
+        restore()
 
 
 class NumberedRows(Dataset):
@@ -273,6 +288,7 @@ class BaseTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
+        restore_random_state = random_state(self.accelerator.device)
         batches = self.micro_batches(inputs)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
@@ -281,7 +297,10 @@ class BaseTrainer(Trainer):
                 loss = self._counted_loss(model, batch)
                 self.accelerator.backward(loss)
             total += loss.detach()
-        self._stop_unless_finite(total, inputs)
+        # Of any process: they stop together.
+        if not self.accelerator.gather(total.reshape(1)).isfinite().all():
+            restore_random_state()
+            self._stop(total.item(), inputs)
         return total
 
     def _counted_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -290,20 +309,17 @@ class BaseTrainer(Trainer):
         with self.metrics_into(Metrics(self.accelerator.device)):
             return self.compute_loss(model, batch) * 0.0
 
-    def _stop_unless_finite(self, loss: Tensor, inputs: list[dict[str, Any]]) -> None:
-        # As large a share as any: all processes stop together.
-        worst = self.accelerator.gather(loss.reshape(1))
-        if worst.isfinite().all():
-            return
-        rows = [row["row_id"] for row in inputs]
-        rows = sorted(set(gather_object(rows) if self.accelerator.num_processes > 1 else rows))
+    def _stop(self, loss: float, inputs: list[dict[str, Any]]) -> None:
+        rows = {row["row_id"] for row in inputs if "row_id" in row}
+        found = gather_object([(loss, rows)]) if self.accelerator.num_processes > 1 else [(loss, rows)]
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
         if not (folder / "trainer_state.json").is_file():
             self._save_checkpoint(self.model, trial=None)
-        value = next(value for value in worst.tolist() if not np.isfinite(value))
+        loss = next(value for value, _ in found if not math.isfinite(value))
+        named = ", ".join(map(str, sorted(set().union(*(rows for _, rows in found)))))
         raise NonFiniteLoss(
-            f"step {self.state.global_step + 1}: the loss is {value}, on rows {', '.join(map(str, rows))} of "
-            f"train_dataset; the state before this step is in {folder}"
+            f"step {self.state.global_step + 1}: the loss is {loss}, on rows {named} of train_dataset; the state "
+            f"before this step is in {folder}"
         )
 
     @contextlib.contextmanager

@@ -1,0 +1,139 @@
+"""What all trainers share: stopping at a loss that is not finite, adapters and their reference, micro-batches."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, NonFiniteLoss, scoring
+
+PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(13)]
+
+
+def vowels(completions, **kwargs):
+    return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in completions]
+
+
+@pytest.fixture
+def make_trainer(make_model, tokenizer, tmp_path):
+    def make(model=None, peft_config=None, **options):
+        options = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "max_steps": 4,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "activation_checkpointing": False,
+            "disable_tqdm": True,
+        } | options
+        model = make_model() if model is None else model
+        args = GRPOConfig(**options)
+        return GRPOTrainer(model, vowels, args, PROMPTS, processing_class=tokenizer, peft_config=peft_config)
+
+    return make
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, monkeypatch, value):
+    """With the step, the rows, and a checkpoint from which the step is done again."""
+    trainer = make_trainer()
+    original, seen = trainer.compute_loss, []
+
+    def compute_loss(model, batch):
+        if trainer.state.global_step == 2:
+            seen.append(weights(trainer.model))
+            return original(model, batch) * value
+        return original(model, batch)
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+    with pytest.raises(
+        NonFiniteLoss, match=r"step 3: the loss is (nan|-?inf), on rows \d+, \d+ of train_dataset; "
+    ) as e:
+        trainer.train()
+    folder = f"{trainer.args.output_dir}/checkpoint-2"
+    assert str(e.value).endswith(f"the state before this step is in {folder}")
+    assert json.loads(Path(folder, "trainer_state.json").read_text())["global_step"] == 2
+    monkeypatch.undo()
+    again = make_trainer()
+    again.train(resume_from_checkpoint=folder)
+    whole = make_trainer()
+    whole.train()
+    torch.testing.assert_close(weights(again.model), weights(whole.model), rtol=1e-3, atol=1e-4)
+    assert not torch.equal(seen[0], weights(whole.model))
+
+
+def lora():
+    return pytest.importorskip("peft").LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def test_adapters_alone_are_trained_and_saved(make_trainer, make_model, tmp_path):
+    trainer = make_trainer(peft_config=lora(), beta=0.1)
+    assert trainer.reference_model is None
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert {path.name for path in (tmp_path / "saved").glob("*.safetensors")} == {"adapter_model.safetensors"}
+    base = {
+        name.replace(".base_layer", ""): value for name, value in trainer.model.base_model.model.state_dict().items()
+    }
+    for name, value in make_model().state_dict().items():
+        assert torch.equal(base[name], value), name
+    kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+    assert kl[0] == 0 and kl[-1] > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_reference_of_adapters_is_the_model_without_them(make_trainer, make_model, checkpointing):
+    trainer = make_trainer(peft_config=lora(), beta=0.1, activation_checkpointing=checkpointing)
+    trainer.train()
+    batch = trainer._lay_out(trainer.rollouts, [0, 1, 2])
+    expected = scoring.token_logprobs(make_model(), batch, fused=False)
+    adapted = scoring.token_logprobs(trainer.model, batch, fused=True)
+    with trainer.reference() as reference:
+        found = scoring.token_logprobs(reference, batch, fused=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (adapted - expected).abs().max() > 1e-3
+    assert [p.requires_grad for n, p in trainer.model.named_parameters() if "lora" in n] == [True] * 8
+
+
+def test_micro_batches_by_token_budget_are_one_step(make_trainer):
+    """Loss and gradient do not depend on how many micro-batches there are; one that fills up counts for nothing."""
+    results = []
+    for budget in (8192, 30, 1):
+        trainer = make_trainer(token_budget=budget, beta=0.1)
+        trainer.rollouts = results[0][2] if results else trainer.roll_out([PROMPTS[i // 4] for i in range(8)])
+        trainer.roll_out = lambda inputs, rollouts=trainer.rollouts: rollouts
+        batches = trainer.micro_batches([])
+        if budget == 30:
+            batches.insert(0, {**batches[0], "is_filler": True})
+        trainer.micro_batches = lambda inputs, batches=batches: batches
+        loss = trainer.training_step(trainer.model, [])
+        gradient = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+        results.append((loss, gradient, trainer.rollouts, len(batches), trainer.metrics.flush(trainer.accelerator)))
+    assert results[0][3] == 1 and 1 < results[1][3] < 9 and results[2][3] == 8
+    for loss, gradient, _, _, metrics in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-4, atol=1e-6)
+        assert (gradient - results[0][1]).norm() <= 1e-5 * results[0][1].norm()
+        for name in ("kl", "entropy"):
+            assert metrics[name] == pytest.approx(results[0][4][name], rel=1e-4)
+
+
+def test_padded_is_packed(make_trainer):
+    """The whole step, with a reference and the importance ratio of a second pass."""
+    results = []
+    for padding_free in (True, False):
+        trainer = make_trainer(padding_free=padding_free, beta=0.1, num_iterations=2, loss_type="grpo")
+        trainer.train()
+        results.append(weights(trainer.model))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
