@@ -196,12 +196,7 @@ class BaseTrainer(Trainer):
             model = peft.get_peft_model(model, peft_config)
         models = [model] if reference is None else [model, reference]
         #: Whether log-probabilities come from the LM head without logits.
-        self.fused = self.auto_class is AutoModelForCausalLM
-        self.padding_free = args.padding_free
-        for each in models:
-            self.fused = self.fused and needs_no_logits(each)
-            self.padding_free = self.padding_free and prepare_packing(each)
-
+        self.fused = self.auto_class is AutoModelForCausalLM and all(map(needs_no_logits, models))
         self.accumulation_steps = args.gradient_accumulation_steps
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1
@@ -211,9 +206,11 @@ class BaseTrainer(Trainer):
             raise ValueError(
                 "several GPUs in one process are not supported: launch with torchrun or accelerate, or make one visible"
             )
-        self.reference_model = (
-            None if reference is None else self.accelerator.prepare_model(reference, evaluation_mode=True)
-        )
+        self.reference_model = None
+        if reference is not None:
+            self.reference_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        # Now that they are on their device.
+        self.padding_free = args.padding_free and all(prepare_packing(each, args.device) for each in models)
         self.keeps_reference = self.has_own_reference and ref_model is None
         self.metrics = Metrics(self.accelerator.device)
         # Ranks must not sample the same completions.

@@ -3,11 +3,12 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, NonFiniteLoss, scoring
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, NonFiniteLoss, common, scoring
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(13)]
 
@@ -137,3 +138,21 @@ def test_padded_is_packed(make_trainer):
         trainer.train()
         results.append(weights(trainer.model))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "installed, dtype, expected",
+    [
+        ((2, 3), "bf16", "flash_attention_3"),
+        ((2,), "fp16", "flash_attention_2"),
+        ((2,), None, None),
+        ((), "bf16", None),
+    ],
+)
+def test_flash_attention_where_it_is_installed(monkeypatch, installed, dtype, expected):
+    for version in (2, 3):
+        monkeypatch.setattr(common, f"is_flash_attn_{version}_available", lambda version=version: version in installed)
+    args = SimpleNamespace(use_cpu=False, bf16=dtype == "bf16", fp16=dtype == "fp16")
+    assert common.flash_attention(args).get("attn_implementation") == expected
+    args.use_cpu = True
+    assert common.flash_attention(args) == {}

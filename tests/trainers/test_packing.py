@@ -76,7 +76,7 @@ def test_packed_is_padded_is_alone(attention, checkpointing, fused, window, monk
         monkeypatch.setattr(packing, "STORED_SCORES", stored)
         for padding_free in (False, True):
             model = mistral(sliding_window=window, attn_implementation=attention)
-            assert packing.prepare_packing(model) and model.config._attn_implementation.startswith("rlkernels")
+            assert packing.prepare_packing(model, CPU) and model.config._attn_implementation.startswith("rlkernels")
             if checkpointing:
                 model.activation_checkpointing_enable()
             model.train()
@@ -114,20 +114,20 @@ def test_sequences_do_not_leak_under_the_mask_of_transformers(make_model, attent
 
 def test_models_that_do_not_keep_sequences_apart_are_padded(caplog):
     model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
-    assert not packing.prepare_packing(model)
+    assert not packing.prepare_packing(model, CPU)
     assert "MambaForCausalLM does not keep packed sequences apart" in caplog.text
 
 
 def test_models_of_learned_positions_are_packed():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32))
-    assert packing.prepare_packing(model)
+    assert packing.prepare_packing(model, CPU)
     torch.testing.assert_close(*(results(model.eval(), free, fused=False)[0] for free in (True, False)))
 
 
 def test_attention_is_not_saved_and_serves_generation(make_model, tmp_path):
     model = make_model()
     expected = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False)
-    assert packing.prepare_packing(model)
+    assert packing.prepare_packing(model, CPU)
     assert model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False).equal(expected)
     model.save_pretrained(tmp_path)
     assert "rlkernels" not in (tmp_path / "config.json").read_text()
