@@ -1,0 +1,305 @@
+"""Rows of a dataset to sequences of tokens, by TRL's formats: what a row may hold, where its prompt ends, what
+truncation leaves of it.
+
+Text ends with the end-of-sequence token, which is added where it is missing; messages end as the chat template ends
+them. A row of messages may bring `tools` and `chat_template_kwargs` of its own. A column that is None in a row is not
+there.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Rows
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .packing import IGNORE, Sequence
+from .rollout import is_chat
+
+logger = logging.get_logger(__name__)
+
+Row = dict[str, Any]
+
+TOKENS = List(Value("int32"))
+
+
+def prepare(
+    name: str,
+    dataset: Any,
+    tokenize: Callable[[Row], Rows[Sequence] | None],
+    *,
+    keep: tuple[str, ...] = (),
+    num_proc: int | None = None,
+) -> Dataset:
+    """The sequences that `tokenize` gives for each row, in a dataset of the columns
+
+        row_id      the row's index in the given dataset
+        sequences   for `sequences_of`
+        num_tokens  of all its sequences
+        keep        columns of numbers, as they are
+
+    Rows for which it gives None, as nothing can be learned from them, are left out. All rows are read now: a wrong one
+    is known before the training starts.
+
+    Raises:
+        ValueError: naming the dataset and the row, for a row that `tokenize` refuses; and if no row is left.
+    """
+
+    def read(row: Row, index: int) -> Row:
+        try:
+            if not isinstance(row, Mapping):
+                raise ValueError(f"a row must be a dict of columns; got {type(row).__name__}")
+            sequences = tokenize(row) or ()
+        except Exception as error:  # chat templates raise what they like
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{name}, row {index}: {kind}{error}") from error
+        return {
+            "row_id": index,
+            "sequences": [vars(sequence) for sequence in sequences],
+            "num_tokens": sum(map(len, sequences)),
+            **{column: row.get(column) for column in keep},
+        }
+
+    features = Features(
+        row_id=Value("int64"),
+        sequences=List({"input_ids": TOKENS, "labels": TOKENS}),
+        num_tokens=Value("int64"),
+        **{column: Value("float64") for column in keep},
+    )
+    if isinstance(dataset, Dataset):
+        rows = dataset.map(
+            read,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            features=features,
+            num_proc=num_proc,
+            # The cache knows a function by its name: it would give what an older version of this module found.
+            load_from_cache_file=False,
+            desc=f"Tokenizing {name}",
+        )
+    else:
+        rows = Dataset.from_list([read(dataset[index], index) for index in range(len(dataset))], features=features)
+    kept = [index for index, count in enumerate(rows["num_tokens"]) if count]
+    if not kept:
+        raise ValueError(f"{name}: none of its {len(rows)} rows has a token to learn from that max_length leaves")
+    if len(kept) == len(rows):
+        return rows
+    logger.warning(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows are left out, with no token to learn from")
+    return rows.select(kept)
+
+
+def sequences_of(row: Row) -> list[Sequence]:
+    """Those of a row that `prepare` made."""
+    return [Sequence(**sequence) for sequence in row["sequences"]]
+
+
+def supervised(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Row,
+    *,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    text_field: str = "text",
+) -> list[Sequence] | None:
+    """The one sequence of a row for supervised fine-tuning, or None if no token in the loss is left of it. A row holds
+
+        prompt, completion   text or messages
+        messages             or conversations, of role and content or of from and value
+        text                 in the column `text_field`
+        input_ids            tokens, with labels, or with completion_mask and assistant_masks, or with neither
+
+    In the loss are the tokens of the completion, if there is one and completion_only_loss is not False; with
+    assistant_only_loss those that the chat template marks as the assistant's; labels as given; else all tokens.
+    """
+    row = _normalized(row)
+    masks: dict[str, list[int]] = {}
+    if "input_ids" in row:
+        ids = list(row["input_ids"])
+        masks = {column: row[column] for column in ("completion_mask", "assistant_masks") if column in row}
+    elif "prompt" in row and "completion" in row:
+        prompt, completion = _ended_alike(tokenizer, row, "prompt", "completion")
+        ids, masks = _encode_marked(tokenizer, prompt + completion, row, assistant_only_loss)
+        start = _shared(_encode(tokenizer, prompt, row, add_generation_prompt=True), [ids], tokenizer)
+        masks["completion_mask"] = [0] * start + [1] * (len(ids) - start)
+    elif "messages" in row or "conversations" in row:
+        column = "messages" if "messages" in row else "conversations"
+        ids, masks = _encode_marked(tokenizer, _messages(column, row[column]), row, assistant_only_loss)
+    elif text_field in row:
+        (text,) = _ended_alike(tokenizer, row, text_field)
+        ids, masks = _encode_marked(tokenizer, text, row, assistant_only_loss)
+    else:
+        raise ValueError(
+            f"wanted the columns prompt and completion, messages, {text_field} or input_ids; got {_names(row)}"
+        )
+    if "input_ids" in row and "labels" in row:
+        masks = {}
+        labels = list(row["labels"])
+    else:
+        if completion_only_loss and "completion_mask" not in masks:
+            raise ValueError("completion_only_loss needs a prompt and a completion; got neither")
+        if assistant_only_loss and "assistant_masks" not in masks:
+            raise ValueError("assistant_only_loss needs messages; got text or tokens")
+        if completion_only_loss is False:
+            masks.pop("completion_mask", None)
+        labels = ids
+    for column, values in {"labels": labels, **masks}.items():
+        if len(values) != len(ids):
+            raise ValueError(f"{column} must have one entry for each of the {len(ids)} input_ids; got {len(values)}")
+    labels = [label if all(marks) else IGNORE for label, *marks in zip(labels, *masks.values(), strict=True)]
+    return _truncate([Sequence(ids, labels)], max_length, truncation_mode)
+
+
+def preference_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Row,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[Sequence] | None:
+    """Prompt and chosen, prompt and rejected, of a row of `chosen` and `rejected` (text or messages), with a `prompt`,
+    or else with what both start with for one. In the loss are the tokens of chosen and rejected. None if truncation
+    leaves no such token of one of them: the row is to be left out."""
+    row = _with_prompt(_normalized(row, chat_template_kwargs))
+    prompt, chosen, rejected = _ended_alike(tokenizer, row, "prompt", "chosen", "rejected")
+    both = [_encode(tokenizer, prompt + completion, row) for completion in (chosen, rejected)]
+    start = _shared(_encode(tokenizer, prompt, row, add_generation_prompt=True), both, tokenizer)
+    pair = [Sequence(ids, [IGNORE] * start + ids[start:]) for ids in both]
+    return _truncate(pair, max_length, truncation_mode)
+
+
+def reward_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Row,
+    max_length: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[Sequence] | None:
+    """The two sequences that a reward model compares, of the same rows; none of their tokens is in a loss. None if one
+    is longer than max_length, as scores are of whole sequences: the row is to be left out."""
+    row = _normalized(row, chat_template_kwargs)
+    names = ("prompt", "chosen", "rejected") if "prompt" in row else ("chosen", "rejected")
+    *prompt, chosen, rejected = _ended_alike(tokenizer, row, *names)
+    pair = []
+    for completion in (chosen, rejected):
+        ids = _encode(tokenizer, prompt[0] + completion if prompt else completion, row)
+        if not ids:
+            raise ValueError("chosen and rejected must have tokens; got none")
+        pair.append(Sequence(ids, [IGNORE] * len(ids)))
+    return None if max_length is not None and max(map(len, pair)) > max_length else pair
+
+
+# What the formats have in common
+
+
+def _normalized(row: Row, chat_template_kwargs: dict[str, Any] | None = None) -> Row:
+    row = {column: value for column, value in row.items() if value is not None}
+    if chat_template_kwargs:
+        row["chat_template_kwargs"] = {**chat_template_kwargs, **row.get("chat_template_kwargs", {})}
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list):
+        del row["prompt"]  # the messages of chosen and rejected hold it as well
+    return row
+
+
+def _messages(column: str, value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, list) and all(isinstance(turn, dict) and "from" in turn and "value" in turn for turn in value):
+        value = [{"role": turn["from"], "content": turn["value"]} for turn in value]
+    if not is_chat(value):
+        raise ValueError(f"{column} must be messages, a list of dicts with a role and a content; got {_short(value)}")
+    return value
+
+
+def _ended_alike(tokenizer: PreTrainedTokenizerBase, row: Row, *columns: str) -> list[Any]:
+    """The columns, all text or all messages; text, but a prompt, with its end-of-sequence token."""
+    for column in columns:
+        if column not in row:
+            raise ValueError(f"wanted the columns {', '.join(columns)}; got {_names(row)}")
+    last = columns[-1]
+    if isinstance(row[last], list):
+        return [_messages(column, row[column]) for column in columns]
+    for column in (last, *columns):
+        if not isinstance(row[column], str):
+            wanted = "text or messages" if column == last else f"text, as {last} is"
+            raise ValueError(f"{column} must be {wanted}; got {_short(row[column])}")
+    end = tokenizer.eos_token or ""
+    return [row[name] if name == "prompt" or row[name].endswith(end) else row[name] + end for name in columns]
+
+
+def _with_prompt(row: Row) -> Row:
+    """The row with what chosen and rejected both start with as its prompt, unless it has one; TRL's rule."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if "prompt" in row or not chosen or not rejected:
+        return row
+    same = _common(chosen, rejected)
+    start = min(same, len(chosen) - 1, len(rejected) - 1)
+    if start == same and start and chosen[start - 1] == " ":
+        start -= 1
+    return row | {"prompt": chosen[:start], "chosen": chosen[start:], "rejected": rejected[start:]}
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, value: Any, row: Row, **options: Any) -> Any:
+    if isinstance(value, str):
+        return tokenizer(value)["input_ids"]
+    return _apply_template(tokenizer, value, row, **options)["input_ids"]
+
+
+def _encode_marked(
+    tokenizer: PreTrainedTokenizerBase, value: Any, row: Row, mark: bool
+) -> tuple[list[int], dict[str, list[int]]]:
+    """Token ids, and with `mark`, for messages, which of them are the assistant's."""
+    if isinstance(value, str) or not mark:
+        return _encode(tokenizer, value, row), {}
+    template = row.get("chat_template_kwargs", {}).get("chat_template") or tokenizer.get_chat_template()
+    if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        raise ValueError(
+            "assistant_only_loss needs a chat template that puts what the assistant says between {% generation %} and "
+            "{% endgeneration %}; that of the tokenizer does not"
+        )
+    found = _apply_template(tokenizer, value, row, return_assistant_tokens_mask=True)
+    return found["input_ids"], {"assistant_masks": found["assistant_masks"]}
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], row: Row, **options: Any) -> Any:
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    options |= {"tools": tools, **row.get("chat_template_kwargs", {})}
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+
+
+def _common(one: Any, other: Any) -> int:
+    """How many items two lists, or two texts, have in common at the start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _shared(prompt: list[int], whole: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens of the prompt are there with the completions as well: these start after them."""
+    start = min(_common(prompt, ids) for ids in whole)
+    if start < len(prompt):
+        logger.warning_once(
+            "The tokens of a prompt alone are not those of prompt and completion together, by the chat template or as "
+            "tokens merge across the boundary; the completion starts where they part, before "
+            f"{tokenizer.decode(prompt[start:])!r}. Said once; other rows may be alike."
+        )
+    return start
+
+
+def _truncate(sequences: list[Sequence], max_length: int | None, mode: str) -> list[Sequence] | None:
+    """At most max_length tokens of each, from the start or from the end; None unless all have tokens in the loss."""
+    if max_length is not None:
+        cut = slice(max_length) if mode == "keep_start" else slice(-max_length, None)
+        sequences = [Sequence(sequence.input_ids[cut], sequence.labels[cut]) for sequence in sequences]
+    learned = [any(label != IGNORE for label in sequence.labels[1:]) for sequence in sequences]
+    return sequences if all(learned) else None
+
+
+def _names(row: Row) -> str:
+    return ", ".join(row) or "none"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
