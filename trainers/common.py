@@ -32,24 +32,31 @@ class NonFiniteLoss(RuntimeError):
     """A step's loss was NaN or infinite. The weights are those before it, and were saved."""
 
 
-def load_model(
-    path: str, kwargs: Any = None, auto_class: Any = AutoModelForCausalLM, **defaults: Any
-) -> PreTrainedModel:
-    """A model from a folder, or by name from the local Hugging Face cache; float32 unless asked."""
+def model_folder(path: str) -> Path:
+    """The folder itself, or that of the model of this name in the local Hugging Face cache."""
     if not Path(path).is_dir():
         from huggingface_hub import constants, try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
         try:
-            cached = isinstance(try_to_load_from_cache(path, "config.json"), str)
+            config = try_to_load_from_cache(path, "config.json")
         except HFValidationError:
-            cached = False
-        if not cached:
+            config = None
+        if not isinstance(config, str):
             raise FileNotFoundError(
                 f"model '{path}': there is no such folder, nor a model of that name in {constants.HF_HUB_CACHE}"
             )
-    elif not (Path(path) / "config.json").is_file():
+        return Path(config).parent
+    if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"model '{path}': the folder has no config.json")
+    return Path(path)
+
+
+def load_model(
+    path: str, kwargs: Any = None, auto_class: Any = AutoModelForCausalLM, **defaults: Any
+) -> PreTrainedModel:
+    """A model from a folder, or by name from the local Hugging Face cache; float32 unless asked."""
+    model_folder(path)  # there is one
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True} | defaults | (kwargs or {})
     return auto_class.from_pretrained(path, **options)
 
@@ -113,7 +120,8 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class NumberedRows(Dataset):
-    """A dataset whose rows know their place in it, `row_id`."""
+    """A dataset whose rows know their place in it, `row_id`, if they do not already know that in the one it was made
+    from."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -122,7 +130,7 @@ class NumberedRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], "row_id": index}
+        return {"row_id": index, **self.rows[index]}
 
 
 class Metrics:
@@ -352,6 +360,10 @@ class BaseTrainer(Trainer):
         values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
         count = len(dataloader.dataset)  # type: ignore[arg-type]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=count)
+
+    def add_tokens_seen(self, seen: int) -> None:
+        """Those of this process, as the others add theirs."""
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(torch.tensor(seen, device=self.args.device)))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Sampling in evaluation has a stream of random numbers of its own, the same in each evaluation."""

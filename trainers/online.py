@@ -143,8 +143,7 @@ class OnlineTrainer(BaseTrainer):
         metrics.add("reward_std", std(total))
 
     def count_tokens(self, rollouts: list[Rollout]) -> None:
-        seen = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
-        self.state.num_input_tokens_seen += int(self.accelerator.reduce(torch.tensor(seen, device=self.args.device)))
+        self.add_tokens_seen(sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> GroupSampler:
         return GroupSampler(len(eval_dataset), 1, self.num_generations_eval, 1, seed=None, epoch=lambda: 0)
