@@ -1,10 +1,11 @@
 """Trainers on `transformers.Trainer`: thin clients of the public functions of `rlkernels`."""
 
 from .common import NonFiniteLoss
-from .configs import GRPOConfig
+from .configs import GRPOConfig, SFTConfig
 from .grpo import GRPOTrainer
 from .rewards import RewardError
 from .rollout import Rollout, SamplingOptions, TransformersEngine
+from .sft import SFTTrainer
 
 __all__ = [
     "GRPOConfig",
@@ -12,6 +13,8 @@ __all__ = [
     "NonFiniteLoss",
     "RewardError",
     "Rollout",
+    "SFTConfig",
+    "SFTTrainer",
     "SamplingOptions",
     "TransformersEngine",
 ]

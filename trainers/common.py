@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 
 # What the trainers themselves read of a dataset.
-COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "margin")
+COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "margin", "sequences", "num_tokens")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -315,7 +315,8 @@ class BaseTrainer(Trainer):
             return self.compute_loss(model, batch) * 0.0
 
     def _stop(self, loss: float, inputs: list[dict[str, Any]]) -> None:
-        rows = {row["row_id"] for row in inputs if "row_id" in row}
+        # Of several rows in the place of one it is a list.
+        rows = {index for row in inputs for index in np.atleast_1d(row.get("row_id", ())).tolist()}
         found = gather_object([(loss, rows)]) if self.accelerator.num_processes > 1 else [(loss, rows)]
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
         if not (folder / "trainer_state.json").is_file():

@@ -114,6 +114,65 @@ class OnlineConfig(BaseConfig):
 
 
 @dataclass
+class SFTConfig(BaseConfig):
+    """Options of `SFTTrainer`."""
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate of AdamW."})
+    dataset_text_field: str = field(default="text", metadata={"help": "The column that holds text, for rows of text."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the dataset."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest sequence, in tokens; longer ones are truncated. Unset: no limit."}
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={"help": "Which end of a sequence truncation keeps.", "choices": ["keep_start", "keep_end"]},
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Fill each of the per_device_train_batch_size places of a batch with sequences of together at most "
+            "max_length tokens, so that an optimizer step learns from about as many tokens as any other. They do not "
+            "see each other. (Micro-batches are without padding in any case.)"
+        },
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Learn from completions only. Unset: where rows have a prompt and a completion. False: from the "
+            "prompts too."
+        },
+    )
+    assistant_only_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Learn only from what the assistant says in messages. The chat template must mark it with "
+            "{% generation %}."
+        },
+    )
+    loss_type: str = field(
+        default="nll",
+        metadata={
+            "help": "nll (negative log-likelihood) or dft (each token's weighted with its probability; Dynamic "
+            "Fine-Tuning).",
+            "choices": ["nll", "dft"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("truncation_mode", "loss_type"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, to have a token to predict; got {self.max_length}")
+        if self.packing and self.max_length is None:
+            raise ValueError("packing needs max_length; got None")
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor is not supported; got {self.label_smoothing_factor}")
+
+
+@dataclass
 class GRPOConfig(OnlineConfig):
     """Options of `GRPOTrainer`. An optimizer step is `gradient_accumulation_steps` micro-batches of
     `per_device_train_batch_size` completions; `steps_per_generation` micro-batches are generated at a time."""

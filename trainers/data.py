@@ -8,11 +8,14 @@ there.
 
 import json
 import re
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
+from torch.utils import data
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -94,6 +97,41 @@ def prepare(
 def sequences_of(row: Row) -> list[Sequence]:
     """Those of a row that `prepare` made."""
     return [Sequence(**sequence) for sequence in row["sequences"]]
+
+
+class Packed(data.Dataset):
+    """Rows of `prepare`, several in the place of one: as many as `size` tokens hold. The longest goes first, each into
+    the place that it fills best."""
+
+    def __init__(self, rows: Dataset, size: int) -> None:
+        self.rows = rows
+        self.places: list[list[int]] = []
+        lengths = rows["num_tokens"][:]
+        rooms: list[int] = []  # of the places that are not full, in order
+        with_room: dict[int, list[int]] = defaultdict(list)
+        for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            fits = bisect_left(rooms, lengths[index])
+            if fits == len(rooms):
+                place, room = len(self.places), size
+                self.places.append([])
+            else:
+                room = rooms[fits]
+                place = with_room[room].pop()
+                if not with_room[room]:
+                    del rooms[fits]
+            self.places[place].append(index)
+            room -= lengths[index]
+            if not with_room[room]:
+                insort(rooms, room)
+            with_room[room].append(place)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Row:
+        rows = [self.rows[each] for each in self.places[index]]
+        sequences = [sequence for row in rows for sequence in row["sequences"]]
+        return {"row_id": [row["row_id"] for row in rows], "sequences": sequences}
 
 
 def supervised(

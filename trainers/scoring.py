@@ -59,23 +59,25 @@ def token_logprobs(
     fused: bool,
     temperature: float = 1.0,
     return_entropy: bool = False,
-    **options: Any,
+    outputs: tuple[str, ...] = (),
 ) -> Any:
     """log p of each token, float32 [N], 0 where it is not in the loss; with return_entropy also the entropy of its
-    distribution; with `outputs` (of a fused model) what linear_token_logprobs gives besides."""
-    options |= {"temperature": temperature, "return_entropy": return_entropy}
+    distribution; with `outputs` what linear_token_logprobs gives besides (of a model that is not fused, is_top1)."""
+    options: dict[str, Any] = {"temperature": temperature, "return_entropy": return_entropy}
     if fused:
 
         def score(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Any) -> Any:
             return rlkernels.linear_token_logprobs(
-                hidden, weight, token_ids, num_scored=batch["num_scored"], **head, **options
+                hidden, weight, token_ids, outputs=outputs, num_scored=batch["num_scored"], **head, **options
             )
 
         return head_call(model, batch, score)
-    stored = logits(model, batch)
-    return rlkernels.token_logprobs(
-        stored, batch["token_ids"], ignore_index=IGNORE, inplace_backward=stored.requires_grad, **options
+    stored, token_ids = logits(model, batch), batch["token_ids"]
+    others = [stored.argmax(-1) == token_ids] if "is_top1" in outputs else []
+    found = rlkernels.token_logprobs(
+        stored, token_ids, ignore_index=IGNORE, inplace_backward=stored.requires_grad, **options
     )
+    return (*(found if return_entropy else [found]), *others) if others else found
 
 
 def policy_loss(

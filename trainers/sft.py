@@ -1,0 +1,144 @@
+"""Supervised fine-tuning: imitation of what is written in a dataset."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+import rlkernels
+
+from . import scoring
+from .common import BaseTrainer, check_columns
+from .configs import SFTConfig
+from .data import Packed, prepare, sequences_of, supervised
+from .packing import fill
+
+
+class SFTTrainer(BaseTrainer):
+    """Supervised fine-tuning of a causal language model.
+
+        nll   loss = -1/N sum_t log p(x_t | x_<t)
+        dft   loss = -1/N sum_t sg(p(x_t | x_<t)) log p(x_t | x_<t),   sg(.) is not differentiated
+
+    over the tokens in the loss (`data.supervised`), of which the optimizer step has N, on all processes and in all
+    micro-batches together. Logs beside the loss the mean `entropy` of these tokens' distributions and `num_tokens`, all
+    tokens seen so far; an evaluation logs `mean_token_accuracy` too, how often the token is the likeliest, which in
+    training would cost one more product with the LM head.
+
+    Args:
+        model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
+        args: the config; `SFTConfig()` if None.
+        train_dataset: rows of any format of `data.supervised`. Rows of which truncation leaves no token in the loss are
+            left out.
+        eval_dataset: the same, or a dict of such.
+        processing_class: the tokenizer; the model's own if None.
+        peft_config: of PEFT: adapters are trained.
+
+    References: Wu et al. 2025, "On the Generalization of SFT" (DFT, arXiv 2508.05629).
+    """
+
+    args: SFTConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ) -> None:
+        args = SFTConfig() if args is None else args
+        check_columns("train_dataset", train_dataset)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.train_dataset = self.prepared("train_dataset", train_dataset)
+        if args.packing:
+            self.train_dataset = Packed(self.train_dataset, args.max_length)
+        if isinstance(eval_dataset, dict):
+            parts = eval_dataset.items()
+            self.eval_dataset = {key: self.prepared(f"eval_dataset['{key}']", part) for key, part in parts}
+        elif eval_dataset is not None:
+            self.eval_dataset = self.prepared("eval_dataset", eval_dataset)
+
+    # Data
+
+    def prepared(self, name: str, dataset: Any) -> Any:
+        if "sequences" in getattr(dataset, "column_names", ()):
+            return dataset
+        check_columns(name, dataset)
+        args = self.args
+        tokenize = partial(
+            supervised,
+            self.processing_class,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            completion_only_loss=args.completion_only_loss,
+            assistant_only_loss=args.assistant_only_loss,
+            text_field=args.dataset_text_field,
+        )
+        return prepare(name, dataset, tokenize, num_proc=args.dataset_num_proc)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self.prepared("eval_dataset", eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    # The optimizer step
+
+    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        # By length: then attention does neighbours together.
+        sequences = sorted((sequence for row in inputs for sequence in sequences_of(row)), key=len)
+        if self.model.training:
+            self.add_tokens_seen(sum(map(len, sequences)))
+        chunks = fill(map(len, sequences), self.args.token_budget)
+        batches = [self.lay_out([sequences[index] for index in chunk]) for chunk in chunks]
+        scored = torch.tensor(float(sum(batch["num_scored"] for batch in batches)), device=self.accelerator.device)
+        # Over the processes it is the mean, as they average their gradients.
+        normalizer = self.accelerator.reduce(scored, reduction="mean").item()
+        return self.even_out([{**batch, "normalizer": normalizer} for batch in batches])
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        ones = torch.ones(len(inputs["cu_seqlens"]) - 1, device=self.accelerator.device)
+        options: dict[str, Any] = {
+            "objective": "reinforce",
+            "aggregation": "token_sum",
+            "normalizer": inputs["normalizer"],
+        }
+        old = None
+        if self.args.loss_type == "dft":
+            # The weight of CISPO, p / p_old, is the probability itself where p_old is 1.
+            old = torch.zeros_like(inputs["token_ids"], dtype=torch.float32)
+            options |= {"objective": "cispo", "clip_low": 1.0}
+        if model.training:
+            loss, values = scoring.policy_loss(model, inputs, old, ones, fused=self.fused, **options)
+        else:
+            logprobs, entropy, is_top1 = scoring.token_logprobs(
+                model, inputs, fused=self.fused, return_entropy=True, outputs=("is_top1",)
+            )
+            mask, options = inputs["mask"], {**options, "cu_seqlens": inputs["cu_seqlens"]}
+            loss, values = rlkernels.policy_loss(logprobs, old, ones, mask, entropy=entropy, **options)
+            self.metrics.add("mean_token_accuracy", is_top1[mask].float().mean(), inputs["num_scored"])
+        found = dict(zip(rlkernels.policy_loss.metrics, values.unbind(), strict=True))  # type: ignore[attr-defined]
+        self.metrics.add("entropy", found["entropy"], found["num_tokens"])
+        return loss
