@@ -1,13 +1,16 @@
 """Trainers on `transformers.Trainer`: thin clients of the public functions of `rlkernels`."""
 
 from .common import NonFiniteLoss
-from .configs import GRPOConfig, SFTConfig
+from .configs import DPOConfig, GRPOConfig, SFTConfig
+from .dpo import DPOTrainer
 from .grpo import GRPOTrainer
 from .rewards import RewardError
 from .rollout import Rollout, SamplingOptions, TransformersEngine
 from .sft import SFTTrainer
 
 __all__ = [
+    "DPOConfig",
+    "DPOTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "NonFiniteLoss",

@@ -1,0 +1,290 @@
+"""Direct preference optimization (arXiv 2305.18290) and its relatives: learning from pairs of completions."""
+
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
+
+import rlkernels
+
+from . import scoring
+from .common import BaseTrainer, check_columns
+from .configs import OVER_THE_BATCH, DPOConfig
+from .data import preference_pair, prepare, sequences_of
+from .packing import IGNORE, fill, prepare_packing, shift
+from .reference_cache import cache_file, hash_model, read, write
+
+WITHOUT_REFERENCE = {"sft", "simpo", "orpo"}
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+class DPOTrainer(BaseTrainer):
+    """Trains a causal language model on pairs of completions, of which one was preferred.
+
+    The loss is `rlkernels.preference_loss`, or a weighted sum of several (MPO), of the log-probabilities of both
+    completions under the model and under a reference: the model as it was, unless another is given. Chosen and rejected
+    completions of a micro-batch run as one packed batch, through the LM head without logits.
+
+    The loss of an optimizer step is the mean over its pairs, in micro-batches filled by `token_budget`. The losses aot,
+    aot_unpaired, sft and orpo look at all pairs of a micro-batch: with any of them micro-batches are TRL's, of
+    `per_device_train_batch_size` pairs (`per_device_eval_batch_size` in evaluation), whatever their tokens.
+
+    Args:
+        model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
+        args: the config; `DPOConfig()` if None.
+        train_dataset: rows with `chosen` and `rejected`, text or messages, with a `prompt` or else starting with it.
+        eval_dataset: the same, or a dict of such.
+        processing_class: the tokenizer; the model's own if None.
+        ref_model: the reference, as model; a copy of the model if None.
+        peft_config: of PEFT: adapters are trained, and the reference is the model without them.
+        callbacks, optimizers: of `transformers.Trainer`.
+    """
+
+    args: DPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: DPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        ref_model: str | PreTrainedModel | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ) -> None:
+        args = DPOConfig() if args is None else args
+        check_columns("train_dataset", train_dataset, "chosen", "rejected")
+        if isinstance(ref_model, nn.Module) and ref_model is model:
+            raise ValueError("ref_model must be another object than model, which changes; None keeps a copy of it")
+        #: Whether there is a reference.
+        self.has_reference = ref_model is not None or not WITHOUT_REFERENCE.issuperset(args.loss_type)
+        if args.sync_ref_model and (peft_config is not None or not self.has_reference):
+            reason = "a reference, which these losses have not" if peft_config is None else "a reference of its own"
+            raise ValueError(f"sync_ref_model needs {reason}")
+        precompute = self.has_reference and args.precompute_ref_log_probs
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            ref_model=None if precompute else ref_model,
+            peft_config=peft_config,
+            needs_reference=self.has_reference and not precompute,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        for each in (self.model, self.reference_model):
+            if args.disable_dropout and each is not None:
+                disable_dropout(each)
+        if args.use_weighting and not self.fused:
+            raise ValueError("use_weighting needs a model whose LM head gives log-probabilities without logits")
+        if args.sync_ref_model:
+            self.keeps_reference = True  # in checkpoints
+            self.add_callback(SyncReference(self.accelerator.unwrap_model(self.reference_model)))
+        self.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
+        self.ref_model, self.has_adapter = ref_model, peft_config is not None
+        #: What the precomputed log-probabilities are those of, a hash; None: the reference runs beside the model.
+        self.reference_hash = None
+        if precompute:
+            weights = self.model if ref_model is None else ref_model
+            settings = (self.accelerator.mixed_precision, args.ld_alpha, args.model_init_kwargs)
+            adapters = () if peft_config is None else self.model.peft_config
+            self.reference_hash = hash_model(weights, settings, leave_out=adapters)
+        self.train_dataset = self.prepared("train_dataset", train_dataset)
+        if isinstance(eval_dataset, dict):
+            parts = eval_dataset.items()
+            self.eval_dataset = {key: self.prepared(f"eval_dataset['{key}']", part) for key, part in parts}
+        elif eval_dataset is not None:
+            self.eval_dataset = self.prepared("eval_dataset", eval_dataset)
+
+    # Data
+
+    def prepared(self, name: str, dataset: Any) -> datasets.Dataset:
+        """The tokens of each pair, and the reference's log-probabilities if they are precomputed."""
+        if "sequences" in getattr(dataset, "column_names", ()):
+            return dataset
+        check_columns(name, dataset, "chosen", "rejected")
+        tokenize = partial(preference_pair, self.processing_class, max_length=self.args.max_length)
+        rows = prepare(name, dataset, tokenize)
+        return rows if self.reference_hash is None else self._with_reference_logps(name, rows)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self.prepared("eval_dataset", eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.model.training:
+            self.add_tokens_seen(sum(row["num_tokens"] for row in inputs))
+        if OVER_THE_BATCH.isdisjoint(self.args.loss_type):
+            chunks = fill([row["num_tokens"] for row in inputs], self.args.token_budget)
+        else:
+            size = self.args.per_device_train_batch_size if self.model.training else len(inputs)
+            chunks = fill([1] * len(inputs), size)
+        batches = [self._pairs([inputs[index] for index in chunk]) for chunk in chunks]
+        return self.even_out([{**batch, "normalizer": len(inputs)} for batch in batches])
+
+    def _pairs(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """One batch: the chosen completions of all pairs, then the rejected ones."""
+        device, alpha = self.accelerator.device, self.args.ld_alpha
+        pairs = [sequences_of(row) for row in rows]
+        sequences = [sequence for side in zip(*pairs, strict=True) for sequence in side]
+        batch = self.lay_out(sequences)
+        counts = [sum(label != IGNORE for label in sequence.labels[1:]) for sequence in sequences]
+        batch["lengths"] = torch.tensor(counts, device=device)
+        if alpha is not None:
+            shared = list(map(min, counts[: len(pairs)], counts[len(pairs) :])) * 2
+            beyond = [count - least for count, least in zip(counts, shared, strict=True)]
+            each = zip(sequences, beyond, strict=True)
+            batch["weights"] = shift([[1.0] * (len(one) - tail) + [alpha] * tail for one, tail in each], device)
+        if REFERENCE_LOGPS[0] in rows[0]:
+            known = [row[column] for column in REFERENCE_LOGPS for row in rows]
+            batch["reference"] = torch.tensor(known, dtype=torch.float32, device=device)
+        return batch
+
+    # The loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The mean over the pairs of the micro-batch, times their share of the step's."""
+        lengths, pairs = inputs["lengths"], len(inputs["lengths"]) // 2
+        reference = inputs.get("reference")
+        if reference is None and self.has_reference:
+            # Before the model's own pass, whose activations wait for the backward pass.
+            with self.reference() as frozen:
+                reference = self._logps(scoring.token_logprobs(frozen, inputs, fused=self.fused), inputs)
+        wanted: dict[str, Any] = {"outputs": ("log_sum_sq_probs",)} if self.args.use_weighting else {}
+        logprobs, entropy, *others = scoring.token_logprobs(
+            model, inputs, fused=self.fused, return_entropy=True, **wanted
+        )
+        logps = self._logps(logprobs, inputs)
+        vectors = {
+            "policy_chosen": logps[:pairs],
+            "policy_rejected": logps[pairs:],
+            "ref_chosen": None if reference is None else reference[:pairs],
+            "ref_rejected": None if reference is None else reference[pairs:],
+            "chosen_lengths": lengths[:pairs],
+            "rejected_lengths": lengths[pairs:],
+        }
+        weights = None
+        if self.args.use_weighting:
+            likelihoods = scoring.sequence_sums((logprobs.detach() - others[0]) * inputs["mask"], inputs) / lengths
+            weights = (likelihoods[:pairs] + likelihoods[pairs:]).exp()
+        terms = [self._term(loss, vectors, weights) for loss in self.args.loss_type]
+        total = sum(weight * loss for weight, (loss, _) in zip(self.loss_weights, terms, strict=True))
+        for name, value in zip(METRICS, terms[0][1].unbind(), strict=True):
+            self.metrics.add(name, value, pairs)
+        self.metrics.add("entropy", entropy.detach().sum() / max(inputs["num_scored"], 1), inputs["num_scored"])
+        return total * (pairs / inputs["normalizer"])
+
+    def _logps(self, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Of whole completions, [2 x pairs]."""
+        return scoring.sequence_sums(logprobs * batch["weights"] if "weights" in batch else logprobs, batch)
+
+    def _term(self, loss: str, vectors: dict[str, Any], weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One of the losses, its pairs weighted, and its metrics."""
+        options = self.args.loss_options(loss)
+        value, metrics = rlkernels.preference_loss(**vectors, **options)
+        if weights is not None:
+            alone = [
+                {name: None if each is None else each[pair : pair + 1] for name, each in vectors.items()}
+                for pair in range(len(weights))
+            ]
+            value = (
+                torch.stack([rlkernels.preference_loss(**pair, **options)[0] for pair in alone]) @ weights / len(alone)
+            )
+        return value, metrics
+
+    # Precomputed log-probabilities of the reference
+
+    def _with_reference_logps(self, name: str, rows: datasets.Dataset) -> datasets.Dataset:
+        file = cache_file(rows, self.reference_hash)
+        # One process reads and writes: the others may be on other machines.
+        found = [read(file, len(rows)) if self.accelerator.is_main_process else None]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        values = found[0]
+        if values is None:
+            values = self._run_reference(name, rows)
+            if self.accelerator.is_main_process:
+                write(file, values)
+        for column, part in zip(REFERENCE_LOGPS, values, strict=True):
+            rows = rows.add_column(column, part)
+        return rows
+
+    def _run_reference(self, name: str, rows: datasets.Dataset) -> np.ndarray:
+        """[2, rows], of chosen and of rejected; each process does its share."""
+        if self.ref_model is not None:
+            reference = self.load(self.ref_model, self.args).requires_grad_(False)
+            self.fused = self.fused and scoring.needs_no_logits(reference)
+            self.padding_free = self.padding_free and prepare_packing(reference, self.args.device)
+            self.reference_model = reference.to(self.accelerator.device).eval()
+        elif not self.has_adapter:
+            if self.state.global_step > 0:
+                raise ValueError(
+                    f"{name}: with precompute_ref_log_probs the model as it was, the reference, is gone once it was "
+                    "trained: give this dataset to the trainer as eval_dataset"
+                )
+            self.reference_model = self.model.eval()
+        lengths = rows["num_tokens"][:]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        order = order[self.accelerator.process_index :: self.accelerator.num_processes]
+        chunks = fill([lengths[index] for index in order], self.args.token_budget)
+        parts = []
+        with self.reference() as reference, self.accelerator.autocast():
+            for chunk in logging.tqdm(chunks, desc=f"Reference of {name}", disable=self.args.disable_tqdm):
+                indices = [order[index] for index in chunk]
+                batch = self._pairs([rows[index] for index in indices])
+                logps = self._logps(scoring.token_logprobs(reference, batch, fused=self.fused), batch)
+                parts.append((indices, logps.view(2, -1).cpu().numpy()))
+        self.reference_model = None
+        values = np.empty((2, len(rows)), np.float32)
+        for indices, part in gather_object(parts) if self.accelerator.num_processes > 1 else parts:
+            values[:, indices] = part
+        return values
+
+
+def disable_dropout(model: nn.Module) -> None:
+    module: Any
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+class SyncReference(TrainerCallback):
+    """Moves the reference towards the model every so many steps (TR-DPO, arXiv 2404.09656)."""
+
+    def __init__(self, reference: nn.Module) -> None:
+        self.reference = reference
+
+    @torch.no_grad()
+    def on_step_end(self, args: DPOConfig, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            for behind, ahead in zip(self.reference.parameters(), model.parameters(), strict=True):
+                behind.lerp_(ahead, args.ref_model_mixup_alpha)

@@ -1,0 +1,73 @@
+"""Log-probabilities under a reference model, kept in the cache folder of `datasets`: a file per dataset and reference,
+named by a hash of all that they depend on."""
+
+import hashlib
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .common import model_folder
+
+logger = logging.get_logger(__name__)
+
+
+def hash_model(model: str | PreTrainedModel, settings: Any, leave_out: Iterable[str] = ()) -> str:
+    """Of what the model computes: its weights, without those of the adapters named in `leave_out`, its config, and
+    `settings`. A folder's files are read, but no model is loaded."""
+    content = hashlib.sha256(repr(settings).encode())
+    if isinstance(model, str):
+        for file in sorted(model_folder(model).iterdir()):
+            if file.name == "config.json" or file.suffix == ".safetensors" or file.name.startswith("pytorch_model"):
+                content.update(file.name.encode())
+                with file.open("rb") as stream:
+                    content.update(hashlib.file_digest(stream, "sha256").digest())
+        return content.hexdigest()
+    config = {**model.config.to_diff_dict(), "_name_or_path": None, "transformers_version": None}
+    content.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if not set(leave_out).intersection(name.split(".")):
+            content.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            content.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+def cache_file(rows: datasets.Dataset, reference: str) -> Path:
+    """Where the log-probabilities of the rows of `data.prepare` are, under the reference of that hash."""
+    content = hashlib.sha256(reference.encode())
+    for row in rows:
+        for sequence in row["sequences"]:
+            tokens = np.array([sequence["input_ids"], sequence["labels"]], np.int64)
+            content.update(f"{tokens.shape}".encode())
+            content.update(tokens.tobytes())
+    return Path(datasets.config.HF_DATASETS_CACHE) / "rlkernels" / f"reference_logps_{content.hexdigest()}.npz"
+
+
+def read(file: Path, rows: int) -> np.ndarray | None:
+    """[2, rows], or None where there is no whole file."""
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file) as content:  # a zip file: each part has a checksum
+            values = content["logps"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logger.warning(f"{file} is damaged, and is made anew: {error}")
+        return None
+    return values
+
+
+def write(file: Path, values: np.ndarray) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        aside = Path(folder) / file.name
+        np.savez(aside, logps=values)
+        aside.replace(file)
