@@ -208,6 +208,9 @@ class BaseTrainer(Trainer):
         self.accumulation_steps = args.gradient_accumulation_steps
         args = copy.copy(args)
         args.gradient_accumulation_steps = 1
+        if args.data_seed is None:
+            # All processes shuffle alike, whose random numbers differ; so does a resumed run, whatever was before it.
+            args.data_seed = args.seed
         # Batches are lists of rows of the dataset; there is nothing to collate before they are tokenised.
         super().__init__(model=self.trained(model), args=args, data_collator=list, processing_class=tokenizer, **kwargs)
         if args.n_gpu > 1:
