@@ -1,9 +1,10 @@
 """Trainers on `transformers.Trainer`: thin clients of the public functions of `rlkernels`."""
 
 from .common import NonFiniteLoss
-from .configs import DPOConfig, GRPOConfig, SFTConfig
+from .configs import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 from .dpo import DPOTrainer
 from .grpo import GRPOTrainer
+from .reward import RewardTrainer
 from .rewards import RewardError
 from .rollout import Rollout, SamplingOptions, TransformersEngine
 from .sft import SFTTrainer
@@ -14,7 +15,9 @@ __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
     "NonFiniteLoss",
+    "RewardConfig",
     "RewardError",
+    "RewardTrainer",
     "Rollout",
     "SFTConfig",
     "SFTTrainer",

@@ -82,6 +82,15 @@ def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
         raise ValueError(f"processing_class: no tokenizer could be loaded from '{path}': {reason}") from error
 
 
+def disable_dropout(model: nn.Module) -> None:
+    module: Any
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
 def check_columns(name: str, dataset: Any, *columns: str) -> None:
     if isinstance(dataset, dict) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(f"{name} must be a sequence of rows; got {type(dataset).__name__}")

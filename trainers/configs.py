@@ -90,6 +90,34 @@ class BaseConfig(TrainingArguments):
 
 
 @dataclass
+class RewardConfig(BaseConfig):
+    """Options of `RewardTrainer`."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of AdamW."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize the dataset; this one alone if unset."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest sequence, in tokens; pairs with a longer one are left out."}
+    )
+    center_rewards_coefficient: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of (chosen + rejected)^2 in the loss, which keeps scores around 0; 0.01 serves well."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        coefficient = self.center_rewards_coefficient
+        if coefficient is not None and not 0 <= coefficient < math.inf:
+            raise ValueError(f"center_rewards_coefficient must be a finite number, at least 0; got {coefficient}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1; got {self.max_length}")
+
+
+@dataclass
 class OnlineConfig(BaseConfig):
     """What `PPOTrainer` and `GRPOTrainer` share: sampling and rewards."""
 

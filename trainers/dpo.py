@@ -15,7 +15,7 @@ from transformers.utils import logging
 import rlkernels
 
 from . import scoring
-from .common import BaseTrainer, check_columns
+from .common import BaseTrainer, check_columns, disable_dropout
 from .configs import OVER_THE_BATCH, DPOConfig
 from .data import preference_pair, prepare, sequences_of
 from .packing import IGNORE, fill, prepare_packing, shift
@@ -266,15 +266,6 @@ class DPOTrainer(BaseTrainer):
         for indices, part in gather_object(parts) if self.accelerator.num_processes > 1 else parts:
             values[:, indices] = part
         return values
-
-
-def disable_dropout(model: nn.Module) -> None:
-    module: Any
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 class SyncReference(TrainerCallback):

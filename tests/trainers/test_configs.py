@@ -6,31 +6,32 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from rlkernels.trainers import GRPOConfig, configs
+from rlkernels.trainers import GRPOConfig, RewardConfig, configs
 
-OURS = [
-    field
-    for field in dataclasses.fields(GRPOConfig)
-    if field not in dataclasses.fields(TrainingArguments) or field.name in vars(GRPOConfig)
-]
+CONFIGS = [GRPOConfig, RewardConfig]
 
 NOT_TRL = {"token_budget", "padding_free"}
 """Fields that TRL's config has not."""
 
 
-def test_names_and_defaults_are_those_of_trl(tmp_path):
+@pytest.mark.parametrize("config", CONFIGS)
+def test_names_and_defaults_are_those_of_trl(config, tmp_path):
     trl = pytest.importorskip("trl")
     options = {"output_dir": str(tmp_path), "use_cpu": True}
-    theirs, ours = trl.GRPOConfig(**options), GRPOConfig(**options)
-    # The run name and the log folder carry a time; bf16 follows the device, where TRL asks for it everywhere.
-    for field in dataclasses.fields(GRPOConfig):
-        if field.name not in ("bf16", "run_name", "logging_dir", *NOT_TRL):
+    theirs, ours = getattr(trl, config.__name__)(**options), config(**options)
+    # The run name and the log folder carry a time; bf16 follows the device, where TRL asks for it everywhere;
+    # columns are kept by all trainers, where in TRL only those with reward functions keep them.
+    for field in dataclasses.fields(config):
+        if field.name not in ("bf16", "run_name", "logging_dir", "remove_unused_columns", *NOT_TRL):
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
 
 
-def test_every_field_has_its_own_help():
-    helps = [field.metadata["help"] for field in OURS]
-    assert len(helps) > 20
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_field_has_its_own_help(config):
+    inherited = dataclasses.fields(TrainingArguments)
+    own = [field for field in dataclasses.fields(config) if field not in inherited or field.name in vars(config)]
+    helps = [field.metadata["help"] for field in own]
+    assert len(helps) >= 9
     assert all(len(text) > 20 and text.endswith(".") for text in helps)
     assert len(set(helps)) == len(helps)
 

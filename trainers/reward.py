@@ -1,0 +1,146 @@
+"""Reward models from pairs (Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203.02155)."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+
+import rlkernels
+
+from .common import BaseTrainer, check_columns, disable_dropout, flash_attention, load_model, load_tokenizer
+from .configs import BaseConfig, RewardConfig
+from .data import prepare, reward_pair, sequences_of
+from .packing import fill
+from .scoring import last_scores, score_head, token_scores
+
+
+class RewardTrainer(BaseTrainer):
+    """Trains a sequence classifier with one label to score the chosen of two sequences above the rejected one.
+
+        loss = mean over pairs of -log sigmoid(chosen - rejected - margin)     (`rlkernels.reward_pair_loss`)
+
+    The score of a sequence is that of its last token. Chosen and rejected sequences of a micro-batch run as one packed
+    batch. Logged, of the evaluation set too: `accuracy` (the share of pairs whose chosen one scores higher), `margin`
+    (chosen - rejected), and `min_reward`, `mean_reward` and `max_reward`, of the scores of a micro-batch.
+
+    Args:
+        model: a folder, the name of a model in the local Hugging Face cache, or a model in memory: a classifier. Of a
+            causal language model in a folder or by name, with a new score head, random by `args.seed`.
+        args: the config; `RewardConfig()` if None.
+        train_dataset: rows with `chosen` and `rejected`, text or messages, with a `prompt` or else starting with it;
+            and with `margin`, if they have one: by how much chosen is known to be better.
+        eval_dataset: the same, or a dict of such.
+        processing_class: the tokenizer; the model's own if None.
+        peft_config: of PEFT: adapters and the score head are trained, and they alone are saved.
+        callbacks, optimizers: of `transformers.Trainer`.
+    """
+
+    args: RewardConfig
+    auto_class = AutoModelForSequenceClassification
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: RewardConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ) -> None:
+        args = RewardConfig() if args is None else args
+        if peft_config is not None and peft_config.task_type is None:
+            # By this PEFT knows that the head is to be trained, and saved, as it is.
+            peft_config = copy.copy(peft_config)
+            peft_config.task_type = "SEQ_CLS"
+        # Before the Trainer, which makes the output folder.
+        model = self.load(model, args)
+        self.tokenize = partial(reward_pair, processing_class or load_tokenizer(model), max_length=args.max_length)
+        self.num_proc = args.dataset_num_proc
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {key: self.prepared(f"eval_dataset['{key}']", part) for key, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self.prepared("eval_dataset", eval_dataset)
+        super().__init__(
+            model,
+            args,
+            train_dataset=self.prepared("train_dataset", train_dataset),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        if self.model.config.pad_token_id is None:
+            # Without one, classifiers of transformers refuse padded batches.
+            self.model.config.pad_token_id = self.processing_class.pad_token_id
+
+    def load(self, model: str | PreTrainedModel, args: BaseConfig) -> PreTrainedModel:
+        if isinstance(model, str):
+            set_seed(args.seed)
+            options = flash_attention(args)
+            model = load_model(model, args.model_init_kwargs, self.auto_class, num_labels=1, **options)
+        score_head(model)
+        if model.config.num_labels != 1:
+            raise ValueError(f"model must have one label, num_labels=1; got {model.config.num_labels}")
+        return model
+
+    # Data
+
+    def prepared(self, name: str, dataset: Any) -> Any:
+        """The tokens of each pair, and its margin."""
+        if "sequences" in getattr(dataset, "column_names", ()):
+            return dataset
+        check_columns(name, dataset, "chosen", "rejected")
+        return prepare(name, dataset, self.tokenize, keep=("margin",), num_proc=self.num_proc)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self.prepared("eval_dataset", eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        lengths = [row["num_tokens"] for row in inputs]
+        if self.model.training:
+            self.add_tokens_seen(sum(lengths))
+        chunks = [[inputs[index] for index in chunk] for chunk in fill(lengths, self.args.token_budget)]
+        return self.even_out([{**self._pairs(rows), "normalizer": len(inputs)} for rows in chunks])
+
+    def _pairs(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """One batch: the chosen sequences of all pairs, then the rejected ones."""
+        pairs = [sequences_of(row) for row in rows]
+        batch = self.lay_out([sequence for side in zip(*pairs, strict=True) for sequence in side])
+        margin = [row["margin"] or 0.0 for row in rows]
+        return {**batch, "margin": torch.tensor(margin, dtype=torch.float32, device=self.accelerator.device)}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        scores = last_scores(token_scores(model, inputs), inputs).float()
+        chosen, rejected = scores.chunk(2)
+        loss, values = rlkernels.reward_pair_loss(chosen, rejected, inputs["margin"])
+        if self.args.center_rewards_coefficient is not None:
+            loss = loss + self.args.center_rewards_coefficient * (chosen + rejected).square().mean()
+        scores = scores.detach()
+        names = (*rlkernels.reward_pair_loss.metrics, "min_reward", "mean_reward", "max_reward")  # type: ignore[attr-defined]
+        for name, value in zip(names, (*values, scores.min(), scores.mean(), scores.max()), strict=True):
+            self.metrics.add(name, value, len(chosen))
+        return loss * (len(chosen) / inputs["normalizer"])
