@@ -1,27 +1,22 @@
 """Group relative policy optimization (DeepSeekMath, arXiv 2402.03300) and its variants by loss type."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.utils import logging
 
 import rlkernels
 
 from . import scoring
 from .common import check_columns
 from .configs import GRPOConfig
-from .online import GroupSampler, OnlineTrainer, Samples
+from .online import GroupSampler, OnlineTrainer
 from .packing import IGNORE, Sequence, fill, split
 from .rewards import RewardFunction
 from .rollout import Engine
-
-logger = logging.get_logger(__name__)
 
 AGGREGATION = {
     "grpo": "seq_mean_token_mean",
@@ -71,6 +66,7 @@ class GRPOTrainer(OnlineTrainer):
     """
 
     args: GRPOConfig
+    rollouts_type = Rollouts
 
     def __init__(
         self,
@@ -111,9 +107,6 @@ class GRPOTrainer(OnlineTrainer):
         self.num_generations_eval = args.num_generations_eval or args.num_generations
         # Optimizer steps that one generation batch serves.
         self.steps_per_rollout = args.steps_per_generation * args.num_iterations // self.accumulation_steps
-        self.rollouts: Rollouts | None = None
-        #: The latest generation batch over all processes, a dict per completion: for callbacks that show or save it.
-        self.completions: list[dict[str, Any]] = []
 
     # Data: a batch of the dataloader is the prompts of a whole generation batch, repeated for each step it serves.
 
@@ -156,7 +149,7 @@ class GRPOTrainer(OnlineTrainer):
         self.metrics.add("frac_reward_zero_std", 1 - signal.float().mean())
         first = self.accelerator.process_index * len(inputs)
         advantages = advantages[first : first + len(inputs)].tolist()
-        self.completions = gather_object(self._table(samples, advantages))
+        self.completions = self.table(samples, advantages)
 
         self.count_tokens(samples.rollouts)
         in_loss = [rollout.ended or not self.args.mask_truncated_completions for rollout in samples.rollouts]
@@ -178,19 +171,6 @@ class GRPOTrainer(OnlineTrainer):
             rows = [rollouts.has_gradient(row) for row in range(len(inputs))]
             rollouts.old_logprobs = self._score(self.model_wrapped, rollouts, rows)
         return rollouts
-
-    def _table(self, samples: Samples, advantages: list[float]) -> list[dict[str, Any]]:
-        rewards = zip(*samples.rewards.T.tolist(), strict=True)
-        return [
-            {
-                "prompt": samples.prompts[row],
-                "completion": samples.completions[row],
-                **{f"rewards/{name}": reward for name, reward in zip(self.rewards.names, values, strict=True)},
-                "advantage": advantages[row],
-                **{column: logged[row] for column, logged in samples.extra.items() if row < len(logged)},
-            }
-            for row, values in enumerate(rewards)
-        ]
 
     @torch.no_grad()
     def _score(self, model: nn.Module, rollouts: Rollouts, wanted: list[bool]) -> list[Tensor | None]:
@@ -215,12 +195,8 @@ class GRPOTrainer(OnlineTrainer):
     # The optimizer step
 
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        step = self.state.global_step % self.steps_per_rollout
-        if step == 0 or self.rollouts is None:
-            if step:
-                logger.warning("The checkpoint holds no rollouts: this step's prompts are completed anew.")
-            self.rollouts = self.roll_out(inputs)
-        rollouts, size = self.rollouts, self.args.per_device_train_batch_size
+        rollouts, step = self.current_rollouts(inputs)
+        size = self.args.per_device_train_batch_size
         first = step * self.accumulation_steps % self.args.steps_per_generation * size
         rows = range(first, first + size * self.accumulation_steps)
         # bnpo is a mean over the tokens of each micro-batch of so many rows; for the others they are all the same.
@@ -313,19 +289,3 @@ class GRPOTrainer(OnlineTrainer):
         self.metrics.add("entropy", values["entropy"], weight)
         if self.args.beta > 0:
             self.metrics.add("kl", values["ref_kl"], weight)
-
-    # Checkpoints: beside what the Trainer keeps, the unfinished rollouts of each process.
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.rollouts is not None and self.state.global_step % self.steps_per_rollout:
-            torch.save(vars(self.rollouts), self._rollouts_file(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
-            file = self._rollouts_file(checkpoint)
-            self.rollouts = Rollouts(**torch.load(file, weights_only=True)) if file.is_file() else None
-
-    def _rollouts_file(self, folder: str) -> Path:
-        return Path(folder) / f"rollouts_{self.accelerator.process_index}.pth"

@@ -4,18 +4,23 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from .common import BaseTrainer, Metrics, check_columns
 from .configs import OnlineConfig
 from .rewards import RewardFunction, RewardFunctions
 from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, decode, is_chat
+
+logger = logging.get_logger(__name__)
 
 # Columns of a dataset that reward functions get under another name, or that would hide what was sampled.
 RESERVED = ("prompt", "completion", "completion_ids", "row_id")
@@ -70,6 +75,10 @@ class OnlineTrainer(BaseTrainer):
     """
 
     args: OnlineConfig
+    #: A dataclass of what is kept of a batch of completions, on this process.
+    rollouts_type: type
+    #: Optimizer steps that a batch of completions serves.
+    steps_per_rollout: int
 
     def __init__(
         self,
@@ -92,6 +101,9 @@ class OnlineTrainer(BaseTrainer):
         super().__init__(model, args, eval_dataset=eval_dataset, **kwargs)
         self.reward_weights = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
         self.num_generations_eval = 1
+        self.rollouts: Any = None
+        #: The latest completions over all processes, a dict each: for callbacks that show or save them.
+        self.completions: list[dict[str, Any]] = []
         self.sampling = SamplingOptions(temperature=args.temperature, max_completion_length=args.max_completion_length)
         self.engine = rollout or TransformersEngine(
             self.generating_model(), self.processing_class, args.chat_template_kwargs
@@ -99,6 +111,19 @@ class OnlineTrainer(BaseTrainer):
 
     def generating_model(self) -> Any:
         return self.model
+
+    def roll_out(self, inputs: list[dict[str, Any]]) -> Any:
+        """Completes a batch of prompts: all that the steps on it learn from."""
+        raise NotImplementedError
+
+    def current_rollouts(self, inputs: list[dict[str, Any]]) -> tuple[Any, int]:
+        """The completions that this optimizer step learns from, and how many steps have learned from them."""
+        step = self.state.global_step % self.steps_per_rollout
+        if step == 0 or self.rollouts is None:
+            if step:
+                logger.warning("The checkpoint holds no rollouts: this step's prompts are completed anew.")
+            self.rollouts = self.roll_out(inputs)
+        return self.rollouts, step
 
     def sample(self, inputs: list[dict[str, Any]], metrics: Metrics) -> Samples:
         prompts = [row["prompt"] for row in inputs]
@@ -142,6 +167,21 @@ class OnlineTrainer(BaseTrainer):
         metrics.add("reward", total.mean())
         metrics.add("reward_std", std(total))
 
+    def table(self, samples: Samples, advantages: list[float]) -> list[dict[str, Any]]:
+        """Of all processes, what there is to show of each completion."""
+        rewards = zip(*samples.rewards.T.tolist(), strict=True)
+        rows = [
+            {
+                "prompt": samples.prompts[row],
+                "completion": samples.completions[row],
+                **{f"rewards/{name}": reward for name, reward in zip(self.rewards.names, values, strict=True)},
+                "advantage": advantages[row],
+                **{column: logged[row] for column, logged in samples.extra.items() if row < len(logged)},
+            }
+            for row, values in enumerate(rewards)
+        ]
+        return gather_object(rows)
+
     def count_tokens(self, rollouts: list[Rollout]) -> None:
         self.add_tokens_seen(sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts))
 
@@ -168,3 +208,19 @@ class OnlineTrainer(BaseTrainer):
         self.record_outcomes(outcomes, metrics)
         values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=len(outcomes))
+
+    # Checkpoints: beside what the Trainer keeps, the unfinished rollouts of each process.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.rollouts is not None and self.state.global_step % self.steps_per_rollout:
+            torch.save(vars(self.rollouts), self._rollouts_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            file = self._rollouts_file(checkpoint)
+            self.rollouts = self.rollouts_type(**torch.load(file, weights_only=True)) if file.is_file() else None
+
+    def _rollouts_file(self, folder: str) -> Path:
+        return Path(folder) / f"rollouts_{self.accelerator.process_index}.pth"
