@@ -13,7 +13,14 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
@@ -69,6 +76,20 @@ def flash_attention(args: BaseConfig) -> dict[str, str]:
         if available():
             return {"attn_implementation": f"flash_attention_{version}"}
     return {}
+
+
+def load_classifier(name: str, model: str | PreTrainedModel, args: BaseConfig) -> PreTrainedModel:
+    """A sequence classifier with one label, from a folder, by name or as it is."""
+    if isinstance(model, str):
+        options = {"num_labels": 1, **flash_attention(args)}
+        model = load_model(model, args.model_init_kwargs, AutoModelForSequenceClassification, **options)
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    if num_labels != 1 or not hasattr(model, "score"):
+        raise ValueError(
+            f"{name} must be a sequence classifier with num_labels=1 and a score head; got {type(model).__name__} with "
+            f"num_labels={num_labels}"
+        )
+    return model
 
 
 def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:

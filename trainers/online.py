@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .common import BaseTrainer, Metrics, check_columns
+from .common import BaseTrainer, Metrics, check_columns, load_classifier
 from .configs import OnlineConfig
-from .rewards import RewardFunction, RewardFunctions
+from .rewards import RewardFunction, RewardFunctions, RewardModel, RewardSource
 from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, decode, is_chat
 
 logger = logging.get_logger(__name__)
@@ -65,12 +65,19 @@ class Samples:
     extra: dict[str, list]  # columns that reward functions logged
 
 
+def reward_function(source: RewardSource, args: OnlineConfig) -> RewardFunction:
+    if not isinstance(source, str | nn.Module):
+        return source
+    return RewardModel(load_classifier("reward_funcs", source, args), args)
+
+
 class OnlineTrainer(BaseTrainer):
     """A trainer that learns from rewards of the model's own completions.
 
     Args:
         reward_funcs: one or several functions `f(prompts=, completions=, completion_ids=, **columns, trainer_state=,
-            log_extra=, log_metric=) -> list[float | None]`, plain or async, by TRL's contract.
+            log_extra=, log_metric=) -> list[float | None]`, plain or async, by TRL's contract; or reward models, see
+            `rewards.RewardModel`: a folder, a name in the local Hugging Face cache, or a model in memory.
         rollout: what samples the completions, see `rollout.Engine`; the trained model itself if None.
     """
 
@@ -83,13 +90,14 @@ class OnlineTrainer(BaseTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: RewardFunction | list[RewardFunction],
+        reward_funcs: RewardSource | list[RewardSource],
         args: OnlineConfig,
         eval_dataset: Any = None,
         rollout: Engine | None = None,
         **kwargs: Any,
     ) -> None:
-        self.rewards = RewardFunctions(reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs])
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        self.rewards = RewardFunctions([reward_function(source, args) for source in reward_funcs])
         count = len(self.rewards.names)
         weights = [1.0] * count if args.reward_weights is None else args.reward_weights
         if len(weights) != count:
@@ -99,6 +107,9 @@ class OnlineTrainer(BaseTrainer):
             for key, part in parts:
                 check_columns(f"eval_dataset['{key}']" if key else "eval_dataset", part, "prompt")
         super().__init__(model, args, eval_dataset=eval_dataset, **kwargs)
+        for function in self.rewards.functions:
+            if isinstance(function, RewardModel):
+                function.prepare(self.accelerator, self.processing_class)
         self.reward_weights = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
         self.num_generations_eval = 1
         self.rollouts: Any = None

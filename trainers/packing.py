@@ -52,6 +52,12 @@ def fill(lengths: Iterable[int], budget: int) -> list[list[int]]:
     return batches
 
 
+def fill_by_length(lengths: list[int], budget: int, rows: Iterable[int] | None = None) -> list[list[int]]:
+    """`fill` with these of the sequences, all if None, by length: attention then does neighbours together."""
+    order = sorted(range(len(lengths)) if rows is None else rows, key=lengths.__getitem__)
+    return [[order[index] for index in batch] for batch in fill([lengths[row] for row in order], budget)]
+
+
 def lay_out(
     sequences: Rows[Sequence], device: torch.device, *, padding_free: bool = True, pad_token_id: int = 0
 ) -> dict[str, Any]:

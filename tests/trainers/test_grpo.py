@@ -421,7 +421,9 @@ def test_bad_input(make_trainer, tmp_path):
         make_trainer(reward_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match="reward_funcs must hold at least one function"):
         make_trainer([])
-    with pytest.raises(TypeError, match="reward_funcs must be functions; got 'vowels'"):
+    with pytest.raises(TypeError, match="reward_funcs must be functions; got 1"):
+        make_trainer(1)
+    with pytest.raises(FileNotFoundError, match="model 'vowels': there is no such folder"):
         make_trainer("vowels")
     for missing in (str(tmp_path / "nowhere"), "nowhere/at-all", "runs/a/b/c"):
         with pytest.raises(FileNotFoundError, match=f"model '{missing}': there is no such folder"):
