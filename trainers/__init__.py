@@ -1,9 +1,10 @@
 """Trainers on `transformers.Trainer`: thin clients of the public functions of `rlkernels`."""
 
 from .common import NonFiniteLoss
-from .configs import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
+from .configs import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from .dpo import DPOTrainer
 from .grpo import GRPOTrainer
+from .ppo import PPOTrainer
 from .reward import RewardTrainer
 from .rewards import RewardError
 from .rollout import Rollout, SamplingOptions, TransformersEngine
@@ -15,6 +16,8 @@ __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
     "NonFiniteLoss",
+    "PPOConfig",
+    "PPOTrainer",
     "RewardConfig",
     "RewardError",
     "RewardTrainer",

@@ -208,6 +208,114 @@ class SFTConfig(BaseConfig):
 
 
 @dataclass
+class PPOConfig(OnlineConfig):
+    """Options of `PPOTrainer`. `per_device_train_batch_size` x `gradient_accumulation_steps` prompts per process are
+    completed at a time, and serve `num_ppo_epochs` x `num_mini_batches` optimizer steps. Names and defaults are those
+    of TRL 1.8.0, the last that had a PPO trainer."""
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate of AdamW."})
+    temperature: float = field(
+        default=0.7, metadata={"help": "Temperature of sampling, and of the log-probabilities in the loss."}
+    )
+    max_completion_length: int = field(
+        init=False, metadata={"help": "response_length, under the name that it has in GRPO."}
+    )
+    response_length: int = field(default=53, metadata={"help": "Longest completion, in tokens."})
+    total_episodes: int | None = field(
+        default=None,
+        metadata={"help": "Completions to learn from, over all processes; instead of num_train_epochs and max_steps."},
+    )
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each batch of completions."})
+    num_mini_batches: int = field(
+        default=1, metadata={"help": "Optimizer steps in a pass: parts into which the batch is split at random."}
+    )
+
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the score of a completion that did not end by itself."}
+    )
+    score_at: str = field(
+        default="after_last",
+        metadata={
+            "help": "Where a completion's score is given: behind its last token, in a state with a value of its own, "
+            "as in TRL (after_last; at the last token if it has response_length tokens), or always at the last token "
+            "(last).",
+            "choices": ["after_last", "last"],
+        },
+    )
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Divide token rewards by their standard deviation over the batch."}
+    )
+    kl_coef: float = field(
+        default=0.05,
+        metadata={"help": "Coefficient of the KL penalty to the model at start; 0 keeps no reference model."},
+    )
+    kl_estimator: str = field(
+        default="k1",
+        metadata={
+            "help": "Estimator of the divergence at a token: k1, k2, k3 or abs, as in `kl_penalty`.",
+            "choices": ["k1", "k2", "k3", "abs"],
+        },
+    )
+    adap_kl_ctrl: bool = field(
+        default=False,
+        metadata={"help": "Adapt the KL coefficient, from kl_coef, so that objective/kl nears target_kl."},
+    )
+    target_kl: float = field(default=6.0, metadata={"help": "What adap_kl_ctrl aims at, per completion."})
+    horizon: float = field(
+        default=10000,
+        metadata={"help": "In how many completions adap_kl_ctrl changes the coefficient by a fifth, at most."},
+    )
+
+    cliprange: float = field(default=0.2, metadata={"help": "The importance ratio is clipped at 1 +- cliprange."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Coefficient of the value loss."})
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "Values are clipped at those of the rollout +- cliprange_value."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+
+    def __post_init__(self) -> None:
+        for name in ("response_length", "num_ppo_epochs", "num_mini_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        self.max_completion_length = self.response_length
+        super().__post_init__()
+        for name in ("score_at", "kl_estimator"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for name in ("missing_eos_penalty", "kl_coef", "cliprange", "vf_coef", "cliprange_value"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
+        for name in ("target_kl", "horizon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
+        if self.adap_kl_ctrl and self.kl_coef == 0:
+            raise ValueError("adap_kl_ctrl needs a kl_coef above 0 to start from; got 0")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if rows % self.num_mini_batches:
+            raise ValueError(
+                f"the {rows} completions of a process (per_device_train_batch_size {self.per_device_train_batch_size} "
+                f"x gradient_accumulation_steps {self.gradient_accumulation_steps}) must be divisible by "
+                f"num_mini_batches ({self.num_mini_batches})"
+            )
+        if self.total_episodes is not None:
+            if self.total_episodes < 1:
+                raise ValueError(f"total_episodes must be at least 1; got {self.total_episodes}")
+            batches = math.ceil(self.total_episodes / self.rollout_batch_size)
+            self.max_steps = batches * self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Prompts completed at a time, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+@dataclass
 class GRPOConfig(OnlineConfig):
     """Options of `GRPOTrainer`. An optimizer step is `gradient_accumulation_steps` micro-batches of
     `per_device_train_batch_size` completions; `steps_per_generation` micro-batches are generated at a time."""

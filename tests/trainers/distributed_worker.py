@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from conftest import build_model, build_tokenizer
-from rlkernels.trainers import GRPOConfig, GRPOTrainer
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 
 
 def one_group_differs(completions, index, **kwargs):
@@ -26,10 +26,10 @@ def record(function, results: list):
 
 
 def train(folder: str, options: dict) -> dict:
-    args = GRPOConfig(
+    is_ppo = "num_ppo_epochs" in options
+    options |= {"response_length": 6} if is_ppo else {"num_generations": 4, "max_completion_length": 6}
+    args = (PPOConfig if is_ppo else GRPOConfig)(
         output_dir=folder,
-        num_generations=4,
-        max_completion_length=6,
         learning_rate=3e-3,
         max_steps=3,
         logging_steps=1,
@@ -45,7 +45,8 @@ def train(folder: str, options: dict) -> dict:
         **options,
     )
     dataset = [{"prompt": "ab" + "c" * i, "index": i} for i in range(8)]
-    trainer = GRPOTrainer(build_model(), one_group_differs, args, dataset, dataset[:3], build_tokenizer())
+    trainer_class = PPOTrainer if is_ppo else GRPOTrainer
+    trainer = trainer_class(build_model(), one_group_differs, args, dataset, dataset[:3], build_tokenizer())
     rollouts, micro_batches = [], []
     trainer.roll_out = record(trainer.roll_out, rollouts)
     trainer.micro_batches = record(trainer.micro_batches, micro_batches)

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlkernels.trainers import GRPOConfig, GRPOTrainer
-from rlkernels.trainers.grpo import Rollouts
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, grpo, ppo
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -22,16 +21,18 @@ HALF_A_GROUP_EACH = {
     "num_iterations": 2,
     "beta": 0.1,
 }
+PPO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_ppo_epochs": 2, "whiten_rewards": True}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[list[dict]]:
-    """Of each of the two runs, what its two processes saw."""
+    """Of each of the runs, what its two processes saw."""
     folder = tmp_path_factory.mktemp("distributed")
-    runs = json.dumps([ONE_GROUP_EACH, HALF_A_GROUP_EACH])
+    runs = json.dumps([ONE_GROUP_EACH, HALF_A_GROUP_EACH, PPO])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(folder), runs]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
+    path = os.pathsep.join([str(WORKER.parent), *sys.path])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
@@ -81,7 +82,29 @@ def test_gradient_is_that_of_one_process(results, make_model, tokenizer, tmp_pat
         report_to="none",
     )
     trainer = GRPOTrainer(make_model(), lambda **_: [], args, [{"prompt": "a"}] * 2, processing_class=tokenizer)
-    trainer.roll_out = lambda inputs: Rollouts(**both, num_tokens=num_tokens)
+    trainer.roll_out = lambda inputs: grpo.Rollouts(**both, num_tokens=num_tokens)
     trainer.training_step(trainer.model, [])
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
     assert norm.item() == pytest.approx(results[0][0]["logs"][0]["grad_norm"], rel=1e-4)
+
+
+def test_ppo_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
+    """Advantages are whitened over both, and the gradient is that of one process with the rollouts of both."""
+    ranks = results[2]
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    first, second = (rank["rollouts"][0] for rank in ranks)
+    both = {name: first[name] + second[name] for name in first if name != "order"}
+    in_loss = torch.cat([torch.tensor([*labels[1:], -100]) != -100 for labels in both["labels"]])
+    advantages = torch.cat(both["advantages"])[in_loss]
+    torch.testing.assert_close(advantages.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(advantages.std(), torch.tensor(1.0))
+    assert len(set(ranks[0]["micro_batches"] + ranks[1]["micro_batches"])) == 1 < ranks[0]["micro_batches"][0]
+
+    args = PPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, report_to="none"
+    )
+    trainer = PPOTrainer(make_model(), lambda **_: [], args, [{"prompt": "a"}] * 8, processing_class=tokenizer)
+    trainer.roll_out = lambda inputs: ppo.Rollouts(**both, order=[list(range(8))])
+    trainer.training_step(trainer.model, [])
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
+    assert norm.item() == pytest.approx(ranks[0]["logs"][0]["grad_norm"], rel=1e-4)

@@ -1,0 +1,391 @@
+"""PPOTrainer end to end on a tiny model: learning, resuming, value models and heads, rewards, what is in the loss."""
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlkernels.trainers import PPOConfig, PPOTrainer, Rollout
+
+PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(13)]
+
+
+def lowercase(completions, **kwargs):
+    return [sum(letter.islower() for letter in text) / (1 + len(text)) for text in completions]
+
+
+def vowels(completions, **kwargs):
+    return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in completions]
+
+
+@pytest.fixture
+def make_classifier(make_model):
+    def make(seed=1, **options):
+        config = make_model().config
+        config.num_labels = 1
+        config.update(options)
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_config(config)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_model, tokenizer, tmp_path):
+    def make(reward_funcs=vowels, model=None, train_dataset=PROMPTS, eval_dataset=None, trainer=None, **options):
+        models = {name: options.pop(name) for name in ("value_model", "ref_model", "peft_config") if name in options}
+        options = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "num_ppo_epochs": 2,
+            "num_mini_batches": 2,
+            "response_length": 6,
+            "temperature": 1.0,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "max_steps": 4,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "activation_checkpointing": False,
+            "disable_tqdm": True,
+        } | options
+        rollout = options.pop("rollout", None)
+        model = make_model() if model is None else model
+        args = PPOConfig(**options)
+        return PPOTrainer(model, reward_funcs, args, train_dataset, eval_dataset, tokenizer, rollout=rollout, **models)
+
+    return make
+
+
+def history(trainer) -> list[dict]:
+    """What was logged, but for timings."""
+    timings = ("runtime", "per_second", "total_flos", "train_loss")
+    logs = [{k: v for k, v in log.items() if not k.endswith(timings)} for log in trainer.state.log_history]
+    return [log for log in logs if "loss" in log]
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def gradient(trainer) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters() if parameter.requires_grad])
+
+
+@pytest.mark.parametrize("value", ["head", "model"])
+def test_learns(make_trainer, make_classifier, value):
+    """In 20 optimizer steps, on 5 batches of completions."""
+    value_model = make_classifier() if value == "model" else None
+    if value_model is not None:
+        torch.nn.init.zeros_(value_model.score.weight)
+    trainer = make_trainer(
+        lowercase,
+        train_dataset=PROMPTS * 5,
+        eval_dataset=PROMPTS * 5,
+        value_model=value_model,
+        per_device_train_batch_size=64,
+        max_steps=20,
+        learning_rate=1e-2,
+        vf_coef=1.0,
+        kl_coef=0.01,
+    )
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] > before + 0.15
+
+
+@pytest.mark.parametrize("value", ["head", "model"])
+@pytest.mark.parametrize("step", [3, 4, 6], ids=["between_minibatches", "between_batches", "between_epochs"])
+def test_resumes_exactly(make_trainer, make_classifier, value, step, tmp_path):
+    """Rollouts, order of the rows, KL coefficient, value, losses and weights go on bit for bit."""
+
+    def make(folder, **others):
+        return make_trainer(
+            value_model=make_classifier() if value == "model" else None,
+            output_dir=str(tmp_path / folder),
+            max_steps=9,
+            save_strategy="steps",
+            save_steps=step,
+            adap_kl_ctrl=True,
+            target_kl=0.1,
+            horizon=20,
+            **others,
+        )
+
+    whole = make("whole")
+    whole.train()
+    resumed = make("resumed")
+    torch.manual_seed(12345)  # whatever happened in this process before
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert history(resumed) == history(whole)
+    assert len(history(resumed)) == 9
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.kl_coef == whole.kl_coef != 0.05
+
+
+@pytest.mark.parametrize("value", ["head", "model"])
+def test_packed_is_padded(make_trainer, make_classifier, value):
+    """Losses and gradients, at once or in micro-batches of few tokens."""
+    results = []
+    for options in ({}, {"padding_free": False}, {"token_budget": 25}):
+        trainer = make_trainer(
+            value_model=make_classifier() if value == "model" else None,
+            max_grad_norm=0.0,
+            num_mini_batches=1,
+            per_device_train_batch_size=8,
+            vf_coef=1.0,
+            **options,
+        )
+        if value == "head":
+            torch.nn.init.normal_(trainer.model.value.weight, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(7)
+        count = len(trainer.micro_batches(PROMPTS[:8]))
+        assert (count > 1) == ("token_budget" in options)
+        results.append((trainer.training_step(trainer.model, PROMPTS[:8]), gradient(trainer)))
+    for loss, grad in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-6)
+        assert (grad - results[0][1]).norm() <= 1e-5 * grad.norm()
+        assert grad.norm() > 1e-2
+
+
+@pytest.mark.parametrize("value", ["head", "model"])
+def test_saved_models_load(make_trainer, make_classifier, value, tmp_path):
+    """The policy is a model as any other; beside it, what says its value."""
+    trainer = make_trainer(value_model=make_classifier() if value == "model" else None)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(weights(policy), weights(trainer.model.policy))
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    if value == "model":
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved" / "value")
+        assert torch.equal(weights(loaded), weights(trainer.model.value))
+    else:
+        saved = safetensors.torch.load_file(tmp_path / "saved" / "value" / "model.safetensors")
+        assert torch.equal(saved["weight"], trainer.model.value.weight)
+
+
+@pytest.mark.parametrize("value", ["head", "model"])
+def test_adapters(make_trainer, make_model, make_classifier, value, tmp_path):
+    """Adapters and the value are trained; the reference is the model without its adapters; the base is not saved."""
+    peft = pytest.importorskip("peft")
+
+    def make(folder):
+        return make_trainer(
+            value_model=make_classifier() if value == "model" else None,
+            peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+            output_dir=str(tmp_path / folder),
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=3,
+            learning_rate=1e-2,
+        )
+
+    trainer = make("whole")
+    assert trainer.reference_model is None
+    trainer.train()
+    assert [log["objective/kl"] != 0 for log in history(trainer) if "objective/kl" in log] == [False, True]
+    base, policy = weights(make_model()), trainer.model.policy
+    frozen = [parameter.detach().flatten() for parameter in policy.parameters() if not parameter.requires_grad]
+    assert torch.equal(torch.cat(frozen).sort().values, base.sort().values)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").is_file()
+    assert not (checkpoint / "reference").exists()
+    resumed = make("resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert history(resumed) == history(trainer)
+    assert torch.equal(weights(resumed.model), weights(trainer.model))
+
+
+def test_tokens_of_a_tool(make_trainer, make_model, tokenizer):
+    """They are in neither loss; values, rewards and advantages go over them as if they were part of the prompt."""
+    rows = [([1, 2, 3], [5, 6, 40, 41, 7, 0]), ([4], [40, 8, 9, 41, 41, 10])]
+
+    def engine(prompts, options):
+        masks = [[token < 40 for token in completion] for _, completion in rows]
+        return [
+            Rollout(prompt, completion, completion[-1] == 0, mask=mask)
+            for (prompt, completion), mask in zip(rows, masks, strict=True)
+        ]
+
+    trainer = make_trainer(
+        rollout=engine, per_device_train_batch_size=2, num_mini_batches=1, response_length=7, gamma=0.9, kl_coef=0.0
+    )
+    torch.nn.init.normal_(trainer.model.value.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    (batch,) = trainer.micro_batches(PROMPTS[:2])
+    rollouts = trainer.rollouts
+    for row, (prompt, completion) in enumerate(rows):
+        own = [len(prompt) - 1 + place for place, token in enumerate(completion) if token < 40]
+        assert rollouts.old_logprobs[row].nonzero().flatten().tolist() == own
+        places = [*own, len(prompt) + len(completion) - 1]  # and the state behind the last token
+        assert rollouts.has_value[row].nonzero().flatten().tolist() == places
+        values = [*rollouts.old_values[row][places].tolist(), 0.0]
+        expected, advantage = [], 0.0
+        score = vowels(tokenizer.batch_decode([completion], skip_special_tokens=True))[0]
+        for place in reversed(range(len(places))):
+            reward = score if place == len(places) - 1 else 0.0
+            delta = reward + 0.9 * values[place + 1] - values[place]
+            advantage = delta + 0.9 * 0.95 * advantage
+            expected.insert(0, advantage + values[place])
+        torch.testing.assert_close(rollouts.returns[row][places], torch.tensor(expected))
+
+    def loss(change):
+        changed = {**batch, "token_ids": batch["token_ids"].clone()}
+        for name in ("advantages", "returns", "old_values", "old_logprobs"):
+            changed[name] = torch.where(batch["has_value"], batch[name], change)
+        return trainer.compute_loss(trainer.model, changed).item()
+
+    assert loss(0.0) == loss(3.0) != 0.0
+
+
+def test_score_at(make_trainer):
+    """Behind the last token if there is room for one, or always at it."""
+    completions = [[5, 6, 0], [7, 8, 9, 10, 11, 0], [7, 8, 9, 10, 11, 12], [0]]
+
+    def engine(prompts, options):
+        return [Rollout([1, 2], completion, completion[-1] == 0) for completion in completions]
+
+    for score_at, room in (("after_last", [True, False, False, True]), ("last", [False] * 4)):
+        trainer = make_trainer(score_at=score_at, rollout=engine)
+        trainer.micro_batches(PROMPTS[:4])
+        for places, completion, has_room in zip(trainer.rollouts.has_value, completions, room, strict=True):
+            assert places.tolist() == [False] + [True] * len(completion) + [has_room]
+
+
+def test_missing_eos_penalty(make_trainer):
+    trainer = make_trainer(lambda completions, **kwargs: [2.0] * len(completions), missing_eos_penalty=3.0, max_steps=1)
+    trainer.train()
+    log = history(trainer)[0]
+    assert log["completions/clipped_ratio"] > 0
+    assert log["objective/scores"] == pytest.approx(2.0 - 3.0 * log["completions/clipped_ratio"])
+    assert log["val/num_eos_tokens"] == 4 * (1 - log["completions/clipped_ratio"])
+
+
+def test_adaptive_kl_coefficient(make_trainer):
+    """It rises, by a fifth of the share of the horizon at most, where the divergence is above the target."""
+    trainer = make_trainer(
+        adap_kl_ctrl=True, target_kl=1e-4, horizon=8, kl_estimator="k3", num_ppo_epochs=1, num_mini_batches=1
+    )
+    trainer.train()
+    coefficients = [log["objective/kl_coef"] for log in history(trainer)]
+    assert history(trainer)[0]["objective/kl"] == 0.0
+    assert coefficients[1] == pytest.approx(0.05 * (1 - 0.2 * 4 / 8))
+    assert coefficients[2] == pytest.approx(coefficients[1] * (1 + 0.2 * 4 / 8))
+    log = history(trainer)[2]
+    assert log["objective/non_score_reward"] == pytest.approx(-coefficients[2] * log["objective/kl"])
+
+
+def test_without_kl_coef_there_is_no_reference(make_trainer):
+    trainer = make_trainer(kl_coef=0.0)
+    trainer.train()
+    assert trainer.reference_model is None
+    assert "objective/kl" not in history(trainer)[0]
+
+
+def test_reward_models(make_trainer, make_classifier, tokenizer, tmp_path):
+    """In memory or a folder, beside a function, weighted; they read the policy's own tokens, and stay as they are."""
+    scorer = make_classifier()
+    scorer.save_pretrained(tmp_path / "scorer")
+    trainer = make_trainer([scorer, str(tmp_path / "scorer"), vowels], reward_weights=[1.0, -0.5, 2.0])
+    trainer.train()
+    assert torch.equal(weights(scorer), weights(make_classifier()))
+    samples = trainer.sample(PROMPTS[:4], trainer.metrics)
+    assert trainer.rewards.names == ["LlamaForSequenceClassification", "scorer", "vowels"]
+    for rollout, rewards in zip(samples.rollouts, samples.rewards.tolist(), strict=True):
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        score = scorer.score(scorer.model(ids).last_hidden_state)[0, -1].item()
+        assert rewards[:2] == pytest.approx([score] * 2, rel=1e-4)
+
+
+def test_metrics_and_table(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    log = history(trainer)[0]
+    for name in ("approxkl_avg", "clipfrac_avg", "entropy_avg"):
+        assert f"policy/{name}" in log
+    assert log["val/ratio"] == pytest.approx(1.0)
+    assert log["loss"] == pytest.approx(log["loss/policy_avg"] + 0.1 * log["loss/value_avg"], rel=1e-3)
+    assert log["objective/rlhf_reward"] == log["objective/scores"] + log["objective/non_score_reward"]
+    table = trainer.completions
+    assert [row["rewards/vowels"] for row in table] == pytest.approx(vowels([row["completion"] for row in table]))
+    assert sum(row["advantage"] for row in table) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_total_episodes(make_trainer):
+    """In whole batches of completions, each of which serves 4 optimizer steps."""
+    seen = []
+
+    def note(index, **kwargs):
+        seen.append(index)
+        return [0.0] * len(index)
+
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "shuffle_dataset": False}
+    make_trainer(note, total_episodes=9, max_steps=-1, **options).train()
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("value", ["head", "model"])
+def test_what_saves_memory_changes_nothing(make_trainer, make_model, make_classifier, value, monkeypatch):
+    """Activations computed again; and, after a warning, a model whose logits cannot be left out."""
+    learned = []
+    for options in ({}, {"activation_checkpointing": True}, {"model": make_model()}):
+        value_model = make_classifier() if value == "model" else None
+        with monkeypatch.context() as patch:
+            if "model" in options:
+                patch.setattr(options["model"].config, "is_encoder_decoder", True)
+            trainer = make_trainer(value_model=value_model, max_grad_norm=0.0, vf_coef=1.0, **options)
+        if value == "head":
+            torch.nn.init.normal_(trainer.model.value.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(7)
+        loss = trainer.training_step(trainer.model, PROMPTS[:4])
+        assert trainer.fused == ("model" not in options)
+        learned.append((loss, gradient(trainer)))
+    for loss, grad in learned[1:]:
+        torch.testing.assert_close(loss, learned[0][0], rtol=1e-5, atol=1e-6)
+        assert (grad - learned[0][1]).norm() <= 1e-5 * grad.norm()
+
+
+@pytest.mark.parametrize("value", ["head", "model", "adapters"])
+def test_bfloat16_computes_over_float32_weights(make_trainer, make_classifier, value):
+    """Before the first update the policy is the reference, and has the log-probabilities that it sampled with."""
+    options = {"value_model": make_classifier() if value == "model" else None}
+    if value == "adapters":
+        peft = pytest.importorskip("peft")
+        options["peft_config"] = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(bf16=True, max_steps=2, **options)
+    trainer.train()
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+    first, second = history(trainer)
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-3)
+    assert first["val/ratio"] == pytest.approx(1.0, abs=1e-3)
+    assert second["grad_norm"] > 0
+
+
+def test_bad_input(make_trainer, make_model, make_classifier, tmp_path):
+    for options, message in (
+        ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, abs; got 'k4'"),
+        ({"score_at": "first"}, "score_at must be one of after_last, last; got 'first'"),
+        ({"response_length": 0}, "response_length must be at least 1; got 0"),
+        ({"num_mini_batches": 3}, r"the 4 completions of a process .* must be divisible by num_mini_batches \(3\)"),
+        ({"lam": 1.5}, "lam must be between 0 and 1; got 1.5"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty must be a finite number, at least 0; got -1.0"),
+        ({"horizon": 0.0}, "horizon must be a finite number above 0; got 0.0"),
+        ({"adap_kl_ctrl": True, "kl_coef": 0.0}, "adap_kl_ctrl needs a kl_coef above 0"),
+        ({"total_episodes": 0}, "total_episodes must be at least 1; got 0"),
+        ({"per_device_train_batch_size": 16}, "train_dataset has 13 rows, fewer than the 16 prompts of one batch"),
+        ({"value_model": make_model()}, "value_model must be a sequence classifier with num_labels=1 and a score head"),
+        ({"value_model": make_classifier(num_labels=2)}, "got LlamaForSequenceClassification with num_labels=2"),
+        ({"reward_funcs": [make_model()]}, "reward_funcs must be a sequence classifier with num_labels=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(**options)
+    scorer, policy = make_classifier(), make_model()
+    with pytest.raises(ValueError, match="value_model must be another object than the reward model"):
+        make_trainer(scorer, value_model=scorer)
+    with pytest.raises(ValueError, match="ref_model must be another object than model"):
+        make_trainer(model=policy, ref_model=policy)
+    with pytest.raises(FileNotFoundError, match="model 'nowhere': there is no such folder"):
+        make_trainer(value_model="nowhere")
+    assert not (tmp_path / "run").exists()

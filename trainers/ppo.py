@@ -1,0 +1,353 @@
+"""Proximal policy optimization (arXiv 1707.06347) of a language model, as in InstructGPT (arXiv 2203.02155): per-token
+rewards with a KL penalty, a learned value function, generalised advantages, clipped policy and value losses."""
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+import rlkernels
+
+from . import scoring
+from .common import check_columns, load_classifier
+from .configs import PPOConfig
+from .online import GroupSampler, OnlineTrainer
+from .packing import Sequence, fill_by_length, prepare_packing, split
+from .rewards import RewardSource
+from .rollout import Engine
+from .value import PolicyAndValue
+
+KL_COEF = "kl_coef.json"  # in a checkpoint
+
+
+@dataclass
+class Rollouts:
+    """This process's completions of one batch, a list entry per row. What is per token is shifted, as in
+    `packing.lay_out`."""
+
+    input_ids: list[list[int]]
+    labels: list[list[int]]
+    order: list[list[int]]  # of the rows, for each pass over them
+    old_logprobs: list[Tensor]
+    old_values: list[Tensor]
+    advantages: list[Tensor]
+    returns: list[Tensor]
+    has_value: list[Tensor]  # bool, where a value is learned: at the tokens in the loss, and at where the score is
+
+
+PER_TOKEN = ("old_logprobs", "old_values", "advantages", "returns", "has_value")
+
+
+class PPOTrainer(OnlineTrainer):
+    """Trains a causal language model on rewards of its own completions, with a learned value function.
+
+    A batch of prompts is completed. A completion's score, the weighted sum of those of its rewards that apply, is given
+    at its end, and at each token a penalty for the divergence from the reference model (`rlkernels.shaped_rewards`).
+    Advantages are `rlkernels.gae`'s, whitened over the batch, which then serves `num_ppo_epochs` x `num_mini_batches`
+    optimizer steps of `rlkernels.policy_loss` + vf_coef x `rlkernels.value_loss`, means over the tokens of a minibatch.
+    A rollout's tokens that are not the model's own, but a tool's, are in neither; advantages carry over them.
+
+    Args:
+        model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
+        reward_funcs: one or several functions `f(prompts=, completions=, completion_ids=, **columns, trainer_state=,
+            log_extra=, log_metric=) -> list[float | None]`, plain or async, by TRL's contract; or reward models:
+            sequence classifiers with one label, as model.
+        args: the config; `PPOConfig()` if None.
+        train_dataset: rows with a `prompt`, a string or a list of messages; further columns go to the reward functions.
+        eval_dataset: the same, or a dict of such.
+        processing_class: the tokenizer; the model's own if None.
+        value_model: a sequence classifier with one label, of the same tokenizer, as model; trained too. If None, the
+            value is a head on the policy's hidden states, so that each pass gives both.
+        ref_model: what the model is kept close to; if None, what it is at the start.
+        peft_config: of PEFT: the policy's adapters are trained, and the reference is the model without them.
+        rollout: what samples the completions, see `rollout.Engine`; the model itself if None.
+    """
+
+    args: PPOConfig
+    rollouts_type = Rollouts
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: RewardSource | list[RewardSource],
+        args: PPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        value_model: str | PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        rollout: Engine | None = None,
+    ) -> None:
+        args = PPOConfig() if args is None else copy.copy(args)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        check_columns("train_dataset", train_dataset, "prompt")
+        if len(train_dataset) < args.rollout_batch_size:
+            raise ValueError(
+                f"train_dataset has {len(train_dataset)} rows, fewer than the {args.rollout_batch_size} prompts of one "
+                "batch (per_device_train_batch_size x gradient_accumulation_steps x processes)"
+            )
+        sources = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if isinstance(value_model, nn.Module) and any(value_model is source for source in sources):
+            raise ValueError("value_model must be another object than the reward model: it changes")
+        self.value_model = None if value_model is None else load_classifier("value_model", value_model, args)
+        self.prompts_per_batch = args.rollout_batch_size
+        self.has_reference = args.kl_coef != 0
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            ref_model=ref_model if self.has_reference else None,
+            needs_reference=self.has_reference,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            rollout=rollout,
+        )
+        if self.is_fsdp_enabled:
+            raise ValueError("fsdp is not supported yet by PPOTrainer, whose policy and value are saved apart")
+        if self.value_model is not None:
+            self.padding_free = self.padding_free and prepare_packing(self.value_model, args.device)
+            if self.value_model.config.pad_token_id is None:
+                # Without one, classifiers of transformers refuse padded batches.
+                self.value_model.config.pad_token_id = self.processing_class.pad_token_id
+        self.kl_coef = args.kl_coef
+        self.steps_per_rollout = args.num_ppo_epochs * args.num_mini_batches
+
+    def trained(self, model: nn.Module) -> nn.Module:
+        return PolicyAndValue(model, self.value_model)
+
+    def generating_model(self) -> Any:
+        return self.model.policy
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        with super().reference() as model:
+            yield model if self.reference_model is not None else self.accelerator.unwrap_model(model).policy
+
+    # Data: a batch of the dataloader is the prompts of a batch of completions, repeated for each step it serves.
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
+        size = len(self.train_dataset)
+        steps_per_epoch = size // self.prompts_per_batch * self.steps_per_rollout
+        return GroupSampler(
+            size,
+            self.prompts_per_batch,
+            1,
+            self.steps_per_rollout,
+            seed=self.args.seed if self.args.shuffle_dataset else None,
+            epoch=lambda: self.state.global_step // steps_per_epoch,
+        )
+
+    # Rollouts
+
+    def roll_out(self, inputs: list[dict[str, Any]]) -> Rollouts:
+        samples = self.sample(inputs, self.metrics)
+        outcomes = self.gather_outcomes(samples)
+        self.record_outcomes(outcomes, self.metrics)
+        self.metrics.add("val/num_eos_tokens", outcomes[:, -1].sum())
+        self.count_tokens(samples.rollouts)
+        scores = (samples.rewards * self.reward_weights).nansum(1)
+        if self.args.missing_eos_penalty is not None:
+            ended = torch.tensor([rollout.ended for rollout in samples.rollouts], device=scores.device)
+            scores = scores - self.args.missing_eos_penalty * ~ended
+
+        sequences = [rollout.sequence() for rollout in samples.rollouts]
+        batch = self.lay_out(sequences)
+        mask, cu_seqlens = batch["mask"], batch["cu_seqlens"]
+        logprobs, values, ref_logprobs = self._score(sequences)
+        # Beyond the last token, where there is room for one, is a state of its own, whose reward is the score.
+        has_value = mask.clone()
+        if self.args.score_at == "after_last":
+            lengths = torch.tensor([len(rollout.completion_ids) for rollout in samples.rollouts], device=mask.device)
+            has_value[cu_seqlens[1:].long() - 1] = lengths < self.args.response_length
+        rewards = rlkernels.shaped_rewards(
+            scores,
+            logprobs,
+            ref_logprobs,
+            has_value,
+            kl_coef=self.kl_coef,
+            estimator=self.args.kl_estimator,
+            cu_seqlens=cu_seqlens,
+        )
+        group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+        if self.args.whiten_rewards:
+            rewards = rlkernels.masked_whiten(rewards, has_value, shift_mean=False, group=group)
+        advantages, returns = rlkernels.gae(
+            rewards, values, has_value, gamma=self.args.gamma, lam=self.args.lam, cu_seqlens=cu_seqlens
+        )
+        advantages = rlkernels.masked_whiten(advantages, mask, group=group)
+        _, metrics = rlkernels.value_loss(values, None, returns, has_value, clip=None, cu_seqlens=cu_seqlens)
+        explained = metrics[rlkernels.value_loss.metrics.index("explained_variance")]  # type: ignore[attr-defined]
+        self._record_rollouts(scores, logprobs, ref_logprobs, explained)
+        counts = scoring.sequence_sums(mask.float(), batch).clamp(min=1)
+        self.completions = self.table(samples, (scoring.sequence_sums(advantages, batch) / counts).tolist())
+        return Rollouts(
+            input_ids=[sequence.input_ids for sequence in sequences],
+            labels=[sequence.labels for sequence in sequences],
+            order=[torch.randperm(len(sequences)).tolist() for _ in range(self.args.num_ppo_epochs)],
+            old_logprobs=split(logprobs, batch),
+            old_values=split(values, batch),
+            advantages=split(advantages, batch),
+            returns=split(returns, batch),
+            has_value=split(has_value, batch),
+        )
+
+    @torch.no_grad()
+    def _score(self, sequences: list[Sequence]) -> list[Tensor]:
+        """Log-probabilities, values and the reference's log-probabilities, each [N] over all sequences."""
+        options: dict[str, Any] = {"fused": self.fused, "temperature": self.args.temperature}
+        found: list[Any] = [None] * len(sequences)
+        chunks = fill_by_length([len(sequence) for sequence in sequences], self.args.token_budget)
+        # A sharded model must run equally often on every process.
+        chunks += chunks[:1] * (self.most_on_any_process(len(chunks)) - len(chunks))
+        for chunk in chunks:
+            batch = self.lay_out([sequences[row] for row in chunk])
+            logprobs, values = self.model_wrapped(scoring.token_logprobs, batch, **options)
+            ref_logprobs = logprobs
+            if self.has_reference:
+                with self.accelerator.autocast(), self.reference() as reference:
+                    ref_logprobs = scoring.token_logprobs(reference, batch, **options)
+            parts = (split(each, batch) for each in (logprobs, values, ref_logprobs))
+            for row, *each in zip(chunk, *parts, strict=True):
+                found[row] = each
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+    def _record_rollouts(self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, explained: Tensor) -> None:
+        """Means over completions of sums over tokens, as in TRL; and the next batch's KL coefficient."""
+        rows = len(scores)
+        kl = rlkernels.kl_penalty(logprobs, ref_logprobs, estimator=self.args.kl_estimator).sum() / rows
+        kl, score = (
+            self.accelerator.reduce(torch.stack([kl, scores.mean()])) / self.accelerator.num_processes
+        ).tolist()
+        self.metrics.add("objective/entropy", -logprobs.sum() / rows)
+        self.metrics.add("objective/scores", score)
+        self.metrics.add("objective/rlhf_reward", score - self.kl_coef * kl)
+        if self.has_reference:
+            self.metrics.add("objective/kl", kl)
+            self.metrics.add("objective/kl_coef", self.kl_coef)
+            self.metrics.add("objective/non_score_reward", -self.kl_coef * kl)
+        self.metrics.add("val/explained_variance", explained)
+        if self.args.adap_kl_ctrl:  # Ziegler et al. 2019 (arXiv 1909.08593, section 2.2)
+            error = min(max(kl / self.args.target_kl - 1, -0.2), 0.2)
+            self.kl_coef *= 1 + error * rows * self.accelerator.num_processes / self.args.horizon
+
+    # The optimizer step
+
+    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        rollouts, step = self.current_rollouts(inputs)
+        epoch, part = divmod(step, self.args.num_mini_batches)
+        size = len(rollouts.input_ids) // self.args.num_mini_batches
+        rows = rollouts.order[epoch][part * size : (part + 1) * size]
+        chunks = fill_by_length([len(ids) for ids in rollouts.input_ids], self.args.token_budget, rows)
+        batches = [self._lay_out(rollouts, chunk) for chunk in chunks]
+        counts = torch.stack([batch[name].sum() for batch in batches for name in ("mask", "has_value")])
+        # Losses are means over the tokens of all processes, whose gradients are averaged.
+        counts = self.accelerator.reduce(counts.view(-1, 2).sum(0)) / self.accelerator.num_processes
+        normalizer, value_normalizer = counts.clamp(min=1).unbind()
+        normalizers = {"normalizer": normalizer, "value_normalizer": value_normalizer}
+        return self.even_out([{**batch, **normalizers} for batch in batches])
+
+    def _lay_out(self, rollouts: Rollouts, rows: list[int]) -> dict[str, Any]:
+        device = self.accelerator.device
+        batch = self.lay_out([Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows])
+        per_token = {name: getattr(rollouts, name) for name in PER_TOKEN}
+        return batch | {name: torch.cat([parts[row] for row in rows]).to(device) for name, parts in per_token.items()}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        args = self.args
+        (policy_loss, policy), values = model(
+            scoring.policy_loss,
+            inputs,
+            inputs["old_logprobs"],
+            inputs["advantages"],
+            fused=self.fused,
+            temperature=args.temperature,
+            clip_low=args.cliprange,
+            clip_high=args.cliprange,
+            normalizer=inputs["normalizer"],
+        )
+        value_loss, value = rlkernels.value_loss(
+            values,
+            inputs["old_values"],
+            inputs["returns"],
+            inputs["has_value"],
+            clip=args.cliprange_value,
+            cu_seqlens=inputs["cu_seqlens"],
+            normalizer=inputs["value_normalizer"],
+        )
+        self._record_losses(
+            policy_loss.detach() * inputs["normalizer"],
+            dict(zip(rlkernels.policy_loss.metrics, policy.unbind(), strict=True)),  # type: ignore[attr-defined]
+            value_loss.detach() * inputs["value_normalizer"],
+            dict(zip(rlkernels.value_loss.metrics, value.unbind(), strict=True)),  # type: ignore[attr-defined]
+        )
+        return policy_loss + args.vf_coef * value_loss
+
+    def _record_losses(
+        self, policy_sum: Tensor, policy: dict[str, Tensor], value_sum: Tensor, value: dict[str, Tensor]
+    ) -> None:
+        """Means over tokens."""
+        tokens = policy["num_tokens"]
+        self.metrics.add("loss/policy_avg", policy_sum / tokens, tokens)
+        self.metrics.add("policy/approxkl_avg", policy["approx_kl"], tokens)
+        self.metrics.add("policy/clipfrac_avg", policy["clip_fraction_low"] + policy["clip_fraction_high"], tokens)
+        self.metrics.add("policy/entropy_avg", policy["entropy"], tokens)
+        self.metrics.add("val/ratio", policy["ratio_mean"], tokens)
+        tokens = value["num_tokens"]
+        self.metrics.add("loss/value_avg", value_sum / tokens, tokens)
+        self.metrics.add("val/clipfrac_avg", value["clip_fraction"], tokens)
+
+    # The policy is saved as any model, and what says its value, with the same tokenizer, in the folder value.
+
+    def _each_part(self, folder: str) -> Iterator[str]:
+        """The folder of the policy, then that of the value, while either is `self.model`."""
+        both = self.model
+        try:
+            self.model = both.policy
+            yield folder
+            self.model = both.value
+            yield str(Path(folder) / "value")
+        finally:
+            self.model = both
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        for folder in self._each_part(self.args.output_dir if output_dir is None else output_dir):
+            super()._save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        for folder in self._each_part(resume_from_checkpoint):
+            super()._load_from_checkpoint(folder)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            (Path(output_dir) / KL_COEF).write_text(json.dumps(self.kl_coef))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self.args.adap_kl_ctrl:
+            self.kl_coef = json.loads((Path(checkpoint) / KL_COEF).read_text())

@@ -1,0 +1,58 @@
+"""A policy, and what says the value of its states: what PPO trains as one module."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import scoring
+
+
+class ValueHead(nn.Linear):
+    """A value for each hidden state, in float32; 0 until it has learned."""
+
+    def __init__(self, policy: Any) -> None:
+        weight = policy.get_output_embeddings().weight
+        super().__init__(weight.shape[1], 1, device=weight.device)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.float())
+
+
+class PolicyAndValue(nn.Module):
+    """The policy and what says its value, trained as one module: a sequence classifier with one label, or a head on
+    the policy's own hidden states."""
+
+    def __init__(self, policy: Any, value: nn.Module | None) -> None:
+        super().__init__()
+        self.policy: Any = policy
+        self.value: Any = ValueHead(policy) if value is None else value
+        self.config = policy.config
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):  # would make another policy of the one that sampled
+                module.p = 0.0
+
+    def forward(self, function: Callable[..., Any], batch: dict[str, Any], *args: Any, **options: Any) -> tuple:
+        """What a function of `scoring` makes of the policy, and the values [N], float32: position p has that of the
+        tokens up to and with p. A value head sees the hidden states of the same pass."""
+        if not isinstance(self.value, ValueHead):
+            return function(self.policy, batch, *args, **options), scoring.token_scores(self.value, batch).float()
+        seen: list[Tensor] = []
+        handle = self.policy.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            result = function(self.policy, batch, *args, **options)
+        finally:
+            handle.remove()
+        return result, self.value(scoring.packed(seen[0], batch)).squeeze(-1)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        for model in (self.policy, self.value):
+            if not isinstance(model, ValueHead):
+                model.activation_checkpointing_enable(**options)
+
+    def disable_adapter(self) -> Any:
+        return self.policy.disable_adapter()
