@@ -221,6 +221,8 @@ class BaseTrainer(Trainer):
         needs_reference: bool = False,
         **kwargs: Any,
     ) -> None:
+        if isinstance(ref_model, nn.Module) and ref_model is model:
+            raise ValueError("ref_model must be another object than model, which changes; None keeps a copy of it")
         model = self.load(model, args)
         tokenizer = processing_class or load_tokenizer(model)
         self.has_own_reference = needs_reference and (ref_model is not None or peft_config is None)

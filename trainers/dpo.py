@@ -72,8 +72,6 @@ class DPOTrainer(BaseTrainer):
     ) -> None:
         args = DPOConfig() if args is None else args
         check_columns("train_dataset", train_dataset, "chosen", "rejected")
-        if isinstance(ref_model, nn.Module) and ref_model is model:
-            raise ValueError("ref_model must be another object than model, which changes; None keeps a copy of it")
         #: Whether there is a reference.
         self.has_reference = ref_model is not None or not WITHOUT_REFERENCE.issuperset(args.loss_type)
         if args.sync_ref_model and (peft_config is not None or not self.has_reference):
