@@ -167,7 +167,7 @@ class SFTConfig(BaseConfig):
         metadata={
             "help": "Fill each of the per_device_train_batch_size places of a batch with sequences of together at most "
             "max_length tokens, so that an optimizer step learns from about as many tokens as any other. They do not "
-            "see each other. (Micro-batches are without padding in any case.)"
+            "see each other. Without it a place is one row's; micro-batches are free of padding in either case."
         },
     )
     completion_only_loss: bool | None = field(
@@ -181,7 +181,7 @@ class SFTConfig(BaseConfig):
         default=False,
         metadata={
             "help": "Learn only from what the assistant says in messages. The chat template must mark it with "
-            "{% generation %}."
+            "{%% generation %%}."
         },
     )
     loss_type: str = field(

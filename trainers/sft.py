@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 import rlkernels
 
 from . import scoring
-from .common import BaseTrainer, check_columns
+from .common import BaseTrainer, check_columns, load_tokenizer
 from .configs import SFTConfig
 from .data import Packed, prepare, sequences_of, supervised
 from .packing import fill
@@ -55,25 +55,34 @@ class SFTTrainer(BaseTrainer):
         optimizers: tuple = (None, None),
     ) -> None:
         args = SFTConfig() if args is None else args
-        check_columns("train_dataset", train_dataset)
+        # Before the Trainer, which makes the output folder.
+        model = self.load(model, args)
+        processing_class = processing_class or load_tokenizer(model)
+        self.num_proc = args.dataset_num_proc
+        self.tokenize = partial(
+            supervised,
+            processing_class,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            completion_only_loss=args.completion_only_loss,
+            assistant_only_loss=args.assistant_only_loss,
+            text_field=args.dataset_text_field,
+        )
+        train_dataset = self.prepared("train_dataset", train_dataset)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {key: self.prepared(f"eval_dataset['{key}']", part) for key, part in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self.prepared("eval_dataset", eval_dataset)
         super().__init__(
             model,
             args,
-            train_dataset=train_dataset,
+            train_dataset=Packed(train_dataset, args.max_length) if args.packing else train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.train_dataset = self.prepared("train_dataset", train_dataset)
-        if args.packing:
-            self.train_dataset = Packed(self.train_dataset, args.max_length)
-        if isinstance(eval_dataset, dict):
-            parts = eval_dataset.items()
-            self.eval_dataset = {key: self.prepared(f"eval_dataset['{key}']", part) for key, part in parts}
-        elif eval_dataset is not None:
-            self.eval_dataset = self.prepared("eval_dataset", eval_dataset)
 
     # Data
 
@@ -81,17 +90,7 @@ class SFTTrainer(BaseTrainer):
         if "sequences" in getattr(dataset, "column_names", ()):
             return dataset
         check_columns(name, dataset)
-        args = self.args
-        tokenize = partial(
-            supervised,
-            self.processing_class,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            completion_only_loss=args.completion_only_loss,
-            assistant_only_loss=args.assistant_only_loss,
-            text_field=args.dataset_text_field,
-        )
-        return prepare(name, dataset, tokenize, num_proc=args.dataset_num_proc)
+        return prepare(name, dataset, self.tokenize, num_proc=self.num_proc)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         if eval_dataset is not None and not isinstance(eval_dataset, str):

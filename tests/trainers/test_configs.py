@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from rlkernels.trainers import GRPOConfig, RewardConfig, configs
+from rlkernels.trainers import GRPOConfig, RewardConfig, SFTConfig, configs
 
-CONFIGS = [GRPOConfig, RewardConfig]
+CONFIGS = [GRPOConfig, RewardConfig, SFTConfig]
 
 NOT_TRL = {"token_budget", "padding_free"}
 """Fields that TRL's config has not."""
@@ -34,6 +34,7 @@ def test_every_field_has_its_own_help(config):
     assert len(helps) >= 9
     assert all(len(text) > 20 and text.endswith(".") for text in helps)
     assert len(set(helps)) == len(helps)
+    assert helps[0][:20] in HfArgumentParser(config).format_help()
 
 
 def test_command_line():
