@@ -72,8 +72,9 @@ def prepare(
         num_tokens=Value("int64"),
         **{column: Value("float64") for column in keep},
     )
-    if isinstance(dataset, Dataset):
-        rows = dataset.map(
+    # A transform of the user's would go on to change what is found.
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
+        rows = dataset.with_format(None).map(
             read,
             with_indices=True,
             remove_columns=dataset.column_names,
@@ -157,7 +158,7 @@ def supervised(
     row = _normalized(row)
     masks: dict[str, list[int]] = {}
     if "input_ids" in row:
-        ids = list(row["input_ids"])
+        ids = [int(token) for token in row["input_ids"]]
         masks = {column: row[column] for column in ("completion_mask", "assistant_masks") if column in row}
     elif "prompt" in row and "completion" in row:
         prompt, completion = _ended_alike(tokenizer, row, "prompt", "completion")
@@ -176,7 +177,7 @@ def supervised(
         )
     if "input_ids" in row and "labels" in row:
         masks = {}
-        labels = list(row["labels"])
+        labels = [int(label) for label in row["labels"]]
     else:
         if completion_only_loss and "completion_mask" not in masks:
             raise ValueError("completion_only_loss needs a prompt and a completion; got neither")

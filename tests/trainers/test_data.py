@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 
 from rlkernels.trainers.data import preference_pair, prepare, reward_pair, sequences_of, supervised
@@ -163,6 +164,24 @@ def test_prepare(kind, tokenizer):
     assert prepared["row_id"] == [1, 2] and prepared["margin"] == [2.0, None] and prepared["num_tokens"] == [7, 6]
     assert "other" not in prepared.column_names
     assert sequences_of(prepared[0]) == preference_pair(tokenizer, rows[1])
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "transform", "arrays"])
+def test_rows_of_other_types(kind, tokenizer):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [8, 9]}]
+    dataset = Dataset.from_list(rows)
+    if kind == "transform":
+        other = {5: 15, 6: 16, 7: 17, 8: 18, 9: 19, -100: -100}
+        dataset = dataset.with_transform(
+            lambda batch: {name: [[other[i] for i in row] for row in rows] for name, rows in batch.items()}
+        )
+        rows = [{name: [other[i] for i in row[name]] for name in row} for row in rows]
+    elif kind == "arrays":
+        dataset = [{name: torch.tensor(values) for name, values in row.items()} for row in rows]
+    else:
+        dataset = dataset.with_format(kind)
+    prepared = prepare("train_dataset", dataset, partial(supervised, tokenizer))
+    assert [vars(sequence) for row in prepared for sequence in sequences_of(row)] == rows
 
 
 def test_first_rows_left_out(tokenizer):
