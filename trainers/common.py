@@ -138,6 +138,13 @@ def random_state(device: torch.device) -> Callable[[], None]:
     return restore
 
 
+def each_part(eval_dataset: Any, function: Callable[[str, Any], Any]) -> Any:
+    """function(name, dataset) of an evaluation set, or of each in a dict of them; None of none."""
+    if isinstance(eval_dataset, dict):
+        return {key: function(f"eval_dataset['{key}']", part) for key, part in eval_dataset.items()}
+    return None if eval_dataset is None else function("eval_dataset", eval_dataset)
+
+
 @contextlib.contextmanager
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers inside come from `seed`; the streams outside do not notice."""

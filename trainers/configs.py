@@ -434,6 +434,9 @@ class DPOConfig(BaseConfig):
     """Options of `DPOTrainer`. An optimizer step is `gradient_accumulation_steps` x `per_device_train_batch_size` pairs
     on each device."""
 
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize the dataset; this one alone if unset."}
+    )
     max_length: int | None = field(
         default=1024,
         metadata={

@@ -1,6 +1,7 @@
 """Direct preference optimization (arXiv 2305.18290) and its relatives: learning from pairs of completions."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,7 +16,7 @@ from transformers.utils import logging
 import rlkernels
 
 from . import scoring
-from .common import BaseTrainer, check_columns, disable_dropout
+from .common import BaseTrainer, check_columns, disable_dropout, each_part, load_tokenizer
 from .configs import OVER_THE_BATCH, DPOConfig
 from .data import preference_pair, prepare, sequences_of
 from .packing import IGNORE, fill, prepare_packing, shift
@@ -71,13 +72,25 @@ class DPOTrainer(BaseTrainer):
         optimizers: tuple = (None, None),
     ) -> None:
         args = DPOConfig() if args is None else args
-        check_columns("train_dataset", train_dataset, "chosen", "rejected")
         #: Whether there is a reference.
         self.has_reference = ref_model is not None or not WITHOUT_REFERENCE.issuperset(args.loss_type)
         if args.sync_ref_model and (peft_config is not None or not self.has_reference):
             reason = "a reference, which these losses have not" if peft_config is None else "a reference of its own"
             raise ValueError(f"sync_ref_model needs {reason}")
         precompute = self.has_reference and args.precompute_ref_log_probs
+        # All this before the Trainer, which makes the output folder.
+        model = self.load(model, args)
+        if args.use_weighting and not scoring.needs_no_logits(model):
+            raise ValueError("use_weighting needs a model whose LM head gives log-probabilities without logits")
+        self.tokenize = partial(preference_pair, processing_class or load_tokenizer(model), max_length=args.max_length)
+        self.num_proc = args.dataset_num_proc
+        train_dataset = self.prepared("train_dataset", train_dataset)
+        eval_dataset = each_part(eval_dataset, self.prepared)
+        #: What the precomputed log-probabilities are those of, a hash; None: the reference runs beside the model.
+        self.reference_hash: str | None = None
+        if precompute:
+            settings = (args.bf16, args.fp16, args.ld_alpha, args.model_init_kwargs)
+            self.reference_hash = hash_model(model if ref_model is None else ref_model, settings)
         super().__init__(
             model,
             args,
@@ -93,42 +106,48 @@ class DPOTrainer(BaseTrainer):
         for each in (self.model, self.reference_model):
             if args.disable_dropout and each is not None:
                 disable_dropout(each)
-        if args.use_weighting and not self.fused:
-            raise ValueError("use_weighting needs a model whose LM head gives log-probabilities without logits")
         if args.sync_ref_model:
             self.keeps_reference = True  # in checkpoints
             self.add_callback(SyncReference(self.accelerator.unwrap_model(self.reference_model)))
         self.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
         self.ref_model, self.has_adapter = ref_model, peft_config is not None
-        #: What the precomputed log-probabilities are those of, a hash; None: the reference runs beside the model.
-        self.reference_hash = None
-        if precompute:
-            weights = self.model if ref_model is None else ref_model
-            settings = (self.accelerator.mixed_precision, args.ld_alpha, args.model_init_kwargs)
-            adapters = () if peft_config is None else self.model.peft_config
-            self.reference_hash = hash_model(weights, settings, leave_out=adapters)
-        self.train_dataset = self.prepared("train_dataset", train_dataset)
-        if isinstance(eval_dataset, dict):
-            parts = eval_dataset.items()
-            self.eval_dataset = {key: self.prepared(f"eval_dataset['{key}']", part) for key, part in parts}
-        elif eval_dataset is not None:
-            self.eval_dataset = self.prepared("eval_dataset", eval_dataset)
+        self.train_dataset = self.with_reference("train_dataset", train_dataset)
+        self.eval_dataset = each_part(eval_dataset, self.with_reference)
 
     # Data
 
     def prepared(self, name: str, dataset: Any) -> datasets.Dataset:
-        """The tokens of each pair, and the reference's log-probabilities if they are precomputed."""
+        """The tokens of each pair."""
         if "sequences" in getattr(dataset, "column_names", ()):
             return dataset
         check_columns(name, dataset, "chosen", "rejected")
-        tokenize = partial(preference_pair, self.processing_class, max_length=self.args.max_length)
-        rows = prepare(name, dataset, tokenize)
-        return rows if self.reference_hash is None else self._with_reference_logps(name, rows)
+        return prepare(name, dataset, self.tokenize, num_proc=self.num_proc)
+
+    def with_reference(self, name: str, rows: datasets.Dataset) -> datasets.Dataset:
+        """And the reference's log-probabilities, if they are precomputed: from the cache, or else they go there."""
+        if self.reference_hash is None or REFERENCE_LOGPS[0] in rows.column_names:
+            return rows
+        file = cache_file(rows, self.reference_hash)
+        # One process reads and writes: the others may be on other machines.
+        found = [read(file) if self.accelerator.is_main_process else None]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        values = found[0]
+        if values is None:
+            values = self._run_reference(name, rows)
+            if self.accelerator.is_main_process:
+                write(file, values)
+        for column, part in zip(REFERENCE_LOGPS, values, strict=True):
+            rows = rows.add_column(column, part)
+        return rows
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self.prepared("eval_dataset", eval_dataset)
+            eval_dataset = self.with_reference("eval_dataset", self.prepared("eval_dataset", eval_dataset))
         return super().get_eval_dataloader(eval_dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["row_id", "sequences", "num_tokens", *REFERENCE_LOGPS]
 
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.model.training:
@@ -217,23 +236,6 @@ class DPOTrainer(BaseTrainer):
             )
         return value, metrics
 
-    # Precomputed log-probabilities of the reference
-
-    def _with_reference_logps(self, name: str, rows: datasets.Dataset) -> datasets.Dataset:
-        file = cache_file(rows, self.reference_hash)
-        # One process reads and writes: the others may be on other machines.
-        found = [read(file, len(rows)) if self.accelerator.is_main_process else None]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
-        values = found[0]
-        if values is None:
-            values = self._run_reference(name, rows)
-            if self.accelerator.is_main_process:
-                write(file, values)
-        for column, part in zip(REFERENCE_LOGPS, values, strict=True):
-            rows = rows.add_column(column, part)
-        return rows
-
     def _run_reference(self, name: str, rows: datasets.Dataset) -> np.ndarray:
         """[2, rows], of chosen and of rejected; each process does its share."""
         if self.ref_model is not None:
@@ -264,6 +266,22 @@ class DPOTrainer(BaseTrainer):
         for indices, part in gather_object(parts) if self.accelerator.num_processes > 1 else parts:
             values[:, indices] = part
         return values
+
+    # A resumed run must go on against the same reference, also where it is given the checkpoint as its model.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.reference_hash is not None and self.args.should_save:
+            Path(output_dir, "reference_hash").write_text(self.reference_hash)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        file = None if checkpoint is None else Path(checkpoint, "reference_hash")
+        if file is not None and file.is_file() and self.reference_hash not in (None, file.read_text()):
+            raise ValueError(
+                f"{checkpoint}: its run precomputed the log-probabilities of another reference; give the model, and "
+                "ref_model if there was one, that it started with"
+            )
 
 
 class SyncReference(TrainerCallback):

@@ -5,7 +5,6 @@ import hashlib
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from .common import model_folder
 logger = logging.get_logger(__name__)
 
 
-def hash_model(model: str | PreTrainedModel, settings: Any, leave_out: Iterable[str] = ()) -> str:
-    """Of what the model computes: its weights, without those of the adapters named in `leave_out`, its config, and
-    `settings`. A folder's files are read, but no model is loaded."""
+def hash_model(model: str | PreTrainedModel, settings: Any) -> str:
+    """Of what the model computes: its weights and config, and `settings`. A folder's files are read, but no model is
+    loaded."""
     content = hashlib.sha256(repr(settings).encode())
     if isinstance(model, str):
         for file in sorted(model_folder(model).iterdir()):
@@ -34,9 +33,8 @@ def hash_model(model: str | PreTrainedModel, settings: Any, leave_out: Iterable[
     config = {**model.config.to_diff_dict(), "_name_or_path": None, "transformers_version": None}
     content.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
-        if not set(leave_out).intersection(name.split(".")):
-            content.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            content.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        content.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        content.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return content.hexdigest()
 
 
@@ -51,7 +49,7 @@ def cache_file(rows: datasets.Dataset, reference: str) -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "rlkernels" / f"reference_logps_{content.hexdigest()}.npz"
 
 
-def read(file: Path, rows: int) -> np.ndarray | None:
+def read(file: Path) -> np.ndarray | None:
     """[2, rows], or None where there is no whole file."""
     if not file.is_file():
         return None
