@@ -7,7 +7,7 @@ from .grpo import GRPOTrainer
 from .ppo import PPOTrainer
 from .reward import RewardTrainer
 from .rewards import RewardError
-from .rollout import Rollout, SamplingOptions, TransformersEngine
+from .rollout import Rollout, RolloutError, SamplingOptions, TransformersEngine
 from .sft import SFTTrainer
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "RewardError",
     "RewardTrainer",
     "Rollout",
+    "RolloutError",
     "SFTConfig",
     "SFTTrainer",
     "SamplingOptions",

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .common import BaseTrainer, Metrics, check_columns, load_classifier
 from .configs import OnlineConfig
 from .rewards import RewardFunction, RewardFunctions, RewardModel, RewardSource
-from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, decode, is_chat
+from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, check_rollouts, decode, is_chat
 
 logger = logging.get_logger(__name__)
 
@@ -120,6 +120,10 @@ class OnlineTrainer(BaseTrainer):
             self.generating_model(), self.processing_class, args.chat_template_kwargs
         )
 
+    @property
+    def vocab_size(self) -> int:
+        return self.generating_model().config.get_text_config(decoder=True).vocab_size
+
     def generating_model(self) -> Any:
         return self.model
 
@@ -140,7 +144,7 @@ class OnlineTrainer(BaseTrainer):
         prompts = [row["prompt"] for row in inputs]
         # One autocast context around all of generate(): inside it each weight is cast to bfloat16 once, not per token.
         with self.accelerator.autocast():
-            rollouts = self.engine(prompts, self.sampling)
+            rollouts = check_rollouts(self.engine(prompts, self.sampling), prompts, self.sampling, self.vocab_size)
         completion_ids = [rollout.completion_ids for rollout in rollouts]
         completions = decode(self.processing_class, completion_ids, is_chat(prompts[0]))
         extra: dict[str, list] = defaultdict(list)

@@ -4,30 +4,47 @@ An engine is any function of the shape of `Engine`. The default one is transform
 several turns, with tools in between, is another.
 """
 
+import math
+import numbers
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+import rlkernels
+
 from .packing import IGNORE, Sequence
+
+
+class RolloutError(ValueError):
+    """A rollout engine did not return one sound Rollout for each prompt."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How completions are sampled: from the model's own distribution at a temperature, nothing cut off."""
 
-    temperature: float
-    max_completion_length: int  # in tokens
+    temperature: float  # logits are divided by it
+    max_completion_length: int  # in tokens; with several turns, an engine may give each turn less
     logprobs: bool = False  # whether the sampler's log-probabilities are wanted
 
 
 @dataclass
 class Rollout:
-    """One completion of one prompt."""
+    """One completion of one prompt. With several turns it is all that follows the prompt: the model's turns, and what
+    tools and the chat template put between them."""
 
     prompt_ids: list[int]
     completion_ids: list[int]  # at least one
@@ -35,15 +52,76 @@ class Rollout:
     logprobs: list[float] | None = None  # of each completion token, as the sampler had them; NaN where it had none
     mask: list[bool] | None = None  # False where a token is a tool's, not the model's; None: all are the model's
 
+    @property
+    def own(self) -> list[bool]:
+        """Which completion tokens are the model's."""
+        return [True] * len(self.completion_ids) if self.mask is None else self.mask
+
+    def extend(self, token_ids: list[int], logprobs: list[float] | None = None, *, own: bool) -> None:
+        """Appends the tokens of a further turn, the model's own or a tool's."""
+        self.mask = self.own + [own] * len(token_ids)
+        if self.logprobs is not None:
+            self.logprobs = self.logprobs + ([math.nan] * len(token_ids) if logprobs is None else logprobs)
+        self.completion_ids = self.completion_ids + token_ids
+
     def sequence(self) -> Sequence:
         """With the model's own tokens in the loss."""
-        mask = [True] * len(self.completion_ids) if self.mask is None else self.mask
-        labels = [token if own else IGNORE for token, own in zip(self.completion_ids, mask, strict=True)]
+        labels = [token if own else IGNORE for token, own in zip(self.completion_ids, self.own, strict=True)]
         return Sequence(self.prompt_ids + self.completion_ids, [IGNORE] * len(self.prompt_ids) + labels)
 
 
 Engine = Callable[[list, SamplingOptions], list[Rollout]]
 """Takes prompts as the dataset has them, text or messages, and gives one rollout of each, in their order."""
+
+
+def check_rollouts(rollouts: Any, prompts: list, options: SamplingOptions, vocab_size: int) -> list[Rollout]:
+    """What an engine returned, with token ids as ints, or a RolloutError that names what was wrong with it."""
+    if not isinstance(rollouts, list | tuple):
+        raise RolloutError(f"rollout must return a list of Rollout; got {type(rollouts).__name__}")
+    if len(rollouts) != len(prompts):
+        raise RolloutError(
+            f"rollout must return one Rollout for each of the {len(prompts)} prompts; got {len(rollouts)}"
+        )
+    for row, rollout in enumerate(rollouts):
+        if not isinstance(rollout, Rollout):
+            raise RolloutError(f"rollout must return a list of Rollout; got {type(rollout).__name__} at row {row}")
+        try:
+            _check(rollout, options, vocab_size)
+        except ValueError as error:
+            raise RolloutError(f"rollout, row {row}: {error}") from None
+    return list(rollouts)
+
+
+def _check(rollout: Rollout, options: SamplingOptions, vocab_size: int) -> None:
+    for name in ("prompt_ids", "completion_ids"):
+        try:
+            ids = [operator.index(token) for token in getattr(rollout, name)]
+        except TypeError:
+            raise ValueError(f"{name} must be a list of token ids; got {getattr(rollout, name)!r:.80}") from None
+        if not ids:
+            raise ValueError(f"{name} is empty")
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{name} holds {token}, which is none of the model's {vocab_size} tokens")
+        setattr(rollout, name, ids)
+    count = len(rollout.completion_ids)
+    if not isinstance(rollout.ended, bool):
+        raise ValueError(f"ended must be a bool; got {rollout.ended!r}")
+    if options.logprobs and rollout.logprobs is None:
+        raise ValueError("logprobs is None, where options.logprobs asks for them")
+    for name in ("logprobs", "mask"):
+        values = getattr(rollout, name)
+        if values is not None and (not isinstance(values, list) or len(values) != count):
+            got = len(values) if isinstance(values, list) else type(values).__name__
+            raise ValueError(f"{name} must be a list of one value for each of the {count} completion tokens; got {got}")
+    for value in rollout.logprobs or []:
+        if not isinstance(value, numbers.Real) or math.isinf(value):
+            raise ValueError(f"logprobs must be finite numbers, or NaN where the sampler had none; got {value!r}")
+    for value in rollout.mask or []:
+        if not isinstance(value, bool):
+            raise ValueError(f"mask must hold bools; got {value!r}")
+    if not any(rollout.own):
+        raise ValueError("mask is False everywhere: no token is the model's own")
 
 
 def is_chat(prompt: Any) -> bool:
@@ -85,8 +163,31 @@ def pad_left(rows: list[list[int]], value: int, device: torch.device) -> tuple[T
     return filled.to(device), real.to(device)
 
 
+class SampledLogprobs(LogitsProcessor):
+    """Notes the log-probability of each sampled token. It holds the scores of one step, [B, V]: which token they led to
+    is seen when the next one's come."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.scores: Tensor | None = None
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # generate() divides by the temperature after the processors that it is given: these are the model's logits.
+        self.note(input_ids[:, -1])
+        self.scores = scores
+        return scores
+
+    def note(self, token_ids: Tensor) -> None:
+        if self.scores is not None:
+            logprobs = rlkernels.token_logprobs(self.scores, token_ids, temperature=self.temperature)
+            self.logprobs.append(cast(Tensor, logprobs))  # with return_entropy it would be a pair
+
+
 class TransformersEngine:
-    """Completes prompts with transformers `generate`.
+    """Completes prompts with transformers `generate`: padded on the left, until every row has ended.
+
+    An engine of several turns calls it, and then `complete` with all that each row has so far.
 
     Args:
         model: a causal language model, the trained one itself: what it has learned is sampled from.
@@ -107,7 +208,8 @@ class TransformersEngine:
 
     @torch.no_grad()
     def complete(self, prompt_ids: list[list[int]], options: SamplingOptions) -> list[Rollout]:
-        """Continues each row of token ids, up to and including the first token that ends it."""
+        """Continues each row of token ids, up to and including the first token that ends it; at most
+        `options.max_completion_length` further tokens."""
         model = self.model
         input_ids, real = pad_left(prompt_ids, self.pad_token_id, model.device)
         # generate() fills what a config leaves open from the model's own, where a top_k or a repetition penalty would
@@ -115,17 +217,27 @@ class TransformersEngine:
         own_config, training = model.generation_config, model.training
         model.generation_config = self._config(options)
         model.eval()
+        sampled = SampledLogprobs(options.temperature)
         try:
             cache = self._read_prompts(model, prompt_ids)
-            sequences = model.generate(input_ids=input_ids, attention_mask=real.long(), past_key_values=cache)
+            sequences = model.generate(
+                input_ids=input_ids,
+                attention_mask=real.long(),
+                past_key_values=cache,
+                logits_processor=LogitsProcessorList([sampled] if options.logprobs else []),
+            )
         finally:
             model.generation_config = own_config
             model.train(training)
-        completions = map(self._until_end, sequences[:, input_ids.shape[1] :].tolist())
-        return [
-            Rollout(prompt, completion, ended=completion[-1] in self.end_token_ids)
-            for prompt, completion in zip(prompt_ids, completions, strict=True)
-        ]
+        rollouts = []
+        for prompt, row in zip(prompt_ids, sequences[:, input_ids.shape[1] :].tolist(), strict=True):
+            completion = self._until_end(row)
+            rollouts.append(Rollout(prompt, completion, ended=completion[-1] in self.end_token_ids))
+        if options.logprobs:
+            sampled.note(sequences[:, -1])
+            for rollout, logprobs in zip(rollouts, torch.stack(sampled.logprobs, 1).tolist(), strict=True):
+                rollout.logprobs = logprobs[: len(rollout.completion_ids)]
+        return rollouts
 
     def _read_prompts(self, model: Any, prompt_ids: list[list[int]]) -> DynamicCache | None:
         """The cache of all but the last token of each prompt. A prompt that is sampled many times is read once."""

@@ -1,10 +1,13 @@
 """Sampling from the distribution that is trained. The padding token is the end-of-sequence token throughout."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
-from rlkernels.trainers import rollout, scoring
-from rlkernels.trainers.packing import Sequence, lay_out
+from rlkernels.trainers import Rollout, RolloutError, rollout, scoring
+from rlkernels.trainers.packing import Sequence, lay_out, split
 
 CPU = torch.device("cpu")
 
@@ -14,8 +17,8 @@ def engine(make_model, tokenizer):
     return rollout.TransformersEngine(make_model(), tokenizer)
 
 
-def options(max_completion_length: int = 5, temperature: float = 1.0) -> rollout.SamplingOptions:
-    return rollout.SamplingOptions(temperature=temperature, max_completion_length=max_completion_length)
+def options(max_completion_length: int = 5, temperature: float = 1.0, **others) -> rollout.SamplingOptions:
+    return rollout.SamplingOptions(temperature=temperature, max_completion_length=max_completion_length, **others)
 
 
 def test_pad_left():
@@ -26,10 +29,21 @@ def test_pad_left():
 
 def test_sequence_of_a_rollout():
     """Token 0, the padding token, is in the loss where the model wrote it; a tool's tokens are not."""
-    done = rollout.Rollout([5, 0], [7, 8, 9, 0], ended=True)
+    done = Rollout([5, 0], [7, 8, 9, 0], ended=True)
     assert done.sequence() == Sequence([5, 0, 7, 8, 9, 0], [-100, -100, 7, 8, 9, 0])
     done.mask = [True, False, False, True]
     assert done.sequence().labels == [-100, -100, 7, -100, -100, 0]
+
+
+def test_further_turns_of_a_rollout():
+    done = Rollout([5], [7, 0], ended=True, logprobs=[-0.5, -1.0])
+    done.extend([8, 9], own=False)
+    done.extend([7], [-2.0], own=True)
+    assert done.completion_ids == [7, 0, 8, 9, 7] and done.mask == [True, True, False, False, True]
+    assert done.logprobs[:2] == [-0.5, -1.0] and all(map(math.isnan, done.logprobs[2:4])) and done.logprobs[4] == -2.0
+    without = Rollout([5], [7], ended=True)
+    without.extend([8], own=False)
+    assert without.logprobs is None and without.sequence().labels == [-100, 7, -100]
 
 
 def test_completions_end_at_the_first_end(engine):
@@ -50,7 +64,7 @@ def test_samples_follow_the_trained_distribution(engine, fused, temperature):
     rollouts = engine.complete([prompt for prompt in prompts for _ in range(count)], options(1, temperature))
     samples = torch.tensor([each.completion_ids for each in rollouts]).view(2, count)
     for prompt, drawn in zip(prompts, samples, strict=True):
-        every = [rollout.Rollout(prompt, [token], ended=False).sequence() for token in range(vocabulary)]
+        every = [Rollout(prompt, [token], ended=False).sequence() for token in range(vocabulary)]
         batch = lay_out(every, CPU, padding_free=False)
         with torch.no_grad():
             logprobs = scoring.token_logprobs(model, batch, fused=fused, temperature=temperature)
@@ -102,3 +116,118 @@ def test_end_tokens(make_model, tokenizer):
     assert rollout.end_tokens(model, tokenizer) == [0]
     model.generation_config.eos_token_id = [4, 0]
     assert rollout.end_tokens(model, tokenizer) == [0, 4]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("repeated", [True, False], ids=["prompts read once", "prompts all different"])
+def test_logprobs_are_those_that_are_trained(engine, temperature, repeated):
+    """After prompts that differ in length, of rows that end early beside such as are cut off."""
+    assert scoring.needs_no_logits(engine.model)
+    engine.end_token_ids = list(range(0, engine.model.config.vocab_size, 6))
+    prompts = [[3, 4, 5, 6]] * 8 + [[7]] * 8 if repeated else [[3, 4, 5 + row][row % 3 :] for row in range(16)]
+    torch.manual_seed(0)
+    rollouts = engine.complete(prompts, options(12, temperature, logprobs=True))
+    lengths = [len(each.completion_ids) for each in rollouts]
+    assert min(lengths) <= 2 and max(lengths) == 12 and len(set(lengths)) > 3
+    batch = lay_out([each.sequence() for each in rollouts], CPU, padding_free=False)
+    with torch.no_grad():
+        trained = split(scoring.token_logprobs(engine.model, batch, fused=True, temperature=temperature), batch)
+    for each, values in zip(rollouts, trained, strict=True):
+        own = values[len(each.prompt_ids) - 1 : -1]
+        torch.testing.assert_close(torch.tensor(each.logprobs), own, rtol=1e-4, atol=1e-5)
+
+
+def test_logprobs_do_not_change_what_is_sampled(engine):
+    drawn = []
+    for logprobs in (False, True):
+        torch.manual_seed(0)
+        rollouts = engine.complete([[3, 4], [5]] * 4, options(logprobs=logprobs))
+        assert all((each.logprobs is not None) == logprobs for each in rollouts)
+        drawn.append([each.completion_ids for each in rollouts])
+    assert drawn[0] == drawn[1]
+
+
+def test_sampling_stores_the_scores_of_one_step(engine, monkeypatch):
+    """Of the tensors [B, V] that sampling makes, none outlives the second step after it."""
+    import weakref
+
+    alive, scores = [], []
+    own = rollout.SampledLogprobs.__call__
+
+    def count(self, input_ids, logits):
+        alive.append(sum(each() is not None for each in scores))
+        scores.append(weakref.ref(logits))
+        return own(self, input_ids, logits)
+
+    monkeypatch.setattr(rollout.SampledLogprobs, "__call__", count)
+    torch.manual_seed(0)
+    engine.complete([[3, 4], [5]] * 8, options(12, 0.7, logprobs=True))
+    assert len(alive) == 12 and max(alive) == 1
+
+
+def test_sampling_ends_with_the_last_row(engine, monkeypatch):
+    """Rows that end with their first or second token take no more than two steps."""
+    steps = []
+    own = engine.model.forward
+    monkeypatch.setattr(engine.model, "forward", lambda *args, **kwargs: steps.append(1) or own(*args, **kwargs))
+    monkeypatch.setattr(engine, "end_token_ids", list(range(1, engine.model.config.vocab_size)))
+    torch.manual_seed(0)
+    rollouts = engine.complete([[3, 4], [5]] * 8, options(50))
+    assert all(each.ended for each in rollouts) and 1 <= len(steps) <= 2
+
+
+SOUND = Rollout([3, 4], [5, 6, 0], ended=True, logprobs=[-1.0, math.nan, 0.0], mask=[True, False, True])
+
+
+def check(*rollouts, prompts=("ab",), logprobs=False):
+    return rollout.check_rollouts(list(rollouts), list(prompts), options(logprobs=logprobs), vocab_size=10)
+
+
+def test_sound_rollouts_pass():
+    assert check(SOUND, logprobs=True) == [SOUND]
+    tensors = dataclasses.replace(
+        SOUND, prompt_ids=torch.tensor([3, 4]), completion_ids=torch.tensor([5, 6, 0]).numpy()
+    )
+    assert check(tensors) == [SOUND]
+    assert all(type(token) is int for token in check(tensors)[0].completion_ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_ids": []}, "row 1: prompt_ids is empty"),
+        ({"completion_ids": []}, "row 1: completion_ids is empty"),
+        ({"completion_ids": [5, 10, 0]}, "completion_ids holds 10, which is none of the model's 10 tokens"),
+        ({"completion_ids": [5, -1, 0]}, "completion_ids holds -1"),
+        ({"completion_ids": "abc"}, "completion_ids must be a list of token ids; got 'abc'"),
+        ({"completion_ids": [5.0, 6.0, 0.0]}, "completion_ids must be a list of token ids"),
+        ({"completion_ids": None}, "completion_ids must be a list of token ids; got None"),
+        ({"ended": None}, "ended must be a bool; got None"),
+        ({"logprobs": None}, "logprobs is None, where options.logprobs asks for them"),
+        ({"logprobs": [-1.0]}, "logprobs must be a list of one value for each of the 3 completion tokens; got 1"),
+        ({"logprobs": [-1.0, -math.inf, 0.0]}, "logprobs must be finite numbers, .*; got -inf"),
+        ({"logprobs": [-1.0, None, 0.0]}, "logprobs must be finite numbers, .*; got None"),
+        ({"mask": [True, False]}, "mask must be a list of one value for each of the 3 completion tokens; got 2"),
+        ({"mask": torch.ones(3)}, "mask must be a list .*; got Tensor"),
+        ({"mask": [True, False, 2]}, "mask must hold bools; got 2"),
+        ({"mask": [False] * 3}, "mask is False everywhere"),
+    ],
+)
+def test_unsound_rollouts_are_named(changes, message):
+    with pytest.raises(RolloutError, match=message):
+        check(SOUND, dataclasses.replace(SOUND, **changes), prompts=("ab", "c"), logprobs=True)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([], "must return one Rollout for each of the 1 prompts; got 0"),
+        ([SOUND, SOUND], "must return one Rollout for each of the 1 prompts; got 2"),
+        ({"completion_ids": [[1]]}, "must return a list of Rollout; got dict"),
+        (None, "must return a list of Rollout; got NoneType"),
+        ([([3], [4])], "must return a list of Rollout; got tuple at row 0"),
+    ],
+)
+def test_what_is_no_list_of_rollouts_is_named(returned, message):
+    with pytest.raises(RolloutError, match=message):
+        rollout.check_rollouts(returned, ["ab"], options(), vocab_size=10)
