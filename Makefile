@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo bench bench-results evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
+.PHONY: help demo bench bench-results bench-steps evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,10 @@ bench: test-setup ## time the kernels beside what people use today, other projec
 
 bench-results: test-setup $(STAMPS)/peers ## the same; keeps the results and draws the figure of the README
 	@$(PEERS)/python -m rlkernels bench --save benchmarks/results/ --plot
+
+# make -s bench-steps > docs/steps.md; make bench-steps STEPS="--only dpo"
+bench-steps: test-setup $(STAMPS)/trl-ppo ## time whole optimizer steps beside TRL's trainers
+	@$(BIN)/python benchmarks/steps.py $(STEPS)
 
 # What can be said of GPUs without one: the bytes that kernels move, and what they take of a GPU.
 evidence: test-setup ## write docs/traffic.md and docs/resources.md
@@ -142,8 +146,8 @@ $(STAMPS)/peers: requirements/base.txt requirements/demo.txt requirements/test.t
 	@RLKERNELS_BUILD=0 $(PEERS)/pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-# That one package in a folder of its own, which shadows the pinned one; torch is shared.
-$(STAMPS)/triton-next: requirements/triton-next.txt $(STAMPS)/venv
+# That one package in a folder of its own, which shadows the pinned one; all else is shared.
+$(STAMPS)/triton-next $(STAMPS)/trl-ppo: $(STAMPS)/%: requirements/%.txt $(STAMPS)/venv
 	@echo "installing $<"
-	@rm -rf .venv/triton-next && $(PIP_INSTALL) --no-deps --target .venv/triton-next -r $<
+	@rm -rf .venv/$* && $(PIP_INSTALL) --no-deps --target .venv/$* -r $<
 	@touch $@
