@@ -30,7 +30,8 @@ def hash_model(model: str | PreTrainedModel, settings: Any) -> str:
                 with file.open("rb") as stream:
                     content.update(hashlib.file_digest(stream, "sha256").digest())
         return content.hexdigest()
-    config = {**model.config.to_diff_dict(), "_name_or_path": None, "transformers_version": None}
+    irrelevant = dict.fromkeys(("_name_or_path", "transformers_version", "use_cache"))
+    config = {**model.config.to_diff_dict(), **irrelevant}
     content.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         content.update(f"{name} {value.dtype} {list(value.shape)}".encode())

@@ -113,15 +113,20 @@ def test_what_makes_no_difference(make_trainer, options):
     [{}, {"precompute_ref_log_probs": True}, {"sync_ref_model": True, "ref_model_sync_steps": 2}, {"peft": True}],
     ids=["copy", "precomputed", "synced", "adapters"],
 )
-def test_resumes_exactly(make_trainer, options, tmp_path):
+def test_resumes_exactly(make_trainer, make_model, options, tmp_path):
     """Step 5 lies in the second epoch: losses and weights go on bit for bit, and a reference that moves as well."""
     options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps"} | options
     options |= {"eval_steps": 3, "eval_dataset": PAIRS[:3]}
     if options.pop("peft", False):
         options["peft_config"] = lora()
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), **options)
+
+    def make(name):
+        ref_model = make_model(seed=1) if "sync_ref_model" in options else None
+        return make_trainer(output_dir=str(tmp_path / name), ref_model=ref_model, **options)
+
+    whole = make("whole")
     whole.train()
-    resumed = make_trainer(output_dir=str(tmp_path / "resumed"), **options)
+    resumed = make("resumed")
     torch.manual_seed(12345)  # whatever happened in this process before
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
     assert history(resumed) == history(whole)
@@ -256,7 +261,7 @@ def test_the_second_run_neither_loads_nor_runs_the_reference(
 
 
 @pytest.mark.parametrize(
-    "change", ["weights", "one_weight", "config", "dtype", "row", "order", "max_length", "ld_alpha"]
+    "change", ["weights", "one_weight", "config", "dtype", "row", "boundary", "order", "max_length", "ld_alpha"]
 )
 def test_what_changes_makes_another_file(make_trainer, make_model, cache, change):
     make_trainer(precompute_ref_log_probs=True)
@@ -271,6 +276,9 @@ def test_what_changes_makes_another_file(make_trainer, make_model, cache, change
         model = model.bfloat16()
     elif change == "row":
         pairs = [*PAIRS[:-1], PAIRS[-1] | {"chosen": "aeio"}]
+    elif change == "boundary":  # the same tokens, of which others are in the loss
+        assert PAIRS[-1] == {"prompt": "abccd", "chosen": "ae", "rejected": "xy"}
+        pairs = [*PAIRS[:-1], {"prompt": "abcc", "chosen": "dae", "rejected": "dxy"}]
     elif change == "order":
         pairs = [PAIRS[1], PAIRS[0], *PAIRS[2:]]
     elif change == "max_length":
