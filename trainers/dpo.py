@@ -97,7 +97,7 @@ class DPOTrainer(BaseTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            ref_model=None if precompute else ref_model,
+            ref_model=ref_model,
             peft_config=peft_config,
             needs_reference=self.has_reference and not precompute,
             callbacks=callbacks,

@@ -396,8 +396,9 @@ def test_bad_input(make_trainer, make_model, tmp_path):
         make_trainer(train_dataset=[{"prompt": "a", "chosen": "b"}])
     with pytest.raises(ValueError, match="train_dataset, row 1: rejected must be text"):
         make_trainer(train_dataset=[PAIRS[0], PAIRS[0] | {"rejected": 3}])
-    with pytest.raises(ValueError, match="ref_model must be another object than model"):
-        make_trainer(model, ref_model=model)
+    for precompute in (False, True):
+        with pytest.raises(ValueError, match="ref_model must be another object than model"):
+            make_trainer(model, ref_model=model, precompute_ref_log_probs=precompute)
     with pytest.raises(ValueError, match="eval_dataset\\['b'\\], row 0: rejected must be text"):
         make_trainer(eval_dataset={"a": PAIRS, "b": [PAIRS[0] | {"rejected": 3}]})
     with pytest.raises(FileNotFoundError, match="model 'nowhere': there is no such folder"):
