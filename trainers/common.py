@@ -394,15 +394,24 @@ class BaseTrainer(Trainer):
         training = self.model.training
         self.model.eval()
         for inputs in dataloader:
+            own = self._own_rows(inputs)
             with self.metrics_into(metrics), self.accelerator.autocast():
-                batches = self.micro_batches(inputs)
+                batches = self.micro_batches(own or inputs[:1])
+                batches = [batch if own else {**batch, "is_filler": True} for batch in batches]
                 total = sum((self._counted_loss(self.model, batch).detach() for batch in batches), torch.zeros(()))
-            metrics.add("loss", total, batches[-1]["normalizer"])
+            metrics.add("loss", total, batches[-1]["normalizer"] if own else 0.0)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(training)
         values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
         count = len(dataloader.dataset)  # type: ignore[arg-type]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=count)
+
+    def _own_rows(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Without those that repeat the first rows, for every process to have a full last batch."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        return inputs[: max(state.remainder - self.accelerator.process_index * len(inputs), 0)]
 
     def add_tokens_seen(self, seen: int) -> None:
         """Those of this process, as the others add theirs."""

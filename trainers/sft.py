@@ -106,9 +106,11 @@ class SFTTrainer(BaseTrainer):
             self.add_tokens_seen(sum(map(len, sequences)))
         chunks = fill(map(len, sequences), self.args.token_budget)
         batches = [self.lay_out([sequences[index] for index in chunk]) for chunk in chunks]
-        scored = torch.tensor(float(sum(batch["num_scored"] for batch in batches)), device=self.accelerator.device)
-        # Over the processes it is the mean, as they average their gradients.
-        normalizer = self.accelerator.reduce(scored, reduction="mean").item()
+        normalizer = float(sum(batch["num_scored"] for batch in batches))
+        if self.model.training:
+            # The mean over the processes, as they average their gradients.
+            scored = torch.tensor(normalizer, device=self.accelerator.device)
+            normalizer = self.accelerator.reduce(scored, reduction="mean").item()
         return self.even_out([{**batch, "normalizer": normalizer} for batch in batches])
 
     def compute_loss(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from conftest import build_model, build_tokenizer
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
 
 
 def one_group_differs(completions, index, **kwargs):
@@ -61,6 +61,39 @@ def train(folder: str, options: dict) -> dict:
     }
 
 
+def fine_tune(folder: str, processes: int = 1) -> dict:
+    """The same rows in each step, and the same evaluation, whatever the number of processes: none has a row for each
+    process in the last batch."""
+    args = SFTConfig(
+        output_dir=folder,
+        per_device_train_batch_size=4 // processes,
+        per_device_eval_batch_size=6 // processes,
+        gradient_accumulation_steps=2,
+        learning_rate=3e-3,
+        max_steps=3,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=True,
+        ddp_backend="gloo" if processes > 1 else None,
+        report_to="none",
+        save_strategy="no",
+        token_budget=24,
+        disable_tqdm=True,
+    )
+    rows = [{"prompt": "ab" * (i % 4) + ":", "completion": "cdefgh"[: i % 6]} for i in range(24)]
+    trainer = SFTTrainer(build_model(), args, rows, rows[:7], build_tokenizer())
+    micro_batches: list = []
+    trainer.micro_batches = record(trainer.micro_batches, micro_batches)
+    trainer.train()
+    return {
+        "weights": torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]),
+        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "micro_batches": [len(each) for each in micro_batches],
+        "eval": trainer.evaluate(),
+    }
+
+
 if __name__ == "__main__":
     folder, runs = sys.argv[1], json.loads(sys.argv[2])
-    torch.save([train(folder, options) for options in runs], Path(folder) / f"{os.environ['RANK']}.pt")
+    results = [*(train(folder, options) for options in runs), fine_tune(folder, processes=2)]
+    torch.save(results, Path(folder) / f"{os.environ['RANK']}.pt")

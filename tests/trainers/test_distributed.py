@@ -108,3 +108,20 @@ def test_ppo_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
     trainer.training_step(trainer.model, [])
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
     assert norm.item() == pytest.approx(ranks[0]["logs"][0]["grad_norm"], rel=1e-4)
+
+
+def test_fine_tuning_is_that_of_one_process(results, tmp_path, monkeypatch):
+    """Losses, gradients and the evaluation, in whose last batch one process has one row and the other none."""
+    monkeypatch.syspath_prepend(WORKER.parent)
+    from distributed_worker import fine_tune
+
+    first, second = results[-1]
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["micro_batches"] == second["micro_batches"] and min(first["micro_batches"]) > 1
+    alone = fine_tune(str(tmp_path))
+    torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-3, atol=1e-4)
+    for log, other in zip(first["logs"], alone["logs"], strict=True):
+        for name in ("loss", "grad_norm", "entropy", "num_tokens"):
+            assert log[name] == pytest.approx(other[name], rel=1e-4), name
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert first["eval"][name] == second["eval"][name] == pytest.approx(alone["eval"][name], rel=1e-4), name
