@@ -26,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from .configs import BaseConfig
 from .packing import Sequence, lay_out, prepare_packing
+from .reporting import CurvesCallback
 from .scoring import needs_no_logits
 
 logger = logging.get_logger(__name__)
@@ -263,6 +264,7 @@ class BaseTrainer(Trainer):
         self.padding_free = args.padding_free and all(prepare_packing(each, args.device) for each in models)
         self.keeps_reference = self.has_own_reference and ref_model is None
         self.metrics = Metrics(self.accelerator.device)
+        self.add_callback(CurvesCallback())
         # Ranks must not sample the same completions.
         set_seed(args.seed, device_specific=True)
 

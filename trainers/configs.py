@@ -134,11 +134,26 @@ class OnlineConfig(BaseConfig):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward function; 1 each if unset."}
     )
+    log_completions: bool = field(
+        default=True,
+        metadata={
+            "help": "At each log write the latest completions, their rewards and advantages to completions/ in the "
+            "output folder, as parquet, and print some of them. TRL's default is false."
+        },
+    )
+    num_completions_to_print: int | None = field(
+        default=4, metadata={"help": "Completions in the printed table; 0 prints none, and null, TRL's default, all."}
+    )
+    log_unique_prompts: bool = field(
+        default=False, metadata={"help": "Print no more than one completion of each prompt."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be at least 1; got {self.max_completion_length}")
+        if self.num_completions_to_print is not None and self.num_completions_to_print < 0:
+            raise ValueError(f"num_completions_to_print must be at least 0; got {self.num_completions_to_print}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0; got {self.temperature}")
         if not all(math.isfinite(weight) for weight in self.reward_weights or []):

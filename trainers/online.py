@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .common import BaseTrainer, Metrics, check_columns, load_classifier
 from .configs import OnlineConfig
+from .reporting import CompletionsCallback
 from .rewards import RewardFunction, RewardFunctions, RewardModel, RewardSource
 from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, check_rollouts, decode, is_chat
 
@@ -119,6 +120,8 @@ class OnlineTrainer(BaseTrainer):
         self.engine = rollout or TransformersEngine(
             self.generating_model(), self.processing_class, args.chat_template_kwargs
         )
+        if args.log_completions:
+            self.add_callback(CompletionsCallback(self))
 
     @property
     def vocab_size(self) -> int:

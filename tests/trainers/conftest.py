@@ -5,6 +5,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlkernels.trainers.reporting import CurvesCallback
+
 # More than the 50 tokens that transformers keeps of a distribution by default.
 WORDS = ["<eos>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .:?"]
 CHAT_TEMPLATE = (
@@ -49,3 +51,9 @@ def tokenizer():
 @pytest.fixture
 def make_model():
     return build_model
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """No curves.png: to draw it takes longer than most runs here."""
+    monkeypatch.setattr(CurvesCallback, "on_train_end", lambda *args, **kwargs: None)

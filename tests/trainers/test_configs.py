@@ -20,9 +20,11 @@ def test_names_and_defaults_are_those_of_trl(config, tmp_path):
     options = {"output_dir": str(tmp_path), "use_cpu": True}
     theirs, ours = getattr(trl, config.__name__)(**options), config(**options)
     # The run name and the log folder carry a time; bf16 follows the device, where TRL asks for it everywhere;
-    # columns are kept by all trainers, where in TRL only those with reward functions keep them.
+    # columns are kept by all trainers, where in TRL only those with reward functions keep them; completions are kept
+    # and some shown without being asked.
+    others = ("bf16", "run_name", "logging_dir", "remove_unused_columns", "log_completions", "num_completions_to_print")
     for field in dataclasses.fields(config):
-        if field.name not in ("bf16", "run_name", "logging_dir", "remove_unused_columns", *NOT_TRL):
+        if field.name not in (*others, *NOT_TRL):
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
 
 
@@ -98,6 +100,7 @@ def test_read_back(tmp_path):
         ({"generation_batch_size": 16, "steps_per_generation": 3}, "exclude each other"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple of gradient_accumulation_steps"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
+        ({"num_completions_to_print": -1}, "num_completions_to_print must be at least 0; got -1"),
     ],
 )
 def test_bad_values(options, message, tmp_path):
