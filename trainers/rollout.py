@@ -120,8 +120,6 @@ def _check(rollout: Rollout, options: SamplingOptions, vocab_size: int) -> None:
     for value in rollout.mask or []:
         if not isinstance(value, bool):
             raise ValueError(f"mask must hold bools; got {value!r}")
-    if not any(rollout.own):
-        raise ValueError("mask is False everywhere: no token is the model's own")
 
 
 def is_chat(prompt: Any) -> bool:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rlkernels.trainers import Rollout, RolloutError, rollout, scoring
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, Rollout, RolloutError, rollout, scoring
 from rlkernels.trainers.packing import Sequence, lay_out, split
 
 CPU = torch.device("cpu")
@@ -185,6 +185,8 @@ def check(*rollouts, prompts=("ab",), logprobs=False):
 
 def test_sound_rollouts_pass():
     assert check(SOUND, logprobs=True) == [SOUND]
+    nothing_own = dataclasses.replace(SOUND, mask=[False] * 3)
+    assert check(nothing_own) == [nothing_own]
     tensors = dataclasses.replace(
         SOUND, prompt_ids=torch.tensor([3, 4]), completion_ids=torch.tensor([5, 6, 0]).numpy()
     )
@@ -210,7 +212,6 @@ def test_sound_rollouts_pass():
         ({"mask": [True, False]}, "mask must be a list of one value for each of the 3 completion tokens; got 2"),
         ({"mask": torch.ones(3)}, "mask must be a list .*; got Tensor"),
         ({"mask": [True, False, 2]}, "mask must hold bools; got 2"),
-        ({"mask": [False] * 3}, "mask is False everywhere"),
     ],
 )
 def test_unsound_rollouts_are_named(changes, message):
@@ -231,3 +232,82 @@ def test_unsound_rollouts_are_named(changes, message):
 def test_what_is_no_list_of_rollouts_is_named(returned, message):
     with pytest.raises(RolloutError, match=message):
         rollout.check_rollouts(returned, ["ab"], options(), vocab_size=10)
+
+
+# Several turns
+
+TOOL = [40, 41]
+
+
+def two_turns(engine):
+    """An engine in which a tool answers each first turn."""
+
+    def complete(prompts, options):
+        turn = dataclasses.replace(options, max_completion_length=3, logprobs=True)
+        rollouts = engine(prompts, turn)
+        for each in rollouts:
+            each.extend(TOOL, own=False)
+        further = engine.complete([each.prompt_ids + each.completion_ids for each in rollouts], turn)
+        for each, said in zip(rollouts, further, strict=True):
+            each.extend(said.completion_ids, said.logprobs, own=True)
+            each.ended = said.ended
+        return rollouts
+
+    return complete
+
+
+def dense_logprobs(model, each: Rollout) -> torch.Tensor:
+    """Of the completion's tokens, by the model's logits for this sequence alone."""
+    ids = torch.tensor([each.prompt_ids + each.completion_ids])
+    logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(1, ids[0, 1:, None]).squeeze(1)[len(each.prompt_ids) - 1 :]
+
+
+def test_logprobs_of_several_turns(engine):
+    """Those of the second turn are given the first and what the tool said."""
+    torch.manual_seed(0)
+    for each in two_turns(engine)(["abc", "d"] * 4, options()):
+        own = torch.tensor(each.mask)
+        assert [token for token, mine in zip(each.completion_ids, each.mask, strict=True) if not mine] == TOOL
+        with torch.no_grad():
+            expected = dense_logprobs(engine.model, each)
+        logprobs = torch.tensor(each.logprobs)
+        torch.testing.assert_close(logprobs[own], expected[own], rtol=1e-4, atol=1e-5)
+        assert logprobs[~own].isnan().all()
+
+
+def test_the_model_learns_from_its_own_turns(make_model, tokenizer, tmp_path):
+    """The gradient of a GRPO step is that of -advantage x log-probability over all tokens but the tool's."""
+    model = make_model()
+    seen = []
+
+    def engine(prompts, sampling):
+        seen.extend(two_turns(rollout.TransformersEngine(model, tokenizer))(prompts, sampling))
+        return seen
+
+    config = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=8,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        activation_checkpointing=False,
+    )
+    rows = [{"prompt": "abc"}, {"prompt": "d"}]
+    rewards = [0.0, 1.0, 2.0, 4.0] * 2
+    trainer = GRPOTrainer(model, lambda **_: rewards, config, rows, processing_class=tokenizer, rollout=engine)
+    trainer.training_step(model, [rows[row // 4] for row in range(8)])
+    got = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    model.zero_grad()
+    advantages = (torch.tensor(rewards) - 1.75) / (torch.tensor(rewards[:4]).std() + 1e-4)
+    own = [torch.tensor(each.mask) for each in seen]
+    losses = [
+        -advantage * dense_logprobs(model, each)[mine].sum()
+        for advantage, each, mine in zip(advantages, seen, own, strict=True)
+    ]
+    (torch.stack(losses).sum() / torch.cat(own).sum()).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
