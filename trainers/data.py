@@ -19,6 +19,7 @@ from torch.utils import data
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .common import check_columns
 from .packing import IGNORE, Sequence
 from .rollout import is_chat
 
@@ -27,6 +28,7 @@ logger = logging.get_logger(__name__)
 Row = dict[str, Any]
 
 TOKENS = List(Value("int32"))
+PREPARED = ("row_id", "sequences", "num_tokens")
 
 
 def prepare(
@@ -34,6 +36,7 @@ def prepare(
     dataset: Any,
     tokenize: Callable[[Row], Rows[Sequence] | None],
     *,
+    columns: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
     num_proc: int | None = None,
 ) -> Dataset:
@@ -45,11 +48,15 @@ def prepare(
         keep        columns of numbers, as they are
 
     Rows for which it gives None, as nothing can be learned from them, are left out. All rows are read now: a wrong one
-    is known before the training starts.
+    is known before the training starts. A dataset that was made here is given back.
 
     Raises:
-        ValueError: naming the dataset and the row, for a row that `tokenize` refuses; and if no row is left.
+        TypeError, ValueError: naming the dataset, if it is no sequence of rows, or without one of `columns`; and the
+            row, if `tokenize` refuses it; if no row is left.
     """
+    if set(PREPARED).issubset(getattr(dataset, "column_names", None) or ()):
+        return dataset
+    check_columns(name, dataset, *columns)
 
     def read(row: Row, index: int) -> Row:
         try:
@@ -104,6 +111,8 @@ class Packed(data.Dataset):
     """Rows of `prepare`, several in the place of one: as many as `size` tokens hold. The longest goes first, each into
     the place that it fills best."""
 
+    column_names = list(PREPARED)
+
     def __init__(self, rows: Dataset, size: int) -> None:
         self.rows = rows
         self.places: list[list[int]] = []
@@ -132,7 +141,11 @@ class Packed(data.Dataset):
     def __getitem__(self, index: int) -> Row:
         rows = [self.rows[each] for each in self.places[index]]
         sequences = [sequence for row in rows for sequence in row["sequences"]]
-        return {"row_id": [row["row_id"] for row in rows], "sequences": sequences}
+        return {
+            "row_id": [row["row_id"] for row in rows],
+            "sequences": sequences,
+            "num_tokens": sum(row["num_tokens"] for row in rows),
+        }
 
 
 def supervised(

@@ -16,7 +16,7 @@ from transformers.utils import logging
 import rlkernels
 
 from . import scoring
-from .common import BaseTrainer, check_columns, disable_dropout, each_part, load_tokenizer
+from .common import BaseTrainer, disable_dropout, each_part, load_tokenizer
 from .configs import OVER_THE_BATCH, DPOConfig
 from .data import preference_pair, prepare, sequences_of
 from .packing import IGNORE, fill, prepare_packing, shift
@@ -82,8 +82,12 @@ class DPOTrainer(BaseTrainer):
         model = self.load(model, args)
         if args.use_weighting and not scoring.needs_no_logits(model):
             raise ValueError("use_weighting needs a model whose LM head gives log-probabilities without logits")
-        self.tokenize = partial(preference_pair, processing_class or load_tokenizer(model), max_length=args.max_length)
-        self.num_proc = args.dataset_num_proc
+        self.prepared = partial(
+            prepare,
+            tokenize=partial(preference_pair, processing_class or load_tokenizer(model), max_length=args.max_length),
+            columns=("chosen", "rejected"),
+            num_proc=args.dataset_num_proc,
+        )
         train_dataset = self.prepared("train_dataset", train_dataset)
         eval_dataset = each_part(eval_dataset, self.prepared)
         #: What the precomputed log-probabilities are those of, a hash; None: the reference runs beside the model.
@@ -116,15 +120,8 @@ class DPOTrainer(BaseTrainer):
 
     # Data
 
-    def prepared(self, name: str, dataset: Any) -> datasets.Dataset:
-        """The tokens of each pair."""
-        if "sequences" in getattr(dataset, "column_names", ()):
-            return dataset
-        check_columns(name, dataset, "chosen", "rejected")
-        return prepare(name, dataset, self.tokenize, num_proc=self.num_proc)
-
     def with_reference(self, name: str, rows: datasets.Dataset) -> datasets.Dataset:
-        """And the reference's log-probabilities, if they are precomputed: from the cache, or else they go there."""
+        """With the reference's log-probabilities, if they are precomputed: from the cache, or else they go there."""
         if self.reference_hash is None or REFERENCE_LOGPS[0] in rows.column_names:
             return rows
         file = cache_file(rows, self.reference_hash)

@@ -17,7 +17,7 @@ from transformers import (
 
 import rlkernels
 
-from .common import BaseTrainer, check_columns, disable_dropout, flash_attention, load_model, load_tokenizer
+from .common import BaseTrainer, disable_dropout, each_part, flash_attention, load_model, load_tokenizer
 from .configs import BaseConfig, RewardConfig
 from .data import prepare, reward_pair, sequences_of
 from .packing import fill
@@ -67,17 +67,18 @@ class RewardTrainer(BaseTrainer):
             peft_config.task_type = "SEQ_CLS"
         # Before the Trainer, which makes the output folder.
         model = self.load(model, args)
-        self.tokenize = partial(reward_pair, processing_class or load_tokenizer(model), max_length=args.max_length)
-        self.num_proc = args.dataset_num_proc
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {key: self.prepared(f"eval_dataset['{key}']", part) for key, part in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self.prepared("eval_dataset", eval_dataset)
+        self.prepared = partial(
+            prepare,
+            tokenize=partial(reward_pair, processing_class or load_tokenizer(model), max_length=args.max_length),
+            columns=("chosen", "rejected"),
+            keep=("margin",),
+            num_proc=args.dataset_num_proc,
+        )
         super().__init__(
             model,
             args,
             train_dataset=self.prepared("train_dataset", train_dataset),
-            eval_dataset=eval_dataset,
+            eval_dataset=each_part(eval_dataset, self.prepared),
             processing_class=processing_class,
             peft_config=peft_config,
             callbacks=callbacks,
@@ -100,13 +101,6 @@ class RewardTrainer(BaseTrainer):
         return model
 
     # Data
-
-    def prepared(self, name: str, dataset: Any) -> Any:
-        """The tokens of each pair, and its margin."""
-        if "sequences" in getattr(dataset, "column_names", ()):
-            return dataset
-        check_columns(name, dataset, "chosen", "rejected")
-        return prepare(name, dataset, self.tokenize, keep=("margin",), num_proc=self.num_proc)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         if eval_dataset is not None and not isinstance(eval_dataset, str):

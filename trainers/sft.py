@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 import rlkernels
 
 from . import scoring
-from .common import BaseTrainer, check_columns, load_tokenizer
+from .common import BaseTrainer, each_part, load_tokenizer
 from .configs import SFTConfig
 from .data import Packed, prepare, sequences_of, supervised
 from .packing import fill
@@ -57,27 +57,22 @@ class SFTTrainer(BaseTrainer):
         args = SFTConfig() if args is None else args
         # Before the Trainer, which makes the output folder.
         model = self.load(model, args)
-        processing_class = processing_class or load_tokenizer(model)
-        self.num_proc = args.dataset_num_proc
-        self.tokenize = partial(
+        tokenize = partial(
             supervised,
-            processing_class,
+            processing_class or load_tokenizer(model),
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
             text_field=args.dataset_text_field,
         )
+        self.prepared = partial(prepare, tokenize=tokenize, num_proc=args.dataset_num_proc)
         train_dataset = self.prepared("train_dataset", train_dataset)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {key: self.prepared(f"eval_dataset['{key}']", part) for key, part in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self.prepared("eval_dataset", eval_dataset)
         super().__init__(
             model,
             args,
             train_dataset=Packed(train_dataset, args.max_length) if args.packing else train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=each_part(eval_dataset, self.prepared),
             processing_class=processing_class,
             peft_config=peft_config,
             callbacks=callbacks,
@@ -85,12 +80,6 @@ class SFTTrainer(BaseTrainer):
         )
 
     # Data
-
-    def prepared(self, name: str, dataset: Any) -> Any:
-        if "sequences" in getattr(dataset, "column_names", ()):
-            return dataset
-        check_columns(name, dataset)
-        return prepare(name, dataset, self.tokenize, num_proc=self.num_proc)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         if eval_dataset is not None and not isinstance(eval_dataset, str):

@@ -54,6 +54,7 @@ PREFERENCE = {
         {"prompt": "ab ", "chosen": "cd", "rejected": "e"},
         {"prompt": "ab", "chosen": "cd<eos>", "rejected": ""},
         {"prompt": "a" * 14, "chosen": "bcdefg", "rejected": "x"},
+        {"prompt": "a" * 14, "chosen": "b", "rejected": "c"},
         {"prompt": "a" * 16, "chosen": "left", "rejected": "out"},
     ],
     "implicit prompt": [
@@ -164,6 +165,12 @@ def test_prepare(kind, tokenizer):
     assert prepared["row_id"] == [1, 2] and prepared["margin"] == [2.0, None] and prepared["num_tokens"] == [7, 6]
     assert "other" not in prepared.column_names
     assert sequences_of(prepared[0]) == preference_pair(tokenizer, rows[1])
+    assert prepare("train_dataset", prepared, tokenize) is prepared
+
+
+def test_a_column_of_the_same_name(tokenizer):
+    rows = [{"sequences": "ACGT", "text": "abc"}]
+    assert prepare("train_dataset", Dataset.from_list(rows), partial(supervised, tokenizer))["num_tokens"] == [4]
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "transform", "arrays"])

@@ -91,7 +91,10 @@ def test_packing(tokenizer):
     assert max(sum(len(sequence["input_ids"]) for sequence in place["sequences"]) for place in places) == 64
     flat = Dataset.from_list([{"input_ids": row["sequences"][0]["input_ids"]} for row in rows])
     assert len(packed) == len(data_utils.pack_dataset(flat, 64, "bfd"))
-    assert Packed(rows.select([0]), 64)[0]["sequences"] == rows[0]["sequences"]
+    # Into the emptiest place with room, the last would find none.
+    rows = [{"text": "a" * (length - 1)} for length in (50, 40, 14, 12, 12)]
+    packed = Packed(prepare("train_dataset", rows, lambda row: supervised(tokenizer, row)), 64)
+    assert [place["row_id"] for place in packed] == [[0, 2], [1, 3, 4]]
 
 
 def test_packing_is_the_same_step(make_trainer):
@@ -100,6 +103,7 @@ def test_packing_is_the_same_step(make_trainer):
     assert len(packed.train_dataset) < len(ROWS)
     torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
     assert (gradient - other_gradient).norm() <= 1e-5 * gradient.norm()
+    assert packed.evaluate(packed.train_dataset)["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
     packed.train()
     assert len(losses(packed)) == 4
 
