@@ -37,7 +37,7 @@ RUNS = {
         "whiten_rewards": True,
         "kl_coef": 0.2,
         "kl_estimator": "k3",
-        "cliprange": 0.1,
+        "cliprange": 0.01,
         "cliprange_value": 0.1,
         "vf_coef": 0.5,
         "gamma": 0.97,

@@ -21,7 +21,14 @@ HALF_A_GROUP_EACH = {
     "num_iterations": 2,
     "beta": 0.1,
 }
-PPO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_ppo_epochs": 2, "whiten_rewards": True}
+PPO = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_ppo_epochs": 2,
+    "whiten_rewards": True,
+    "adap_kl_ctrl": True,
+    "horizon": 80,
+}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +105,8 @@ def test_ppo_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
     advantages = torch.cat(both["advantages"])[in_loss]
     torch.testing.assert_close(advantages.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
     torch.testing.assert_close(advantages.std(), torch.tensor(1.0))
+    # The policy is the reference at first: the coefficient falls by a fifth of what 8 completions are of the horizon.
+    assert ranks[0]["logs"][2]["objective/kl_coef"] == pytest.approx(0.05 * (1 - 0.2 * 8 / 80))
     assert len(set(ranks[0]["micro_batches"] + ranks[1]["micro_batches"])) == 1 < ranks[0]["micro_batches"][0]
 
     args = PPOConfig(

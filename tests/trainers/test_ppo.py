@@ -1,10 +1,14 @@
 """PPOTrainer end to end on a tiny model: learning, resuming, value models and heads, rewards, what is in the loss."""
 
+import json
+
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+import rlkernels
 from rlkernels.trainers import PPOConfig, PPOTrainer, Rollout
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(13)]
@@ -263,18 +267,25 @@ def test_missing_eos_penalty(make_trainer):
     assert log["val/num_eos_tokens"] == 4 * (1 - log["completions/clipped_ratio"])
 
 
-def test_adaptive_kl_coefficient(make_trainer):
+def test_adaptive_kl_coefficient(make_trainer, monkeypatch):
     """It rises, by a fifth of the share of the horizon at most, where the divergence is above the target."""
+    used, shaped_rewards = [], rlkernels.shaped_rewards
+
+    def recording(*args, **options):
+        used.append(options["kl_coef"])
+        return shaped_rewards(*args, **options)
+
+    monkeypatch.setattr(rlkernels, "shaped_rewards", recording)
     trainer = make_trainer(
         adap_kl_ctrl=True, target_kl=1e-4, horizon=8, kl_estimator="k3", num_ppo_epochs=1, num_mini_batches=1
     )
     trainer.train()
-    coefficients = [log["objective/kl_coef"] for log in history(trainer)]
     assert history(trainer)[0]["objective/kl"] == 0.0
-    assert coefficients[1] == pytest.approx(0.05 * (1 - 0.2 * 4 / 8))
-    assert coefficients[2] == pytest.approx(coefficients[1] * (1 + 0.2 * 4 / 8))
+    assert used[1] == pytest.approx(0.05 * (1 - 0.2 * 4 / 8))
+    assert used[2] == pytest.approx(used[1] * (1 + 0.2 * 4 / 8))
     log = history(trainer)[2]
-    assert log["objective/non_score_reward"] == pytest.approx(-coefficients[2] * log["objective/kl"])
+    assert log["objective/kl_coef"] == pytest.approx(used[2])
+    assert log["objective/non_score_reward"] == pytest.approx(-used[2] * log["objective/kl"])
 
 
 def test_without_kl_coef_there_is_no_reference(make_trainer):
@@ -297,6 +308,48 @@ def test_reward_models(make_trainer, make_classifier, tokenizer, tmp_path):
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         score = scorer.score(scorer.model(ids).last_hidden_state)[0, -1].item()
         assert rewards[:2] == pytest.approx([score] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "messages"])
+def test_reward_model_of_another_tokenizer(make_trainer, make_classifier, tokenizer, tmp_path, chat):
+    """It reads the text in its own tokens, and an end of its own where the completion ended."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = backend["model"]["vocab"]
+    backend["model"]["vocab"] = {word: len(vocab) - 1 - token for word, token in vocab.items()}
+    backend["added_tokens"] = []
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(backend)), eos_token="<eos>", unk_token="?"
+    )
+    own.chat_template = tokenizer.chat_template
+    scorer = make_classifier()
+    for each in (scorer, own):
+        each.save_pretrained(tmp_path / "scorer")
+
+    def engine(prompts, options):
+        return [Rollout([1, 2], completion, completion[-1] == 0) for completion in ([3, 4, 0], [5, 6, 7])]
+
+    # The tiny tokenizer decodes with spaces.
+    prompt, texts = "ab", ["abc d<eos>", "abe f g"]
+    if chat:
+        prompt, texts = [{"role": "user", "content": "ab"}], ["u:aba:c d", "u:aba:e f g"]
+    trainer = make_trainer(str(tmp_path / "scorer"), rollout=engine)
+    rewards = trainer.sample([{"prompt": prompt}] * 2, trainer.metrics).rewards
+    for text, reward in zip(texts, rewards[:, 0].tolist(), strict=True):
+        ids = own(text)["input_ids"]
+        assert len(ids) == len(text.replace("<eos>", "."))
+        hidden = scorer.model(torch.tensor([ids])).last_hidden_state
+        assert reward == pytest.approx(scorer.score(hidden)[0, -1].item(), rel=1e-4)
+
+
+def test_classifiers_without_a_padding_token(make_trainer, make_classifier):
+    """They score padded batches all the same."""
+    scores = []
+    for padding_free in (True, False):
+        models = [make_classifier(seed, pad_token_id=None) for seed in (1, 2)]
+        trainer = make_trainer(models[0], value_model=models[1], padding_free=padding_free, max_steps=1)
+        trainer.train()
+        scores.append(history(trainer)[0]["loss/value_avg"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
 def test_metrics_and_table(make_trainer):
