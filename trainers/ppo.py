@@ -24,7 +24,8 @@ from .rewards import RewardSource
 from .rollout import Engine
 from .value import PolicyAndValue
 
-KL_COEF = "kl_coef.json"  # in a checkpoint
+# In a checkpoint.
+KL_COEF, VALUE = "kl_coef.json", "value"
 
 
 @dataclass
@@ -318,7 +319,7 @@ class PPOTrainer(OnlineTrainer):
         self.metrics.add("loss/value_avg", value_sum / tokens, tokens)
         self.metrics.add("val/clipfrac_avg", value["clip_fraction"], tokens)
 
-    # The policy is saved as any model, and what says its value, with the same tokenizer, in the folder value.
+    # The policy is saved as any model, and what says its value, with the same tokenizer, in a folder in it.
 
     def _each_part(self, folder: str) -> Iterator[str]:
         """The folder of the policy, then that of the value, while either is `self.model`."""
@@ -327,7 +328,7 @@ class PPOTrainer(OnlineTrainer):
             self.model = both.policy
             yield folder
             self.model = both.value
-            yield str(Path(folder) / "value")
+            yield str(Path(folder) / VALUE)
         finally:
             self.model = both
 
@@ -338,6 +339,9 @@ class PPOTrainer(OnlineTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         for folder in self._each_part(resume_from_checkpoint):
             super()._load_from_checkpoint(folder)
+        if VALUE in getattr(self.model.policy, "peft_config", {}):
+            # The Trainer takes a folder with adapters in it, those of the value, for one more adapter of the policy.
+            self.model.policy.delete_adapter(VALUE)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

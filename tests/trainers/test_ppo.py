@@ -171,14 +171,18 @@ def test_saved_models_load(make_trainer, make_classifier, value, tmp_path):
         assert torch.equal(saved["weight"], trainer.model.value.weight)
 
 
-@pytest.mark.parametrize("value", ["head", "model"])
+@pytest.mark.parametrize("value", ["head", "model", "adapters"])
 def test_adapters(make_trainer, make_model, make_classifier, value, tmp_path):
     """Adapters and the value are trained; the reference is the model without its adapters; the base is not saved."""
     peft = pytest.importorskip("peft")
 
     def make(folder):
+        value_model = None if value == "head" else make_classifier()
+        if value == "adapters":
+            config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS")
+            value_model = peft.get_peft_model(value_model, config)
         return make_trainer(
-            value_model=make_classifier() if value == "model" else None,
+            value_model=value_model,
             peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
             output_dir=str(tmp_path / folder),
             max_steps=6,
