@@ -80,8 +80,6 @@ class DPOTrainer(BaseTrainer):
         precompute = self.has_reference and args.precompute_ref_log_probs
         # All this before the Trainer, which makes the output folder.
         model = self.load(model, args)
-        if args.use_weighting and not scoring.needs_no_logits(model):
-            raise ValueError("use_weighting needs a model whose LM head gives log-probabilities without logits")
         self.prepared = partial(
             prepare,
             tokenize=partial(preference_pair, processing_class or load_tokenizer(model), max_length=args.max_length),
@@ -107,6 +105,8 @@ class DPOTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.use_weighting and not self.fused:
+            raise ValueError("use_weighting needs models whose LM head gives log-probabilities without logits")
         for each in (self.model, self.reference_model):
             if args.disable_dropout and each is not None:
                 disable_dropout(each)

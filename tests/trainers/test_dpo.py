@@ -68,7 +68,8 @@ def lora():
 
 
 def test_learns(make_trainer):
-    trainer = make_trainer(train_dataset=PAIRS[3:], eval_dataset=PAIRS[:3], max_steps=30)
+    options = {"max_steps": 30, "eval_strategy": "steps", "eval_steps": 10}
+    trainer = make_trainer(train_dataset=PAIRS[3:], eval_dataset=PAIRS[:3], **options)
     before = trainer.evaluate()
     assert before["eval_loss"] == pytest.approx(0.6931, abs=1e-4)
     assert before["eval_rewards/accuracies"] == before["eval_rewards/margins"] == 0
@@ -408,6 +409,23 @@ def test_bad_input(make_trainer, make_model, tmp_path):
     with pytest.raises(ValueError, match="sync_ref_model needs a reference, which"):
         make_trainer(sync_ref_model=True, loss_type=["simpo"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_needs_its_logits(make_trainer, make_model, monkeypatch):
+    """Its loss is the same; use_weighting, which looks at whole distributions, is refused."""
+    expected = make_trainer()
+    expected.train()
+
+    def refuse(model, **options):
+        raise ValueError("no")
+
+    monkeypatch.setattr(scoring.rlkernels, "wrap_lm_head", refuse)
+    trainer = make_trainer()
+    assert not trainer.fused
+    trainer.train()
+    torch.testing.assert_close(weights(trainer), weights(expected), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="use_weighting needs models whose LM head gives"):
+        make_trainer(use_weighting=True)
 
 
 @pytest.mark.parametrize(
