@@ -206,7 +206,7 @@ class DPOTrainer(BaseTrainer):
         }
         weights = None
         if self.args.use_weighting:
-            likelihoods = scoring.sequence_sums((logprobs.detach() - others[0]) * inputs["mask"], inputs) / lengths
+            likelihoods = scoring.sequence_sums(logprobs.detach() - others[0], inputs) / lengths
             weights = (likelihoods[:pairs] + likelihoods[pairs:]).exp()
         terms = [self._term(loss, vectors, weights) for loss in self.args.loss_type]
         total = sum(weight * loss for weight, (loss, _) in zip(self.loss_weights, terms, strict=True))
