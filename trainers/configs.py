@@ -13,6 +13,21 @@ import rlkernels
 SMOOTHED = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo"}
 # Losses of all pairs of a micro-batch, which are sorted or whose tokens are counted.
 OVER_THE_BATCH = {"aot", "aot_unpaired", "sft", "orpo"}
+# The objective and the aggregation of `rlkernels.policy_loss` that each loss_type of GRPO stands for.
+OBJECTIVES = {
+    "grpo": ("ppo", "seq_mean_token_mean"),
+    "bnpo": ("ppo", "token_sum"),
+    "dr_grpo": ("ppo", "token_sum"),
+    "dapo": ("ppo", "token_sum"),
+    "luspo": ("ppo", "seq_mean_token_sum"),
+    "cispo": ("cispo", "token_sum"),
+    "sapo": ("sapo", "seq_mean_token_mean"),
+    "vespo": ("vespo", "token_sum"),
+    "gmpo": ("gmpo", "seq_mean_token_mean"),
+    "dppo_tv": ("dppo_tv", "token_sum"),
+    "dppo_kl": ("dppo_kl", "token_sum"),
+    "reinforce": ("reinforce", "token_sum"),
+}
 
 
 def _computes_bf16(use_cpu: bool) -> bool:
@@ -362,17 +377,88 @@ class GRPOConfig(OnlineConfig):
         },
     )
     num_iterations: int = field(default=1, metadata={"help": "Passes over each batch of completions."})
-    epsilon: float = field(default=0.2, metadata={"help": "The importance ratio is clipped from below at 1 - epsilon."})
+    epsilon: float = field(
+        default=0.2,
+        metadata={
+            "help": "The importance ratio is clipped from below at 1 - epsilon; loss_type gmpo clips its logarithm, "
+            "dppo_tv and dppo_kl drop tokens whose probability moved further."
+        },
+    )
     epsilon_high: float | None = field(
-        default=None, metadata={"help": "The ratio is clipped from above at 1 + epsilon_high; epsilon if unset."}
+        default=None,
+        metadata={
+            "help": "The ratio is clipped from above at 1 + epsilon_high, epsilon if unset; with loss_type cispo at "
+            "epsilon_high, such as 5.0."
+        },
+    )
+    delta: float | None = field(
+        default=None,
+        metadata={
+            "help": "The ratio is at most delta where the advantage is negative too; above 1 + epsilon_high. For "
+            "loss_type grpo, bnpo, dr_grpo, dapo, luspo; dppo bounds its weights by it, by 20 if unset."
+        },
+    )
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={
+            "help": "One importance ratio per token, or one per sequence, its tokens' geometric mean (GSPO). For "
+            "loss_type grpo, bnpo, dr_grpo, dapo, luspo; the others have a level of their own.",
+            "choices": ["token", "sequence"],
+        },
     )
     loss_type: str = field(
         default="dapo",
         metadata={
-            "help": "How token losses are aggregated: grpo (mean over each completion, then over completions), bnpo "
-            "(mean over the tokens of a micro-batch), dr_grpo (sum over completions x max_completion_length), dapo "
-            "(mean over the tokens of an optimizer step).",
-            "choices": ["grpo", "bnpo", "dr_grpo", "dapo"],
+            "help": "The objective, and how token losses are aggregated. The clipped ratio: grpo (mean over each "
+            "completion, then over completions), bnpo (mean over the tokens of per_device_train_batch_size "
+            "completions), dr_grpo (sum over completions x max_completion_length), dapo (mean over the tokens of an "
+            "optimizer step), luspo (sum over each completion, mean over completions). Other objectives, aggregated "
+            "as dapo: cispo, vespo, dppo_tv, dppo_kl, reinforce; as grpo: sapo, gmpo. Their equations are in "
+            "`rlkernels.policy_loss`.",
+            "choices": [*OBJECTIVES],
+        },
+    )
+    sapo_temperature_neg: float = field(
+        default=1.05, metadata={"help": "Temperature of loss_type sapo where the advantage is not positive."}
+    )
+    sapo_temperature_pos: float = field(
+        default=1.0, metadata={"help": "Temperature of loss_type sapo where the advantage is positive."}
+    )
+    vespo_k_pos: float = field(
+        default=2.0, metadata={"help": "Power of a sequence's weight below 1 in loss_type vespo, advantage positive."}
+    )
+    vespo_lambda_pos: float = field(
+        default=3.0, metadata={"help": "Decay of a sequence's weight above 1 in loss_type vespo, advantage positive."}
+    )
+    vespo_k_neg: float = field(
+        default=3.0, metadata={"help": "Power of a sequence's weight below 1 in loss_type vespo, advantage negative."}
+    )
+    vespo_lambda_neg: float = field(
+        default=2.0, metadata={"help": "Decay of a sequence's weight above 1 in loss_type vespo, advantage negative."}
+    )
+    importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Weight the policy loss by how much likelier a completion is to the trained model than to the "
+            "engine that sampled it, whose log-probabilities the rollouts then hold."
+        },
+    )
+    importance_sampling_mode: str = field(
+        default="sequence_mask",
+        metadata={
+            "help": "Whether that weight is one per token or one per sequence, and whether one above "
+            "importance_sampling_cap is cut to it (truncate) or becomes 0 (mask).",
+            "choices": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
+        },
+    )
+    importance_sampling_cap: float = field(
+        default=3.0, metadata={"help": "The largest weight of importance_sampling_correction."}
+    )
+    top_entropy_quantile: float = field(
+        default=1.0,
+        metadata={
+            "help": "Keep in the policy loss only this fraction of an optimizer step's tokens, over all processes: "
+            "those where the model's entropy is highest. 1 keeps all; less costs a forward pass."
         },
     )
     mask_truncated_completions: bool = field(
@@ -400,9 +486,9 @@ class GRPOConfig(OnlineConfig):
         super().__post_init__()
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        for name in ("loss_type", "scale_rewards", "multi_objective_aggregation"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
+        for name in GRPOConfig.__annotations__:
+            choices = self.__dataclass_fields__[name].metadata.get("choices")
+            if choices and getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations must be at least 1; got {self.num_iterations}")
@@ -412,9 +498,29 @@ class GRPOConfig(OnlineConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
+        positive = [name for name in GRPOConfig.__annotations__ if name.startswith(("sapo", "vespo"))]
+        for name in (*positive, "delta", "importance_sampling_cap"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0; got {value}")
+        if not 0 <= self.top_entropy_quantile <= 1:
+            raise ValueError(f"top_entropy_quantile must be between 0 and 1; got {self.top_entropy_quantile}")
+        self._check_combinations()
         if self.num_generations_eval is not None and self.num_generations_eval < 1:
             raise ValueError(f"num_generations_eval must be at least 1; got {self.num_generations_eval}")
         self._set_generation_batch()
+
+    def _check_combinations(self) -> None:
+        if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:
+            raise ValueError(
+                f"epsilon_high must be at least 1 with loss_type cispo, which clips the ratio there; got "
+                f"{self.epsilon_high}"
+            )
+        if self.importance_sampling_level == "sequence" and OBJECTIVES[self.loss_type][0] != "ppo":
+            by_level = ", ".join(name for name, (objective, _) in OBJECTIVES.items() if objective == "ppo")
+            raise ValueError(
+                f"importance_sampling_level 'sequence' goes with loss_type {by_level}; got {self.loss_type!r}"
+            )
 
     def _set_generation_batch(self) -> None:
         step = self.per_device_train_batch_size * self.world_size

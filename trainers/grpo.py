@@ -1,5 +1,7 @@
 """Group relative policy optimization (DeepSeekMath, arXiv 2402.03300) and its variants by loss type."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import rlkernels
 
-from . import scoring
+from . import objectives, scoring
 from .common import check_columns
-from .configs import GRPOConfig
+from .configs import OBJECTIVES, GRPOConfig
 from .online import GroupSampler, OnlineTrainer
-from .packing import IGNORE, Sequence, fill, split
+from .packing import IGNORE, Sequence, fill_by_length, shift, split
 from .rewards import RewardFunction
 from .rollout import Engine
-
-AGGREGATION = {
-    "grpo": "seq_mean_token_mean",
-    "bnpo": "token_sum",
-    "dr_grpo": "token_sum",
-    "dapo": "token_sum",
-}
 
 
 @dataclass
@@ -38,6 +33,7 @@ class Rollouts:
     num_tokens: float  # tokens in the loss, mean over the processes
     old_logprobs: list[Tensor | None] | None = None  # None: those of the current weights
     ref_logprobs: list[Tensor | None] | None = None  # None: beta is 0
+    sampler_logprobs: list[Tensor] | None = None  # None: they are not corrected for
 
     def has_gradient(self, row: int) -> bool:
         return self.in_loss[row] and (self.advantages[row] != 0 or self.ref_logprobs is not None)
@@ -50,7 +46,8 @@ class GRPOTrainer(OnlineTrainer):
     """Trains a causal language model on rewards of its own completions.
 
     For each prompt `num_generations` completions are sampled; a completion's advantage is its reward against the others
-    of its prompt (`rlkernels.group_advantages`), and the loss is `rlkernels.policy_loss`. Log-probabilities come from
+    of its prompt (`rlkernels.group_advantages`), and the loss is one of `rlkernels.policy_loss` (`args.loss_type`).
+    Log-probabilities come from
     `rlkernels.wrap_lm_head`, without logits; a model that it refuses is trained by its logits, after a warning.
 
     Args:
@@ -105,6 +102,7 @@ class GRPOTrainer(OnlineTrainer):
             rollout=rollout,
         )
         self.num_generations_eval = args.num_generations_eval or args.num_generations
+        self.sampling = dataclasses.replace(self.sampling, logprobs=args.importance_sampling_correction)
         # Optimizer steps that one generation batch serves.
         self.steps_per_rollout = args.steps_per_generation * args.num_iterations // self.accumulation_steps
 
@@ -164,6 +162,11 @@ class GRPOTrainer(OnlineTrainer):
         scored = sum(rollouts.scored(row) for row, counts in enumerate(in_loss) if counts)
         scored = self.accelerator.reduce(torch.tensor(scored, device=outcomes.device)).item()
         rollouts.num_tokens = scored / self.accelerator.num_processes
+        if self.args.importance_sampling_correction:
+            rollouts.sampler_logprobs = [
+                shift([[0.0] * len(rollout.prompt_ids) + rollout.logprobs], outcomes.device)
+                for rollout in samples.rollouts
+            ]
         if self.args.beta > 0:
             with self.reference() as reference:
                 rollouts.ref_logprobs = self._score(reference, rollouts, in_loss)
@@ -173,24 +176,28 @@ class GRPOTrainer(OnlineTrainer):
         return rollouts
 
     @torch.no_grad()
-    def _score(self, model: nn.Module, rollouts: Rollouts, wanted: list[bool]) -> list[Tensor | None]:
-        """Log-probabilities of each wanted row's tokens."""
+    def _score(
+        self, model: nn.Module, rollouts: Rollouts, wanted: list[bool], entropy: bool = False
+    ) -> list[Tensor | None]:
+        """Log-probabilities of each wanted row's tokens, or the entropies of their distributions, NaN where there is
+        none."""
         scores: list[Tensor | None] = [None] * len(wanted)
         chunks = self._fill(rollouts, [row for row, is_wanted in enumerate(wanted) if is_wanted])
         # A sharded model must run equally often on every process.
         chunks += [[0]] * (self.most_on_any_process(len(chunks)) - len(chunks))
         for chunk in chunks:
             batch = self._lay_out(rollouts, chunk)
-            logprobs = scoring.token_logprobs(model, batch, fused=self.fused, temperature=self.args.temperature)
-            for row, values in zip(chunk, split(logprobs, batch), strict=True):
-                scores[row] = values.clone()
+            scored = scoring.token_logprobs(
+                model, batch, fused=self.fused, temperature=self.args.temperature, return_entropy=entropy
+            )
+            if entropy:
+                scored = scored[1].masked_fill(~batch["mask"], math.nan)
+            for row, values in zip(chunk, split(scored, batch), strict=True):
+                scores[row] = values.clone() if wanted[row] else None
         return scores
 
     def _fill(self, rollouts: Rollouts, rows: list[int]) -> list[list[int]]:
-        """Rows of each micro-batch, by length: then attention does neighbours together."""
-        rows = sorted(rows, key=lambda row: len(rollouts.input_ids[row]))
-        chunks = fill([len(rollouts.input_ids[row]) for row in rows], self.args.token_budget)
-        return [[rows[index] for index in chunk] for chunk in chunks]
+        return fill_by_length([len(ids) for ids in rollouts.input_ids], self.args.token_budget, rows)
 
     # The optimizer step
 
@@ -201,12 +208,20 @@ class GRPOTrainer(OnlineTrainer):
         rows = range(first, first + size * self.accumulation_steps)
         # bnpo is a mean over the tokens of each micro-batch of so many rows; for the others they are all the same.
         width = size if self.args.loss_type == "bnpo" else len(rows)
+        kept = None
+        if self.args.top_entropy_quantile < 1:
+            wanted = [row in rows and counts for row, counts in enumerate(rollouts.in_loss)]
+            entropies = self._score(self.model_wrapped, rollouts, wanted, entropy=True)
+            kept = objectives.top_entropy(entropies, self.args.top_entropy_quantile, self.accelerator)
         batches = []
         for start in range(rows.start, rows.stop, width):
             part = range(start, start + width)
             normalizer = self._normalizer(rollouts, part)
             for chunk in self._fill(rollouts, [row for row in part if rollouts.has_gradient(row)]):
-                batches.append({**self._lay_out(rollouts, chunk), "normalizer": normalizer})
+                batch = {**self._lay_out(rollouts, chunk), "normalizer": normalizer}
+                if kept is not None:
+                    batch["top_entropy"] = torch.cat([kept[row] for row in chunk])
+                batches.append(batch)
         if not batches:
             # Gradients must be zero, not missing.
             batches = [{**self._lay_out(rollouts, [rows.start]), "normalizer": 1.0, "is_filler": True}]
@@ -214,12 +229,12 @@ class GRPOTrainer(OnlineTrainer):
 
     def _normalizer(self, rollouts: Rollouts, rows: range) -> float:
         """What the sum over these rows is divided by: TRL's, in which all of them count, also those not run."""
-        steps = self.accumulation_steps
-        if self.args.loss_type == "grpo":
+        loss_type, steps = self.args.loss_type, self.accumulation_steps
+        if OBJECTIVES[loss_type][1].startswith("seq_mean"):
             return len(rows)
-        if self.args.loss_type == "dr_grpo":
+        if loss_type == "dr_grpo":
             return len(rows) * self.args.max_completion_length
-        if self.args.loss_type == "bnpo":
+        if loss_type == "bnpo":
             return max(sum(rollouts.scored(row) for row in rows if rollouts.in_loss[row]), 1) * steps
         return max(rollouts.num_tokens, 1) * steps / self.args.steps_per_generation
 
@@ -227,7 +242,7 @@ class GRPOTrainer(OnlineTrainer):
         device = self.accelerator.device
         batch = self.lay_out([Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows])
         batch["advantages"] = torch.tensor([rollouts.advantages[row] for row in rows], device=device)
-        for name in ("old_logprobs", "ref_logprobs"):
+        for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs"):
             known = getattr(rollouts, name)
             if known is not None:
                 unknown = [torch.zeros(len(rollouts.input_ids[row])) for row in rows]
@@ -242,39 +257,7 @@ class GRPOTrainer(OnlineTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        old, ref = inputs.get("old_logprobs"), inputs.get("ref_logprobs")
-        aggregate: dict[str, Any] = {
-            "aggregation": AGGREGATION[self.args.loss_type],
-            "normalizer": inputs["normalizer"],
-        }
-        # ratio x k3 has the gradient ratio x k2's, so that where the ratio is 1 it is the straight-through k3.
-        corrected = self.args.use_bias_correction_kl
-        fused = old is None or not corrected
-        options: dict[str, Any] = {
-            "clip_low": self.args.epsilon,
-            "clip_high": self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high,
-            "ref_logprobs": ref,
-            "kl_coef": self.args.beta if fused else 0.0,
-            "kl_estimator": "k3+" if corrected else "k3",
-            **aggregate,
-        }
-        temperature, advantages = self.args.temperature, inputs["advantages"]
-        if fused or ref is None:
-            loss, values = scoring.policy_loss(
-                model, inputs, old, advantages, fused=self.fused, temperature=temperature, **options
-            )
-        else:
-            logprobs, entropy = scoring.token_logprobs(
-                model, inputs, fused=self.fused, temperature=temperature, return_entropy=True
-            )
-            mask, layout = inputs["mask"], {"cu_seqlens": inputs["cu_seqlens"], **aggregate}
-            options |= {"entropy": entropy.detach(), "cu_seqlens": inputs["cu_seqlens"]}
-            loss, values = rlkernels.policy_loss(logprobs, old, advantages, mask, **options)
-            penalty = (logprobs - old).exp() * rlkernels.kl_penalty(logprobs, ref, estimator="k3")
-            # With advantage -1, reinforce is the plain mean of what stands in the place of the log-probabilities.
-            minus_one = -torch.ones_like(advantages)
-            kl, _ = rlkernels.policy_loss(penalty, None, minus_one, mask, objective="reinforce", **layout)
-            loss = loss + self.args.beta * kl
+        loss, values = objectives.policy_loss(model, inputs, self.args, fused=self.fused)
         names = rlkernels.policy_loss.metrics  # type: ignore[attr-defined]
         self._record_loss(dict(zip(names, values.unbind(), strict=True)))
         return loss
@@ -289,3 +272,6 @@ class GRPOTrainer(OnlineTrainer):
         self.metrics.add("entropy", values["entropy"], weight)
         if self.args.beta > 0:
             self.metrics.add("kl", values["ref_kl"], weight)
+        if self.args.importance_sampling_correction:
+            self.metrics.add("sampling/importance_sampling_ratio/mean", values["sampler_weight"], weight)
+            self.metrics.add("sampling/importance_sampling_ratio/capped", values["sampler_capped"], weight)

@@ -126,6 +126,17 @@ def sequence_sums(values: Tensor, batch: dict[str, Any]) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=batch["cu_seqlens"].long(), axis=0)
 
 
+def sequence_means(values: Tensor, batch: dict[str, Any]) -> Tensor:
+    """[S] of [N], over the tokens in the loss; 0 where there is none."""
+    mask = batch["mask"].to(values.dtype)
+    return sequence_sums(values * mask, batch) / sequence_sums(mask, batch).clamp(min=1)
+
+
+def spread(values: Tensor, batch: dict[str, Any]) -> Tensor:
+    """[N] of [S]: each sequence's value for each of its positions."""
+    return values.repeat_interleave(batch["cu_seqlens"].diff(), output_size=len(batch["mask"]))
+
+
 def token_scores(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """What a sequence classifier with one label says of each token, [N]: its score head before pooling, which takes the
     padding token for the end of a sequence. position p scores the tokens up to and with p."""

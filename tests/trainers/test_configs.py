@@ -10,7 +10,10 @@ from rlkernels.trainers import GRPOConfig, RewardConfig, SFTConfig, configs
 
 CONFIGS = [GRPOConfig, RewardConfig, SFTConfig]
 
-NOT_TRL = {"token_budget", "padding_free"}
+NOT_TRL = {
+    *("token_budget", "padding_free"),
+    *("importance_sampling_correction", "importance_sampling_mode", "importance_sampling_cap"),
+}
 """Fields that TRL's config has not."""
 
 
@@ -90,7 +93,19 @@ def test_read_back(tmp_path):
     [
         ({"num_generations": 3}, "must be divisible by num_generations"),
         ({"num_generations": 1}, "num_generations must be at least 2"),
-        ({"loss_type": "ppo"}, "loss_type must be one of grpo, bnpo, dr_grpo, dapo; got 'ppo'"),
+        ({"loss_type": "ppo"}, "loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo, .*; got 'ppo'"),
+        ({"loss_type": "cispo"}, "epsilon_high must be at least 1 with loss_type cispo, .*; got None"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of token, sequence; got 'word'"),
+        (
+            {"importance_sampling_level": "sequence", "loss_type": "sapo"},
+            "importance_sampling_level 'sequence' goes with loss_type grpo, bnpo, dr_grpo, dapo, luspo; got 'sapo'",
+        ),
+        ({"importance_sampling_mode": "mask"}, "importance_sampling_mode must be one of token_truncate, "),
+        ({"importance_sampling_cap": 0.0}, "importance_sampling_cap must be a finite number above 0; got 0.0"),
+        ({"delta": -1.0}, "delta must be a finite number above 0; got -1.0"),
+        ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be a finite number above 0; got 0.0"),
+        ({"vespo_k_pos": float("inf")}, "vespo_k_pos must be a finite number above 0; got inf"),
+        ({"top_entropy_quantile": 1.5}, "top_entropy_quantile must be between 0 and 1; got 1.5"),
         ({"scale_rewards": "all"}, "scale_rewards must be one of"),
         ({"multi_objective_aggregation": "max"}, "multi_objective_aggregation must be one of"),
         ({"temperature": 0.0}, "temperature must be a finite number above 0"),

@@ -1,0 +1,72 @@
+"""The loss of `GRPOTrainer`: the options of its config as those of `rlkernels.policy_loss`."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import rlkernels
+
+from . import scoring
+from .configs import OBJECTIVES, GRPOConfig
+
+
+def policy_loss(model: nn.Module, batch: dict[str, Any], args: GRPOConfig, *, fused: bool) -> tuple[Tensor, Tensor]:
+    """Loss and metrics of one micro-batch, whose sum is divided by its `normalizer`."""
+    old, ref = batch.get("old_logprobs"), batch.get("ref_logprobs")
+    objective, aggregation = OBJECTIVES[args.loss_type]
+    by_sequence = args.importance_sampling_level == "sequence"
+    # ratio x k3 has the gradient ratio x k2's, so that where the ratio is 1 it is the straight-through k3.
+    apart = ref is not None and args.use_bias_correction_kl and (old is not None or by_sequence)
+    aggregate: dict[str, Any] = {"aggregation": aggregation, "normalizer": batch["normalizer"]}
+    options: dict[str, Any] = {
+        "objective": "gspo" if by_sequence else objective,
+        **clipping(args),
+        **{name: getattr(args, name) for name in vars(args) if name.startswith(("sapo_", "vespo_"))},
+        "delta": args.delta,
+        "sampler_logprobs": batch.get("sampler_logprobs"),
+        "sampler_correction": args.importance_sampling_mode,
+        "sampler_cap": args.importance_sampling_cap,
+        "ref_logprobs": ref,
+        "kl_coef": 0.0 if apart or ref is None else args.beta,
+        "kl_estimator": "k3+" if args.use_bias_correction_kl else "k3",
+        **aggregate,
+    }
+    advantages, temperature = batch["advantages"], args.temperature
+    if "top_entropy" in batch:
+        # A token without an advantage has no share in the policy loss, but counts in what this is divided by.
+        advantages = scoring.spread(advantages, batch) * batch["top_entropy"]
+    if not apart:
+        return scoring.policy_loss(model, batch, old, advantages, fused=fused, temperature=temperature, **options)
+    logprobs, entropy = scoring.token_logprobs(model, batch, fused=fused, temperature=temperature, return_entropy=True)
+    mask, layout = batch["mask"], {"cu_seqlens": batch["cu_seqlens"]}
+    options |= {"entropy": entropy.detach(), **layout}
+    loss, metrics = rlkernels.policy_loss(logprobs, old, advantages, mask, **options)
+    log_ratio = logprobs - (logprobs.detach() if old is None else old)
+    if by_sequence:
+        log_ratio = scoring.spread(scoring.sequence_means(log_ratio, batch), batch)
+    penalty = log_ratio.exp() * rlkernels.kl_penalty(logprobs, ref, estimator="k3")
+    # With advantage -1, reinforce is the plain mean of what stands in the place of the log-probabilities.
+    minus_one = -torch.ones_like(logprobs)
+    kl, _ = rlkernels.policy_loss(penalty, None, minus_one, mask, objective="reinforce", **layout, **aggregate)
+    return loss + args.beta * kl, metrics
+
+
+def clipping(args: GRPOConfig) -> dict[str, float]:
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.loss_type == "cispo":  # the ratio itself, and from above alone
+        return {"clip_low": 1.0, "clip_high": high - 1}
+    return {"clip_low": args.epsilon, "clip_high": high}
+
+
+def top_entropy(entropies: list[Tensor | None], fraction: float, accelerator: Any) -> list[Tensor | None]:
+    """Which tokens of each row are in the fraction of highest entropy of all processes' (arXiv 2506.01939). Of rows
+    that are None, and of tokens whose entropy is NaN, none is."""
+    nothing = torch.full((1,), math.nan, device=accelerator.device)
+    own = torch.cat([nothing, *(values for values in entropies if values is not None)])
+    every = accelerator.gather(accelerator.pad_across_processes(own, pad_index=math.nan)).cpu().numpy()
+    every = every[~np.isnan(every)]
+    threshold = float(np.quantile(every, 1 - fraction)) if len(every) else math.inf
+    return [None if values is None else values >= threshold for values in entropies]
