@@ -465,11 +465,37 @@ class GRPOConfig(OnlineConfig):
         default=False, metadata={"help": "Leave completions that did not end by themselves out of the loss."}
     )
 
+    overlong_buffer_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Punish length (DAPO): a further reward falls from 0 to -1 over the last so many tokens before "
+            "max_completion_length. None if unset."
+        },
+    )
+    overlong_penalty: float = field(default=1.0, metadata={"help": "The weight of that reward among the others."})
+    dynamic_sampling_max_rounds: int = field(
+        default=0,
+        metadata={
+            "help": "Where the rewards of a group are all equal, and so teach nothing, sample another prompt in its "
+            "place, at most so many times per generation batch (DAPO)."
+        },
+    )
+
+    advantage: str = field(
+        default="grpo",
+        metadata={
+            "help": "What a completion's reward is held against. grpo: the mean of its group. rloo: the mean of the "
+            "others of its group; with loss_type luspo, a step is one of RLOO. reinforce_plus_plus: the mean over "
+            "all tokens of the batch, divided by their standard deviation. With the last two, beta x KL is part of "
+            "the reward, not of the loss.",
+            "choices": ["grpo", "rloo", "reinforce_plus_plus"],
+        },
+    )
     scale_rewards: str = field(
         default="group",
         metadata={
-            "help": "Divide advantages by the standard deviation of the rewards of the group, of the batch, or not at "
-            "all (none).",
+            "help": "With advantage grpo, divide by the standard deviation of the rewards of the group, of the batch, "
+            "or not at all (none).",
             "choices": ["group", "batch", "none"],
         },
     )
@@ -492,9 +518,9 @@ class GRPOConfig(OnlineConfig):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations must be at least 1; got {self.num_iterations}")
-        if self.num_generations < 2:
+        if self.num_generations < (1 if self.advantage == "reinforce_plus_plus" else 2):
             raise ValueError(f"num_generations must be at least 2, to have a group; got {self.num_generations}")
-        for name in ("beta", "epsilon", "epsilon_high"):
+        for name in ("beta", "epsilon", "epsilon_high", "overlong_penalty"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
@@ -505,10 +531,22 @@ class GRPOConfig(OnlineConfig):
                 raise ValueError(f"{name} must be a finite number above 0; got {value}")
         if not 0 <= self.top_entropy_quantile <= 1:
             raise ValueError(f"top_entropy_quantile must be between 0 and 1; got {self.top_entropy_quantile}")
+        buffer = self.overlong_buffer_length
+        if buffer is not None and not 0 < buffer <= self.max_completion_length:
+            raise ValueError(
+                f"overlong_buffer_length must be between 1 and max_completion_length ({self.max_completion_length}); "
+                f"got {buffer}"
+            )
+        if self.dynamic_sampling_max_rounds < 0:
+            raise ValueError(f"dynamic_sampling_max_rounds must be at least 0; got {self.dynamic_sampling_max_rounds}")
         self._check_combinations()
         if self.num_generations_eval is not None and self.num_generations_eval < 1:
             raise ValueError(f"num_generations_eval must be at least 1; got {self.num_generations_eval}")
         self._set_generation_batch()
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.beta > 0 and self.advantage != "grpo"
 
     def _check_combinations(self) -> None:
         if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:
@@ -521,6 +559,12 @@ class GRPOConfig(OnlineConfig):
             raise ValueError(
                 f"importance_sampling_level 'sequence' goes with loss_type {by_level}; got {self.loss_type!r}"
             )
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.advantage != "grpo":
+            raise ValueError(
+                f"multi_objective_aggregation 'normalize_then_sum' goes with advantage 'grpo'; got {self.advantage!r}"
+            )
+        if self.dynamic_sampling_max_rounds and self.num_generations < 2:
+            raise ValueError("dynamic_sampling_max_rounds needs groups: num_generations must be at least 2; got 1")
 
     def _set_generation_batch(self) -> None:
         step = self.per_device_train_batch_size * self.world_size

@@ -2,20 +2,23 @@
 
 import dataclasses
 import math
+import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 import rlkernels
 
-from . import objectives, scoring
-from .common import check_columns
+from . import advantages, objectives, scoring
+from .common import NumberedRows, check_columns
 from .configs import OBJECTIVES, GRPOConfig
-from .online import GroupSampler, OnlineTrainer
+from .online import GroupSampler, OnlineTrainer, Samples
 from .packing import IGNORE, Sequence, fill_by_length, shift, split
 from .rewards import RewardFunction
 from .rollout import Engine
@@ -31,12 +34,15 @@ class Rollouts:
     advantages: list[float]
     in_loss: list[bool]  # False: truncated, and mask_truncated_completions is set
     num_tokens: float  # tokens in the loss, mean over the processes
+    token_advantages: list[Tensor] | None = None  # None: each token's is its completion's
     old_logprobs: list[Tensor | None] | None = None  # None: those of the current weights
-    ref_logprobs: list[Tensor | None] | None = None  # None: beta is 0
+    ref_logprobs: list[Tensor | None] | None = None  # None: there is no KL penalty in the loss
     sampler_logprobs: list[Tensor] | None = None  # None: they are not corrected for
 
     def has_gradient(self, row: int) -> bool:
-        return self.in_loss[row] and (self.advantages[row] != 0 or self.ref_logprobs is not None)
+        by_token = self.token_advantages
+        signal = self.advantages[row] != 0 if by_token is None else bool(by_token[row].any())
+        return self.in_loss[row] and (signal or self.ref_logprobs is not None)
 
     def scored(self, row: int) -> int:
         return sum(label != IGNORE for label in self.labels[row])
@@ -46,8 +52,8 @@ class GRPOTrainer(OnlineTrainer):
     """Trains a causal language model on rewards of its own completions.
 
     For each prompt `num_generations` completions are sampled; a completion's advantage is its reward against the others
-    of its prompt (`rlkernels.group_advantages`), and the loss is one of `rlkernels.policy_loss` (`args.loss_type`).
-    Log-probabilities come from
+    of its prompt, or of the batch (`args.advantage`), and the loss is one of `rlkernels.policy_loss`
+    (`args.loss_type`). Log-probabilities come from
     `rlkernels.wrap_lm_head`, without logits; a model that it refuses is trained by its logits, after a warning.
 
     Args:
@@ -132,48 +138,108 @@ class GRPOTrainer(OnlineTrainer):
     # Rollouts
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> Rollouts:
-        samples = self.sample(inputs, self.metrics)
-        outcomes = self.gather_outcomes(samples)
-        self.record_outcomes(outcomes, self.metrics)
-        # Rewards of all processes: a group may lie on several.
-        advantages, signal = rlkernels.group_advantages(
-            outcomes[:, :-2],
-            group_size=self.args.num_generations,
-            scale=self.args.scale_rewards,
-            weights=self.reward_weights,
-            normalize="after_sum" if self.args.multi_objective_aggregation == "sum_then_normalize" else "before_sum",
-            return_signal=True,
-        )
-        self.metrics.add("frac_reward_zero_std", 1 - signal.float().mean())
-        first = self.accelerator.process_index * len(inputs)
-        advantages = advantages[first : first + len(inputs)].tolist()
-        self.completions = self.table(samples, advantages)
-
-        self.count_tokens(samples.rollouts)
-        in_loss = [rollout.ended or not self.args.mask_truncated_completions for rollout in samples.rollouts]
+        args = self.args
+        samples, rewards, weights = self._sample_groups(inputs)
         sequences = [rollout.sequence() for rollout in samples.rollouts]
         rollouts = Rollouts(
             input_ids=[sequence.input_ids for sequence in sequences],
             labels=[sequence.labels for sequence in sequences],
-            advantages=advantages,
-            in_loss=in_loss,
+            advantages=[0.0] * len(inputs),
+            in_loss=[rollout.ended or not args.mask_truncated_completions for rollout in samples.rollouts],
             num_tokens=0.0,
         )
-        scored = sum(rollouts.scored(row) for row, counts in enumerate(in_loss) if counts)
-        scored = self.accelerator.reduce(torch.tensor(scored, device=outcomes.device)).item()
+        scored = sum(rollouts.scored(row) for row, counts in enumerate(rollouts.in_loss) if counts)
+        scored = self.accelerator.reduce(torch.tensor(scored, device=rewards.device)).item()
         rollouts.num_tokens = scored / self.accelerator.num_processes
-        if self.args.importance_sampling_correction:
+        if args.importance_sampling_correction:
             rollouts.sampler_logprobs = [
-                shift([[0.0] * len(rollout.prompt_ids) + rollout.logprobs], outcomes.device)
+                shift([[0.0] * len(rollout.prompt_ids) + rollout.logprobs], rewards.device)
                 for rollout in samples.rollouts
             ]
-        if self.args.beta > 0:
+        if args.beta > 0:
             with self.reference() as reference:
-                rollouts.ref_logprobs = self._score(reference, rollouts, in_loss)
-        if self.steps_per_rollout > 1:
+                rollouts.ref_logprobs = self._score(reference, rollouts, rollouts.in_loss)
+        if args.kl_in_reward:
+            rollouts.old_logprobs = self._score(self.model_wrapped, rollouts, rollouts.in_loss)
+        self._set_advantages(rollouts, rewards, weights)
+        self.completions = self.table(samples, rollouts.advantages)
+        if self.steps_per_rollout == 1:
+            rollouts.old_logprobs = None
+        elif rollouts.old_logprobs is None:
             rows = [rollouts.has_gradient(row) for row in range(len(inputs))]
             rollouts.old_logprobs = self._score(self.model_wrapped, rollouts, rows)
         return rollouts
+
+    def _sample_groups(self, inputs: list[dict[str, Any]]) -> tuple[Samples, Tensor, Tensor]:
+        """Completions on this process; rewards of all processes, since a group may lie on several, and their weights.
+
+        For up to `dynamic_sampling_max_rounds` rounds other prompts take the place of those without signal."""
+        args = self.args
+        size, most = args.num_generations, args.dynamic_sampling_max_rounds
+        first = self.accelerator.process_index * len(inputs)
+        others = self._other_prompts(inputs) if most else iter(())
+        samples = self.sample(inputs, self.metrics)
+        self.count_tokens(samples.rollouts)
+        rounds = 0
+        while True:
+            outcomes = self.gather_outcomes(samples)
+            rewards, weights = advantages.with_overlong(outcomes[:, :-2], self.reward_weights, outcomes[:, -2], args)
+            signal = advantages.signal(rewards, weights, size)
+            if rounds == most:
+                break
+            idle = (~signal.view(-1, size).any(1)).nonzero().flatten().tolist()
+            prompts = dict(zip(idle, others, strict=False))
+            if not prompts:
+                break
+            rounds += 1
+            rows = [row for row in range(len(inputs)) if (first + row) // size in prompts]
+            if rows:
+                drawn = [NumberedRows(self.train_dataset)[prompts[(first + row) // size]] for row in rows]
+                # The columns are those that the Trainer left.
+                drawn = [{name: row[name] for name in inputs[0]} for row in drawn]
+                samples.replace(rows, self.sample(drawn, self.metrics))
+            else:  # a sharded model must generate on every process
+                self.engine([inputs[0]["prompt"]], self.sampling)
+            self.count_tokens([samples.rollouts[row] for row in rows])
+        self.record_outcomes(outcomes, self.metrics)
+        self.metrics.add("frac_reward_zero_std", 1 - signal.float().mean())
+        if most:
+            self.metrics.add("dynamic_sampling/rounds", rounds)
+        if args.overlong_buffer_length is not None:
+            self.metrics.add("rewards/overlong/mean", rewards[:, -1].nanmean())
+        return samples, rewards, weights
+
+    def _other_prompts(self, inputs: list[dict[str, Any]]) -> Iterator[int]:
+        """Prompts that are not in this batch, at random: the same on every process, and in a resumed run."""
+        size, most = len(self.train_dataset), self.prompts_per_batch * (self.args.dynamic_sampling_max_rounds + 1)
+        drawn = random.Random(f"{self.args.seed} {self.state.global_step}").sample(range(size), min(size, most))
+        present = set(gather_object([row["row_id"] for row in inputs]))
+        return (index for index in drawn if index not in present)
+
+    def _set_advantages(self, rollouts: Rollouts, rewards: Tensor, weights: Tensor) -> None:
+        args, count = self.args, len(rollouts.in_loss)
+        own = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
+        if args.advantage == "grpo":
+            rollouts.advantages = advantages.grpo(rewards, weights, args)[own].tolist()
+            return
+        batch = self._lay_out(rollouts, range(count))
+        nothing = torch.zeros(len(batch["mask"]), device=rewards.device)
+        old, ref = (batch.get(name, nothing) for name in ("old_logprobs", "ref_logprobs"))
+        scores = advantages.scores(rewards, weights)
+        if args.advantage == "rloo":
+            kl = self.accelerator.gather(scoring.sequence_sums(old - ref, batch))
+            rollouts.advantages = advantages.rloo(scores, kl, args.beta, args.num_generations)[own].tolist()
+        else:
+            counted = torch.tensor(rollouts.in_loss, device=rewards.device) & ~scores[own].isnan()
+            batch["mask"] &= scoring.spread(counted, batch)
+            group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+            values = advantages.reinforce_plus_plus(scores[own], old, ref, batch, args.beta, group)
+            rollouts.advantages = scoring.sequence_means(values, batch).tolist()
+            rollouts.token_advantages = [part.clone() for part in split(values.cpu(), batch)]
+        if args.kl_in_reward:
+            tokens = max(rollouts.num_tokens, 1)
+            self.metrics.add("kl", (old - ref).sum() / tokens, tokens)
+            rollouts.ref_logprobs = None
 
     @torch.no_grad()
     def _score(
@@ -238,10 +304,13 @@ class GRPOTrainer(OnlineTrainer):
             return max(sum(rollouts.scored(row) for row in rows if rollouts.in_loss[row]), 1) * steps
         return max(rollouts.num_tokens, 1) * steps / self.args.steps_per_generation
 
-    def _lay_out(self, rollouts: Rollouts, rows: list[int]) -> dict[str, Any]:
+    def _lay_out(self, rollouts: Rollouts, rows: Iterable[int]) -> dict[str, Any]:
         device = self.accelerator.device
         batch = self.lay_out([Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows])
-        batch["advantages"] = torch.tensor([rollouts.advantages[row] for row in rows], device=device)
+        if rollouts.token_advantages is None:
+            batch["advantages"] = torch.tensor([rollouts.advantages[row] for row in rows], device=device)
+        else:
+            batch["advantages"] = torch.cat([rollouts.token_advantages[row].to(device) for row in rows])
         for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs"):
             known = getattr(rollouts, name)
             if known is not None:
@@ -270,7 +339,7 @@ class GRPOTrainer(OnlineTrainer):
         self.metrics.add("clip_ratio/region_mean", low + high, weight)
         self.metrics.add("ratio_mean", values["ratio_mean"], weight)
         self.metrics.add("entropy", values["entropy"], weight)
-        if self.args.beta > 0:
+        if self.args.beta > 0 and not self.args.kl_in_reward:
             self.metrics.add("kl", values["ref_kl"], weight)
         if self.args.importance_sampling_correction:
             self.metrics.add("sampling/importance_sampling_ratio/mean", values["sampler_weight"], weight)

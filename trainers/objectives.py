@@ -37,7 +37,8 @@ def policy_loss(model: nn.Module, batch: dict[str, Any], args: GRPOConfig, *, fu
     advantages, temperature = batch["advantages"], args.temperature
     if "top_entropy" in batch:
         # A token without an advantage has no share in the policy loss, but counts in what this is divided by.
-        advantages = scoring.spread(advantages, batch) * batch["top_entropy"]
+        by_token = len(advantages) == len(batch["mask"])
+        advantages = (advantages if by_token else scoring.spread(advantages, batch)) * batch["top_entropy"]
     if not apart:
         return scoring.policy_loss(model, batch, old, advantages, fused=fused, temperature=temperature, **options)
     logprobs, entropy = scoring.token_logprobs(model, batch, fused=fused, temperature=temperature, return_entropy=True)

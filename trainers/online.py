@@ -65,6 +65,18 @@ class Samples:
     rewards: Tensor  # [rows, reward functions], NaN where one does not apply
     extra: dict[str, list]  # columns that reward functions logged
 
+    def replace(self, rows: list[int], others: "Samples") -> None:
+        """Puts others in the place of these rows."""
+        for name in ("prompts", "rollouts", "completions"):
+            for row, value in zip(rows, getattr(others, name), strict=True):
+                getattr(self, name)[row] = value
+        self.rewards[rows] = others.rewards
+        for column, values in others.extra.items():
+            own = self.extra.setdefault(column, [])
+            own += [None] * (len(self.prompts) - len(own))
+            for row, value in zip(rows, values, strict=False):
+                own[row] = value
+
 
 def reward_function(source: RewardSource, args: OnlineConfig) -> RewardFunction:
     if not isinstance(source, str | nn.Module):

@@ -11,7 +11,8 @@ from rlkernels.trainers import GRPOConfig, RewardConfig, SFTConfig, configs
 CONFIGS = [GRPOConfig, RewardConfig, SFTConfig]
 
 NOT_TRL = {
-    *("token_budget", "padding_free"),
+    *("token_budget", "padding_free", "advantage", "dynamic_sampling_max_rounds"),
+    *("overlong_buffer_length", "overlong_penalty"),
     *("importance_sampling_correction", "importance_sampling_mode", "importance_sampling_cap"),
 }
 """Fields that TRL's config has not."""
@@ -95,10 +96,15 @@ def test_read_back(tmp_path):
         ({"num_generations": 1}, "num_generations must be at least 2"),
         ({"loss_type": "ppo"}, "loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo, .*; got 'ppo'"),
         ({"loss_type": "cispo"}, "epsilon_high must be at least 1 with loss_type cispo, .*; got None"),
+        ({"advantage": "gae"}, "advantage must be one of grpo, rloo, reinforce_plus_plus; got 'gae'"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of token, sequence; got 'word'"),
         (
             {"importance_sampling_level": "sequence", "loss_type": "sapo"},
             "importance_sampling_level 'sequence' goes with loss_type grpo, bnpo, dr_grpo, dapo, luspo; got 'sapo'",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "advantage": "rloo"},
+            "multi_objective_aggregation 'normalize_then_sum' goes with advantage 'grpo'; got 'rloo'",
         ),
         ({"importance_sampling_mode": "mask"}, "importance_sampling_mode must be one of token_truncate, "),
         ({"importance_sampling_cap": 0.0}, "importance_sampling_cap must be a finite number above 0; got 0.0"),
@@ -106,6 +112,14 @@ def test_read_back(tmp_path):
         ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be a finite number above 0; got 0.0"),
         ({"vespo_k_pos": float("inf")}, "vespo_k_pos must be a finite number above 0; got inf"),
         ({"top_entropy_quantile": 1.5}, "top_entropy_quantile must be between 0 and 1; got 1.5"),
+        ({"overlong_buffer_length": 0}, r"overlong_buffer_length must be between 1 and .* \(512\); got 0"),
+        ({"overlong_buffer_length": 513}, r"overlong_buffer_length must be between 1 and .* \(512\); got 513"),
+        ({"overlong_penalty": -1.0}, "overlong_penalty must be a finite number, at least 0; got -1.0"),
+        ({"dynamic_sampling_max_rounds": -1}, "dynamic_sampling_max_rounds must be at least 0; got -1"),
+        (
+            {"dynamic_sampling_max_rounds": 1, "advantage": "reinforce_plus_plus", "num_generations": 1},
+            "dynamic_sampling_max_rounds needs groups",
+        ),
         ({"scale_rewards": "all"}, "scale_rewards must be one of"),
         ({"multi_objective_aggregation": "max"}, "multi_objective_aggregation must be one of"),
         ({"temperature": 0.0}, "temperature must be a finite number above 0"),

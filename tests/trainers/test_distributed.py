@@ -29,13 +29,21 @@ PPO = {
     "adap_kl_ctrl": True,
     "horizon": 80,
 }
+# The second process's group has no signal, so that it alone draws other prompts, in the last step as many as it may.
+OVER_ALL_TOKENS = ONE_GROUP_EACH | {
+    "advantage": "reinforce_plus_plus",
+    "dynamic_sampling_max_rounds": 2,
+    "top_entropy_quantile": 0.4,
+    "beta": 0.1,
+    "overlong_buffer_length": 3,
+}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[list[dict]]:
     """Of each of the runs, what its two processes saw."""
     folder = tmp_path_factory.mktemp("distributed")
-    runs = json.dumps([ONE_GROUP_EACH, HALF_A_GROUP_EACH, PPO])
+    runs = json.dumps([ONE_GROUP_EACH, HALF_A_GROUP_EACH, PPO, OVER_ALL_TOKENS])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(folder), runs]
     path = os.pathsep.join([str(WORKER.parent), *sys.path])
@@ -75,24 +83,36 @@ def test_a_group_over_two_processes(results):
     assert [row["advantage"] for row in first["table"]] == halves[0] + halves[1]
 
 
-def test_gradient_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
+def test_drawn_prompts_and_whitening_over_two_processes(results):
+    first, second = results[3]
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["table"] == second["table"]
+    assert first["logs"][0]["dynamic_sampling/rounds"] > 0
+    for rollouts in zip(first["rollouts"], second["rollouts"], strict=True):
+        values = [torch.cat(each["token_advantages"]) for each in rollouts]
+        scored = [torch.tensor([label != -100 for row in each["labels"] for label in row]) for each in rollouts]
+        every = torch.cat([part[(part != 0)] for part in values])
+        assert len(every) == sum(int(mask.sum()) for mask in scored)
+        assert every.mean().abs() < 1e-5 and every.std(correction=0).item() == pytest.approx(1, rel=1e-4)
+        assert values[0].sum().abs() > 0.1  # whitened together, not each by itself
+
+
+@pytest.mark.parametrize("run, options", [(0, {}), (3, OVER_ALL_TOKENS)], ids=["grpo", "over_all_tokens"])
+def test_gradient_is_that_of_one_process(results, make_model, tokenizer, tmp_path, run, options):
     """Which holds the completions of both."""
-    first, second = (rank["rollouts"][0] for rank in results[0])
-    both = {name: first[name] + second[name] for name in ("input_ids", "labels", "advantages", "in_loss")}
+    first, second = (rank["rollouts"][0] for rank in results[run])
+    names = ["input_ids", "labels", "advantages", "in_loss", *(["token_advantages"] if options else [])]
+    both = {name: first[name] + second[name] for name in names}
     num_tokens = sum(label != -100 for labels in both["labels"] for label in labels)
+    options = options | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     args = GRPOConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=8,
-        num_generations=4,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
+        output_dir=str(tmp_path), num_generations=4, bf16=False, use_cpu=True, report_to="none", **options
     )
     trainer = GRPOTrainer(make_model(), lambda **_: [], args, [{"prompt": "a"}] * 2, processing_class=tokenizer)
     trainer.roll_out = lambda inputs: grpo.Rollouts(**both, num_tokens=num_tokens)
     trainer.training_step(trainer.model, [])
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
-    assert norm.item() == pytest.approx(results[0][0]["logs"][0]["grad_norm"], rel=1e-4)
+    assert norm.item() == pytest.approx(results[run][0]["logs"][0]["grad_norm"], rel=1e-4)
 
 
 def test_ppo_is_that_of_one_process(results, make_model, tokenizer, tmp_path):

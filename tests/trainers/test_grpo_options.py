@@ -1,4 +1,4 @@
-"""GRPOTrainer's options that TRL has not: further objectives, and corrections for the sampler."""
+"""GRPOTrainer's options that TRL has not: further objectives and advantages, dynamic sampling, punished length."""
 
 import math
 import random
@@ -7,9 +7,15 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, Rollout
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, Rollout, grpo
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(13)]
+TAUGHT = (1, 4, 8)  # the prompts whose rewards differ
+
+
+def some_teach(index, completion_ids, **kwargs):
+    """Within a group of four, rewards differ by the place in it, if the prompt is one of some."""
+    return [float(row % 4) if i in TAUGHT else 1.0 for row, i in enumerate(index)]
 
 
 def by_place(completions, **kwargs):
@@ -18,7 +24,7 @@ def by_place(completions, **kwargs):
 
 @pytest.fixture
 def make_trainer(make_model, tokenizer, tmp_path):
-    def make(reward_funcs=by_place, rollout=None, **options):
+    def make(reward_funcs=some_teach, rollout=None, **options):
         options = {
             "output_dir": str(tmp_path / "run"),
             "per_device_train_batch_size": 8,
@@ -123,6 +129,49 @@ def test_objectives(make_trainer, fixed, loss_type, objective, aggregation, norm
     assert (got - gradient).norm() <= 1e-5 * gradient.norm()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_reinforce_plus_plus(make_trainer, fixed, beta):
+    """Returns by the equation, whitened over the model's own tokens; the loss itself has no KL penalty."""
+    rewards = [0.0, 1.0, 2.0, None, 3.0, -1.0, 0.5, 0.5]
+    trainer = make_trainer(
+        lambda **_: rewards, fixed, advantage="reinforce_plus_plus", beta=beta, num_generations=1, epsilon=0.01
+    )
+    add_noise(trainer.model)
+    rows = fixed(None, None)
+    returns, places = [], []
+    with torch.no_grad():
+        for place, (row, reward) in enumerate(zip(rows, rewards, strict=True)):
+            kl = torch.zeros(len(row.completion_ids))
+            if beta:
+                kl = dense_logprobs(trainer.model, row) - dense_logprobs(trainer.reference_model, row)
+            own = [step for step in range(len(kl)) if row.mask is None or row.mask[step]]
+            for step in own if reward is not None else []:
+                returns.append(reward - beta * sum(kl[s].item() for s in own if s >= step))
+                places.append((place, len(row.prompt_ids) - 1 + step))
+    returns = torch.tensor(returns)
+    expected = (returns - returns.mean()) / returns.std(correction=0)
+
+    trainer.training_step(trainer.model, [PROMPTS[row] for row in range(8)])
+    got = trainer.rollouts.token_advantages
+    torch.testing.assert_close(torch.stack([got[row][step] for row, step in places]), expected, rtol=1e-4, atol=1e-5)
+    assert sum(int((values != 0).sum()) for values in got) == len(places)
+    assert trainer.rollouts.ref_logprobs is None
+    assert ("kl" in trainer.metrics.sums) == (beta > 0)
+
+
+def test_advantages_of_tokens_that_cancel_have_a_gradient():
+    tokens = torch.tensor([0.0, 1.0, -1.0])
+    rollouts = grpo.Rollouts([[1, 2, 3]] * 2, [], [0.0, 0.0], [True] * 2, 2.0, [tokens, torch.zeros(3)])
+    assert rollouts.has_gradient(0) and not rollouts.has_gradient(1)
+
+
+def test_kl_in_the_reward_of_rloo_is_measured(make_trainer):
+    trainer = make_trainer(by_place, advantage="rloo", loss_type="luspo", beta=0.5)
+    trainer.train()
+    kl = [log["kl"] for log in history(trainer)]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and abs(kl[-1]) > 1e-4
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_sampler_correction(make_trainer, fixed, level):
     """A sampler that agrees changes nothing; where it held one token for half as likely, the weight 2 is capped."""
@@ -158,6 +207,122 @@ def test_engine_without_logprobs(make_trainer, fixed):
     trainer = make_trainer(lambda **_: [0.0, 1.0] * 4, fixed, importance_sampling_correction=True)
     with pytest.raises(ValueError, match=r"row 0: logprobs is None, where options\.logprobs asks for them"):
         trainer.train()
+
+
+def test_dynamic_sampling_finds_signal(make_trainer):
+    """Every group teaches in the end; other prompts are drawn, none twice, and only in the place of idle groups."""
+    sizes = []
+
+    def note(index, log_extra, **kwargs):
+        sizes.append((trainer.state.global_step, index))
+        log_extra("row", index)
+        return some_teach(index, **kwargs)
+
+    trainer = make_trainer(note, dynamic_sampling_max_rounds=10, max_steps=4, num_iterations=2)
+    trainer.train()
+    logs = history(trainer)
+    assert [log["frac_reward_zero_std"] for log in logs if "frac_reward_zero_std" in log] == [0.0, 0.0]
+    rounds = [log["dynamic_sampling/rounds"] for log in logs if "dynamic_sampling/rounds" in log]
+    assert min(rounds) > 0 and sum(rounds) == len(sizes) - 2
+    assert {row["row"] for row in trainer.completions} <= {*TAUGHT}
+    assert all(row["prompt"] == PROMPTS[row["row"]]["prompt"] for row in trainer.completions)
+    for step in (0, 2):
+        calls = [index[::4] for at, index in sizes if at == step]
+        idle = 2
+        for index in calls:
+            assert len(index) == idle
+            idle = sum(i not in TAUGHT for i in index)
+        drawn = [i for index in calls for i in index]
+        assert idle == 0 and len(set(drawn)) == len(drawn)
+    assert logs[-1]["num_tokens"] > sum(len(row["prompt"]) for row in trainer.completions) * 2
+    assert all(log["grad_norm"] > 0 for log in logs)
+
+
+def test_dynamic_sampling_counts_what_it_drew(make_trainer):
+    seen = []
+
+    def count(prompts, completion_ids, **kwargs):
+        seen.append(sum(map(len, prompts)) + sum(map(len, completion_ids)))
+        return some_teach(completion_ids=completion_ids, **kwargs)
+
+    trainer = make_trainer(count, dynamic_sampling_max_rounds=10, max_steps=2)
+    trainer.train()
+    assert history(trainer)[-1]["num_tokens"] == sum(seen)
+
+
+def test_dynamic_sampling_stops_at_its_cap(make_trainer):
+    """What is left without signal contributes nothing, as without dynamic sampling."""
+    calls = []
+
+    def never(index, **kwargs):
+        calls.append(index)
+        return [1.0] * len(index)
+
+    trainer = make_trainer(never, dynamic_sampling_max_rounds=2, max_steps=2)
+    before = weights(trainer)
+    trainer.train()
+    assert [len(index) for index in calls] == [8] * 6
+    assert [log["dynamic_sampling/rounds"] for log in history(trainer)] == [2, 2]
+    assert [log["frac_reward_zero_std"] for log in history(trainer)] == [1, 1]
+    assert torch.equal(weights(trainer), before)
+
+
+def test_dynamic_sampling_ends_with_the_prompts(make_trainer):
+    """Of 13 prompts 2 are the batch's, and 11 are left: a sixth round finds one, a seventh none."""
+    calls = []
+
+    def never(index, **kwargs):
+        calls.append(index[::4])
+        return [1.0] * len(index)
+
+    make_trainer(never, dynamic_sampling_max_rounds=20, max_steps=1).train()
+    assert [len(index) for index in calls] == [2, 2, 2, 2, 2, 2, 1]
+    assert sorted(i for index in calls for i in index) == list(range(13))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dynamic_sampling_max_rounds": 3, "remove_unused_columns": False},
+        {"advantage": "reinforce_plus_plus", "beta": 0.1, "overlong_buffer_length": 3},
+        {"advantage": "rloo", "beta": 0.1, "top_entropy_quantile": 0.5},
+    ],
+    ids=["dynamic_sampling", "reinforce_plus_plus", "rloo"],
+)
+def test_resumes_exactly(make_trainer, options, tmp_path):
+    """Step 3 lies within a generation batch, and the next batch draws prompts again."""
+    options = {"max_steps": 6, "num_iterations": 2, "save_strategy": "steps", "save_steps": 3, **options}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    resumed = make_trainer(output_dir=str(tmp_path / "resumed"), **options)
+    torch.manual_seed(12345)
+    random.seed(12345)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert history(resumed) == history(whole)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.completions == whole.completions
+
+
+def test_overlong_completions_are_punished(make_trainer, fixed):
+    """One token short of a buffer of 4 in 6 costs nothing, each further one a quarter; without a reward, no advantage.
+
+    The other reward is the same for all of the first group, which so learns to be short."""
+    rewards = [1.0, 1.0, 1.0, 1.0, 0.0, 1.0, None, 2.0]
+    trainer = make_trainer(
+        lambda **_: rewards, fixed, overlong_buffer_length=4, overlong_penalty=2.0, scale_rewards="none", max_steps=1
+    )
+    trainer.train()
+    lengths = [len(row.completion_ids) for row in fixed(None, None)]
+    assert len(set(lengths)) > 2
+    punishment = [-2.0 * max(0, length - 2) / 4 for length in lengths]
+    totals = torch.tensor([math.nan if r is None else r + p for r, p in zip(rewards, punishment, strict=True)])
+    expected = (totals.view(2, 4) - totals.view(2, 4).nanmean(1, keepdim=True)).flatten().nan_to_num(0.0)
+    got = torch.tensor([row["advantage"] for row in trainer.completions])
+    torch.testing.assert_close(got, expected)
+    log = history(trainer)[0]
+    assert log["rewards/overlong/mean"] == pytest.approx(sum(punishment[:6] + punishment[7:]) / 2 / 7)
+    assert log["reward"] == pytest.approx(1.0)
+    assert log["frac_reward_zero_std"] == pytest.approx(1 / 8)
 
 
 def test_tokens_of_tools_leave_no_trace(make_trainer, fixed):

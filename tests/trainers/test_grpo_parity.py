@@ -223,6 +223,17 @@ def test_tokens_of_tools(train_both, loss_type, level):
     assert_equal(*train_both(loss_type=loss_type, tools=True, **options))
 
 
+@pytest.mark.parametrize("accumulation", [1, 4], ids=["one_batch", "four_micro_batches"])
+@pytest.mark.parametrize("beta", [0.0, 0.3], ids=["no_kl", "kl_in_reward"])
+def test_rloo(train_both, beta, accumulation):
+    """Its loss is a product over the sequence, whose gradient at ratio 1 is luspo's sum, but not its value."""
+    options = {"beta": beta, "gradient_accumulation_steps": accumulation}
+    theirs, ours = train_both(peer="RLOO", ours={"advantage": "rloo", "loss_type": "luspo"}, **options)
+    for (_, gradient), (_, our_gradient) in zip(theirs, ours, strict=True):
+        assert gradient.norm() > 1e-3
+        assert (our_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
 def test_generation_batch_of_two_steps(train_both, loss_type):
     assert_equal(
