@@ -185,6 +185,7 @@ def test_it_learns(make_trainer):
     trainer = make_trainer(max_steps=20, learning_rate=1e-2, logging_steps=5)
     before = trainer.evaluate()
     trainer.train()
+    assert trainer.state.num_input_tokens_seen == 20 * sum(trainer.train_dataset["num_tokens"])
     after = trainer.evaluate()
     assert before["eval_accuracy"] < 0.9 and after["eval_accuracy"] == 1.0
     assert after["eval_loss"] < 0.1 * before["eval_loss"]
@@ -228,15 +229,30 @@ def test_pairs_that_are_too_long_are_left_out(make_trainer):
     assert trainer.train_dataset["row_id"] == [0, 2]
 
 
-def test_dropout_is_disabled(make_model, make_trainer):
+@pytest.mark.parametrize("disabled", [True, False])
+def test_dropout(make_model, make_trainer, disabled):
     config = make_model().config
     config.attention_dropout, config.num_labels = 0.5, 1
     model = AutoModelForSequenceClassification.from_config(config)
-    assert_equal(*(step(make_trainer(model=model)) for _ in range(2)))
-    config.attention_dropout = 0.5
+    trainer = make_trainer(model=model, disable_dropout=disabled)
+    assert (step(trainer)[0] == step(trainer)[0]) == disabled
+
+
+def test_model_without_a_padding_token_is_padded_too(make_model, make_trainer):
+    config = make_model().config
+    config.pad_token_id, config.num_labels = None, 1
     model = AutoModelForSequenceClassification.from_config(config)
-    trainer = make_trainer(model=model, disable_dropout=False)
-    assert step(trainer)[0] != step(trainer)[0]
+    padded, whole = (make_trainer(model=copy.deepcopy(model), padding_free=free) for free in (False, True))
+    assert_equal(step(padded), step(whole))
+
+
+def test_evaluating_other_rows(make_trainer):
+    trainer, other = make_trainer(), make_trainer(texts(seed=1))
+    metrics = trainer.evaluate(texts(seed=1))
+    assert metrics["eval_margin"] == pytest.approx(other.evaluate()["eval_margin"])
+    assert metrics["eval_margin"] != pytest.approx(trainer.evaluate()["eval_margin"])
+    with pytest.raises(ValueError, match="eval_dataset has no column 'rejected'"):
+        trainer.evaluate([{"chosen": "a"}])
 
 
 @pytest.mark.parametrize(
