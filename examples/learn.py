@@ -3,65 +3,46 @@
 import resource
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from arithmetic import Grader, problems
+from program import Run
+from progress import ProgressCallback
 from rlkernels.cli import serving_backends
 from rlkernels.trainers import GRPOConfig, GRPOTrainer
 from smollm2 import model_folder
 
 
 @dataclass
-class Run:
+class Learned:
     result: dict[str, Any]
     grader: Grader
 
 
-class ProgressCallback(TrainerCallback):
-    """A bar with reward, completion length and time left, and a line for each evaluation."""
+class AccuracyCallback(TrainerCallback):
+    """A line for each evaluation."""
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("reward {task.fields[reward]}  length {task.fields[length]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-        )
-        self.task = self.bar.add_task("", total=steps, reward="-", length="-")
-
-    def on_log(self, args, state, control, logs, **_) -> None:
-        if "reward" in logs:
-            self.bar.update(
-                self.task,
-                completed=state.global_step,
-                reward=f"{logs['reward']:.2f}",
-                length=f"{logs['completions/mean_length']:.1f}",
-            )
 
     def on_evaluate(self, args, state, control, metrics, **_) -> None:
         accuracy = metrics["eval_rewards/correct/mean"]
         self.console.print(f"step {state.global_step:3d}  held-out accuracy {accuracy:.2f}")
 
 
-def config(folder: Path, seed: int, steps: int) -> GRPOConfig:
+def config(run: Run) -> GRPOConfig:
     # On CPUs and at these lengths the backward pass of fused attention takes several times that of the plain one.
     attention = "sdpa" if torch.accelerator.is_available() else "eager"
     return GRPOConfig(
-        output_dir=str(folder),
-        seed=seed,
-        max_steps=steps,
+        output_dir=str(run.folder),
+        seed=run.seed,
+        max_steps=run.steps,
         learning_rate=1e-5,
         lr_scheduler_type="constant",
         # 8 prompts x 8 samples a step, in two halves to halve the memory of the activations.
@@ -83,8 +64,8 @@ def config(folder: Path, seed: int, steps: int) -> GRPOConfig:
     )
 
 
-def learn(folder: Path, seed: int, steps: int, console: Console) -> Run:
-    """Train, and save the model to `folder`/model."""
+def learn(run: Run) -> Learned:
+    """Train, and save the model to `run.folder`/model."""
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -92,15 +73,15 @@ def learn(folder: Path, seed: int, steps: int, console: Console) -> Run:
     tokenizer = AutoTokenizer.from_pretrained(model)
     grader = Grader(tokenizer.eos_token_id)
     train, held_out = problems()
-    progress = ProgressCallback(console, steps)
+    progress = ProgressCallback(run, {"reward": "reward", "length": "completions/mean_length"})
     trainer = GRPOTrainer(
         model,
         grader.rewards,
-        config(folder, seed, steps),
+        config(run),
         Dataset.from_list(train),
         Dataset.from_list(held_out),
         tokenizer,
-        callbacks=[progress],
+        callbacks=[progress, AccuracyCallback(run.console)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.evaluate()
@@ -108,9 +89,9 @@ def learn(folder: Path, seed: int, steps: int, console: Console) -> Run:
         trained = trainer.train()
     if trainer.state.global_step % trainer.state.eval_steps:
         trainer.evaluate()
-    trainer.save_model(str(folder / "model"))
+    trainer.save_model(str(run.folder / "model"))
     result = {
-        "seed": seed,
+        "seed": run.seed,
         "steps": trainer.state.global_step,
         "wall_s": round(time.perf_counter() - start, 1),
         "accuracy_before": round(grader.accuracy("held_out", 0), 4),
@@ -119,4 +100,4 @@ def learn(folder: Path, seed: int, steps: int, console: Console) -> Run:
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "backends": serving_backends(trainer.args.device.type),
     }
-    return Run(result, grader)
+    return Learned(result, grader)
