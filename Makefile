@@ -13,13 +13,20 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo bench bench-results bench-steps evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
+.PHONY: help demo examples bench bench-results bench-steps evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 
 demo: build $(STAMPS)/demo $(STAMPS)/demo-model ## train a real language model on verifiable rewards
 	@$(BIN)/python examples/demo.py
+
+# make examples SEED=1
+SEED := 0
+examples: build $(STAMPS)/demo $(STAMPS)/demo-model ## teach the same model one thing by each method in turn, minutes each
+	@for name in sft reward dpo ppo grpo; do \
+	  echo "== $$name"; $(BIN)/python examples/$$name.py --seed $(SEED) --output_dir runs/$(SEED)/$$name || exit; \
+	done
 
 # make bench BENCH="--op gae"
 bench: test-setup ## time the kernels beside what people use today, other projects where `make test-peers` was run

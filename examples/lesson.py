@@ -1,0 +1,153 @@
+"""What the examples teach SmolLM2-135M-Instruct, each by another method: to answer a sum with the sentence "The answer
+is 8." and stop, where it rambles by itself. All data are made here; held-out sums are none of those trained on, nor
+those with their terms swapped."""
+
+import json
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+
+from arithmetic import problems
+from program import Run
+from progress import ProgressCallback
+from rlkernels.trainers.common import BaseTrainer
+from rlkernels.trainers.rollout import SamplingOptions, TransformersEngine
+from smollm2 import model_folder
+
+Row = dict[str, Any]
+
+TRAIN, HELD_OUT = problems()
+SAMPLES = 2
+"""Of each held-out sum: shares are of 100 completions."""
+SAMPLING = SamplingOptions(temperature=1.0, max_completion_length=16)
+"""Twice the tokens of the sentence."""
+
+# What a preference is held against, beside what the model itself says: the same answer in other words. Those of
+# held-out pairs are others than those of the pairs trained on.
+OTHER_WORDS = (
+    "{answer}",
+    "The answer is {answer}",
+    "Answer: {answer}.",
+    "{expression} = {answer}.",
+    "The final answer is {answer}.",
+    "The answer to {expression} is {answer}.",
+    "The answer is {answer}. Is there anything else",
+    "To find the answer, we compute {expression}.",
+)
+HELD_OUT_WORDS = (
+    "It is {answer}.",
+    "So the answer is {answer}.",
+    "The answer is {answer}. To see why, consider",
+    "Let us compute {expression} step by step.",
+)
+
+
+def sentence(row: Row) -> str:
+    return f"The answer is {row['answer']}."
+
+
+def is_sentence(text: str) -> bool:
+    return re.fullmatch(r"The answer is -?\d+\.", text) is not None
+
+
+# The model, and what it says
+
+
+def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder = str(model_folder())
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def completions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], seed: int
+) -> list[tuple[str, bool]]:
+    """What the model says to each row, and whether it stopped by itself."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        rollouts = TransformersEngine(model, tokenizer)([row["prompt"] for row in rows], SAMPLING)
+    texts = tokenizer.batch_decode([rollout.completion_ids for rollout in rollouts], skip_special_tokens=True)
+    return [(text, rollout.ended) for text, rollout in zip(texts, rollouts, strict=True)]
+
+
+def rates(trainer: BaseTrainer, model: PreTrainedModel) -> dict[str, float]:
+    """Of the model's completions of held-out sums, the share of those that are the sentence and nothing else, and of
+    those in which the number is right, too."""
+    rows = [row for row in HELD_OUT for _ in range(SAMPLES)]
+    with trainer.accelerator.autocast():
+        said = completions(model, trainer.processing_class, rows, trainer.args.seed)
+    format_ = [ended and is_sentence(text) for text, ended in said]
+    right = [good and text == sentence(row) for good, (text, _), row in zip(format_, said, rows, strict=True)]
+    return {"format rate": sum(format_) / len(rows), "right answers": sum(right) / len(rows)}
+
+
+# Data
+
+
+def demonstrations(rows: list[Row]) -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": row["prompt"], "completion": [{"role": "assistant", "content": sentence(row)}]} for row in rows]
+    )
+
+
+def pairs(
+    rows: list[Row], words: tuple[str, ...], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """Two of each sum: the sentence against other words, and against what the model itself says."""
+    rng = random.Random(0)
+    own = [text for text, _ in completions(model, tokenizer, rows, seed=0)]
+    made = []
+    for row, text in zip(rows, own, strict=True):
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        others = [rng.choice(words).format(**row), text]
+        made += [
+            {"prompt": prompt, "chosen": sentence(row), "rejected": other} for other in others if not is_sentence(other)
+        ]
+    return Dataset.from_list(made)
+
+
+# The run
+
+
+def options(run: Run) -> dict[str, Any]:
+    """Of every trainer's config."""
+    return {
+        "output_dir": str(run.folder),
+        "seed": run.seed,
+        "max_steps": run.steps,
+        "lr_scheduler_type": "constant",
+        "activation_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+def learn(run: Run, trainer: BaseTrainer, measure: Callable[[], dict[str, float]], shown: dict[str, str]) -> list[Any]:
+    """Trains, and saves the model and what `measure` gives before and after. Returns what to print."""
+    start = time.perf_counter()
+    progress = ProgressCallback(run, shown)
+    trainer.add_callback(progress)
+    trainer.remove_callback(PrinterCallback)
+    before = measure()
+    with progress.bar:
+        trainer.train()
+    after = measure()
+    trainer.save_model(str(run.folder / "model"))
+    seconds = round(time.perf_counter() - start, 1)
+    result = {"seed": run.seed, "steps": run.steps, "seconds": seconds, "before": before, "after": after}
+    (run.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    table = Table("held out", "before", "after")
+    for name in before:
+        table.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
+    return [table, f"{run.steps} steps, {seconds:.0f} s; everything is in {run.output_dir}"]

@@ -1,0 +1,127 @@
+"""The examples: the lesson that they teach, their command lines, and a step of each on the tiny model."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+lesson, program = importlib.import_module("lesson"), importlib.import_module("program")
+
+NAMES = ("sft", "reward", "dpo", "ppo", "grpo")
+
+
+def terms(row: dict) -> tuple[str, ...]:
+    left, operator, right = row["expression"].split()
+    return operator, *sorted((left, right))
+
+
+def test_held_out_sums_and_words_are_not_those_trained_on():
+    assert {terms(row) for row in lesson.TRAIN}.isdisjoint(map(terms, lesson.HELD_OUT))
+    assert set(lesson.OTHER_WORDS).isdisjoint(lesson.HELD_OUT_WORDS)
+
+
+def test_sentence():
+    for row in lesson.TRAIN:
+        assert lesson.is_sentence(lesson.sentence(row))
+        for words in (*lesson.OTHER_WORDS, *lesson.HELD_OUT_WORDS):
+            assert not lesson.is_sentence(words.format(**row))
+    for text in (
+        "The answer is .",
+        "The answer is 8",
+        " The answer is 8.",
+        "The answer is 8.\n",
+        "The answer is eight.",
+    ):
+        assert not lesson.is_sentence(text)
+
+
+@pytest.fixture
+def tiny(make_model, tokenizer, tmp_path, monkeypatch):
+    """The tiny model in the place of SmolLM2."""
+    folder = tmp_path / "start"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr(lesson, "model_folder", lambda: folder)
+    monkeypatch.setattr(lesson, "HELD_OUT", lesson.HELD_OUT[:4])
+    monkeypatch.setattr(lesson, "TRAIN", lesson.TRAIN[:32])
+
+
+def test_pairs(tiny):
+    model, tokenizer = lesson.load()
+    made = [lesson.pairs(lesson.TRAIN, lesson.OTHER_WORDS, model, tokenizer) for _ in range(2)]
+    assert made[0].to_list() == made[1].to_list()
+    assert len(made[0]) == 2 * len(lesson.TRAIN)
+    for pair in made[0]:
+        assert lesson.is_sentence(pair["chosen"]) and not lesson.is_sentence(pair["rejected"])
+        assert pair["prompt"].endswith("a:")
+
+
+def test_rates_are_of_completions_that_are_the_sentence_and_stop(tiny, monkeypatch):
+    said = {
+        ("The answer is 3.", True): 1,
+        ("The answer is 3.", False): 0,
+        ("3", True): 0,
+        ("The answer is 99.", True): 1,
+    }
+    rows = lesson.HELD_OUT
+    monkeypatch.setattr(lesson, "sentence", lambda row: "The answer is 3.")
+    monkeypatch.setattr(lesson, "SAMPLES", 1)
+    monkeypatch.setattr(lesson, "completions", lambda *arguments: list(said)[: len(rows)])
+    accelerator = type("Accelerator", (), {"autocast": lambda self: __import__("contextlib").nullcontext()})()
+    args = type("Args", (), {"seed": 0})()
+    trainer = type("Trainer", (), {"accelerator": accelerator, "args": args, "processing_class": None})()
+    assert lesson.rates(trainer, None) == {"format rate": 0.5, "right answers": 0.25}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example_runs(tiny, name, tmp_path, capsys):
+    example = importlib.import_module(name)
+    folder = tmp_path / "runs" / name
+    arguments = ["--steps", "1", "--seed", "3", "--output_dir", str(folder)]
+    if name == "ppo":
+        importlib.import_module("reward").main([*arguments[:-1], str(folder.parent / "reward")])
+    assert example.main(arguments) == 0
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["seed"], result["steps"]) == (3, 1)
+    assert result["before"].keys() == result["after"].keys()
+    start, learned = (
+        load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+        for path in (tmp_path / "start", folder / "model")
+    )
+    assert (start != learned).any()
+    assert not list(folder.glob(".unfinished-*"))
+    printed = capsys.readouterr().out
+    assert all(measure in printed for measure in result["before"])
+
+
+def run(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_option_ends_in_one_line(name, tmp_path):
+    (tmp_path / "file").touch()
+    done = run(name, "--output_dir", "file", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr == f"{name}.py: error: --output_dir: file is not a folder\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_interrupted_run_leaves_the_last_results(tmp_path, capsys):
+    def interrupted(run: program.Run) -> list:
+        (run.folder / "result.json").touch()
+        raise KeyboardInterrupt
+
+    (tmp_path / "result.json").write_text("of the last run")
+    arguments = ["--output_dir", str(tmp_path)]
+    assert program.main("An example.", interrupted, steps=1, folder="unused", arguments=arguments) == 130
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+    assert (tmp_path / "result.json").read_text() == "of the last run"
+    assert "is as it was before" in capsys.readouterr().err
