@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
 from .configs import BaseConfig
+from .interrupts import uninterrupted
 from .packing import Sequence, lay_out, prepare_packing
 from .reporting import CurvesCallback
 from .scoring import needs_no_logits
@@ -440,6 +441,14 @@ class BaseTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*COLUMNS, "row_id"]
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with uninterrupted():
+            super().save_model(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with uninterrupted():
+            super()._save_checkpoint(*args, **kwargs)
 
     # Checkpoints hold the reference too, if it is the model of the start: a resumed run may be given the checkpoint.
 
