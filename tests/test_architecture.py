@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "rlkernels/__init__.py": {"rlkernels.ops", "rlkernels.lm_head"},
     "trainers/*.py": {"rlkernels.trainers"},
     # `rlkernels info` reports on the registry and the extension themselves.
-    "rlkernels/cli.py": {"rlkernels.trainers", "rlkernels.ops._registry", "rlkernels._C"},
+    "rlkernels/cli.py": {"rlkernels.cli_train", "rlkernels.ops._registry", "rlkernels._C"},
+    "rlkernels/cli_*.py": {"rlkernels.trainers", "rlkernels.cli_data"},
     "rlkernels/__main__.py": {"rlkernels.cli"},
     "examples/*.py": {"rlkernels.trainers", "rlkernels.cli"},
 }

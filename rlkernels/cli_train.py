@@ -1,0 +1,349 @@
+"""`rlkernels sft|reward|dpo|ppo|grpo`: one table of what the commands are, and the one way in which they all run."""
+
+import argparse
+import difflib
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlkernels import cli_data
+
+
+class BadValue(Exception):
+    """A value given by the user, told in one line; everything else keeps its traceback."""
+
+
+def show(error: BaseException) -> str:
+    """An error of the standard library rarely makes sense without its type's name; a plain ValueError does."""
+    text = str(error)
+    return text if type(error) in (ValueError, FileNotFoundError) and text else f"{type(error).__name__}: {text}"
+
+
+# What each command takes: these arguments, and every field of its config.
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """What a run needs beside its config."""
+
+    model: str = field(metadata={"help": "Folder of the model, or its name in the local Hugging Face cache."})
+    dataset: str = field(
+        metadata={
+            "help": "A .jsonl, .json, .csv or .parquet file, a folder of such, named after their splits (train.jsonl, "
+            "test.jsonl), or a dataset on the Hugging Face hub."
+        }
+    )
+    config: str | None = field(
+        default=None, metadata={"help": "YAML file of options; the command line goes before the file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on, where eval_strategy asks for evaluation."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train and save a LoRA adapter, not the model itself."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "What the adapter adds is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers that get an adapter, or all-linear; PEFT's choice if unset."},
+    )
+
+
+@dataclass(kw_only=True)
+class DPOArguments(RunArguments):
+    ref_model: str | None = field(default=None, metadata={"help": "The reference model; the model at start if unset."})
+
+
+@dataclass(kw_only=True)
+class GRPOArguments(RunArguments):
+    reward: list[str] = field(metadata={"help": "Reward functions, each as module:function."})
+
+
+@dataclass(kw_only=True)
+class PPOArguments(DPOArguments):
+    reward: list[str] | None = field(default=None, metadata={"help": "Reward functions, each as module:function."})
+    reward_model: str | None = field(
+        default=None, metadata={"help": "A reward model, as `rlkernels reward` trains them; one more reward."}
+    )
+    value_model: str | None = field(
+        default=None, metadata={"help": "A classifier with one label to start the value model from."}
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """A way to train: {method}Trainer of rlkernels.trainers with its {method}Config."""
+
+    method: str
+    help: str
+    rows: str
+    arguments: type[RunArguments] = RunArguments
+    samples: bool = False
+    task_type: str = "CAUSAL_LM"
+
+
+COMMANDS = {
+    "sft": Command("SFT", "imitate texts", "prompt and completion, messages, or text"),
+    "reward": Command(
+        "Reward",
+        "train a reward model on pairs of texts of which one is preferred",
+        "chosen and rejected, with or without prompt and margin",
+        task_type="SEQ_CLS",
+    ),
+    "dpo": Command(
+        "DPO", "learn from pairs of completions of which one is preferred", "prompt, chosen and rejected", DPOArguments
+    ),
+    "ppo": Command(
+        "PPO",
+        "learn from rewards of sampled completions, with a value model",
+        "prompt, and what the reward functions take",
+        PPOArguments,
+        samples=True,
+    ),
+    "grpo": Command(
+        "GRPO",
+        "learn from rewards of groups of sampled completions",
+        "prompt, and what the reward functions take",
+        GRPOArguments,
+        samples=True,
+    ),
+}
+
+
+def options_in_file(arguments: list[str], known: set[str]) -> list[str]:
+    """The options of the file that `--config` names, as they would stand on the command line."""
+    import yaml
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config")
+    try:
+        file = finder.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError as error:
+        raise BadValue(str(error)) from error
+    if file is None:
+        return []
+    try:
+        values = yaml.safe_load(Path(file).read_text()) or {}
+    except OSError as error:
+        raise BadValue(f"--config {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadValue(f"--config {file}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise BadValue(f"--config {file}: want `option: value` lines; got a {type(values).__name__}")
+    options = []
+    for name, value in values.items():
+        if name not in known - {"config"}:
+            raise BadValue(f"--config {file}: unknown option '{name}'")
+        if isinstance(value, list):
+            options += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return options
+
+
+def parse_run(name: str, config_class: type, arguments: list[str]) -> tuple[Any, Any]:
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise BadValue(message)
+
+    command = COMMANDS[name]
+    parts = (command.arguments, config_class)
+    known = {entry.name for part in parts for entry in fields(part) if entry.init}
+    description = f"{command.method}Trainer: {command.help}. A row of the dataset has the columns {command.rows}."
+    parser = Parser(parts, prog=f"rlkernels {name}", description=description, allow_abbrev=False)
+    arguments = options_in_file(arguments, known) + arguments
+    try:
+        run, config, rest = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise BadValue(str(error)) from error
+    if rest:
+        option = rest[0].partition("=")[0]
+        near = difflib.get_close_matches(option, [f"--{each}" for each in known], 1)
+        raise BadValue(f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else ""))
+    return run, config
+
+
+def load_rows(run: RunArguments, split: str, samples: bool) -> Any:
+    try:
+        rows = cli_data.load_split(run.dataset, run.dataset_config, split)
+        if samples:
+            cli_data.check_prompts(rows)
+    except (ValueError, OSError) as error:
+        raise BadValue(f"--dataset {run.dataset}: {show(error)}") from error
+    return rows
+
+
+def import_reward(name: str) -> Callable:
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise BadValue(f"--reward {name}: want module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise BadValue(f"--reward {name}: cannot import module '{module_name}': {show(error)}") from error
+    function = getattr(module, attribute, None)
+    if function is None:
+        raise BadValue(f"--reward {name}: module '{module_name}' has no function '{attribute}'")
+    if not callable(function):
+        raise BadValue(f"--reward {name}: '{attribute}' is a {type(function).__name__}, not a function")
+    return function
+
+
+def rewards_of(run: Any) -> list[Any]:
+    rewards: list[Any] = [import_reward(name) for name in run.reward or []]
+    if getattr(run, "reward_model", None) is not None:
+        rewards.append(run.reward_model)
+    if not rewards:
+        raise BadValue("one of the arguments --reward, --reward_model is required")
+    return rewards
+
+
+def adapter(run: RunArguments, task_type: str) -> Any:
+    if not run.use_peft:
+        for option in fields(RunArguments):
+            if option.name.startswith("lora_") and getattr(run, option.name) != option.default:
+                raise BadValue(f"--{option.name}: needs --use_peft")
+        return None
+    try:
+        from peft import LoraConfig
+    except ModuleNotFoundError as error:
+        raise BadValue("--use_peft: peft is not installed") from error
+    targets = run.lora_target_modules
+    return LoraConfig(
+        task_type=task_type,
+        r=run.lora_r,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=run.lora_dropout,
+        # By itself a name is a pattern, or one that PEFT reserves, such as all-linear.
+        target_modules=targets[0] if targets is not None and len(targets) == 1 else targets,
+    )
+
+
+# The output folder
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """From the first to the last."""
+    states = folder.glob("checkpoint-*/trainer_state.json")
+    numbered = [state.parent for state in states if state.parent.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(numbered, key=lambda checkpoint: int(checkpoint.name.removeprefix("checkpoint-")))
+
+
+def checkpoint_to_resume(config: Any) -> str | None:
+    given, earlier = config.resume_from_checkpoint, checkpoints_in(Path(config.output_dir))
+    if given is None:
+        if earlier:
+            raise BadValue(
+                f"--output_dir {config.output_dir}: holds {earlier[-1].name} of an earlier run; want another folder, "
+                "or --resume_from_checkpoint True to go on from there"
+            )
+        return None
+    if given == "True":  # as for transformers.Trainer, the last one
+        if not earlier:
+            raise BadValue(f"--resume_from_checkpoint True: no checkpoint in --output_dir {config.output_dir}")
+        return str(earlier[-1])
+    if not (Path(given) / "trainer_state.json").is_file():
+        raise BadValue(f"--resume_from_checkpoint {given}: not the folder of a checkpoint")
+    return given
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Those of the folder and the ones above it that were not there, once it is known that it can be written to."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        remove_empty(made)
+        raise BadValue(f"--output_dir {folder}: cannot be written to: {error.strerror}") from error
+    return made
+
+
+def remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def close_progress_bars(trainer: Any) -> None:
+    """Else they would write over what is said next, and once more when they are collected."""
+    for callback in trainer.callback_handler.callbacks:
+        for name in ("prediction_bar", "training_bar"):
+            bar = getattr(callback, name, None)
+            if bar is not None:
+                bar.close()
+
+
+def progress(trainer: Any) -> str:
+    """How far an interrupted run has come, and what is left of it."""
+    saved = checkpoints_in(Path(trainer.args.output_dir))
+    kept = f"--resume_from_checkpoint {saved[-1]} goes on" if saved else "there is no checkpoint yet"
+    return f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; {kept}"
+
+
+def train(name: str, arguments: list[str]) -> None:
+    """Runs a command of the table. Nothing is written before all that was given has been looked at."""
+    try:
+        import rlkernels.trainers as trainers
+    except ModuleNotFoundError as error:
+        raise BadValue(f"{error.name} is not installed; install rlkernels[trainers]") from error
+
+    command = COMMANDS[name]
+    run, config = parse_run(name, getattr(trainers, f"{command.method}Config"), arguments)
+    checkpoint = checkpoint_to_resume(config)
+    rewards = [rewards_of(run)] if command.samples else []
+    train_dataset = load_rows(run, run.dataset_train_split, command.samples)
+    eval_dataset = load_rows(run, run.dataset_test_split, command.samples) if config.eval_strategy != "no" else None
+    options = {role: getattr(run, role) for role in ("ref_model", "value_model") if hasattr(run, role)}
+    options["peft_config"] = adapter(run, command.task_type)
+    build = getattr(trainers, f"{command.method}Trainer")
+
+    output_dir, trainer = Path(config.output_dir), None
+    made = make_folder(output_dir)
+    try:
+        trainer = checked(build, run.model, *rewards, config, train_dataset, eval_dataset, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(config.output_dir)
+    except BaseException as error:
+        has_begun = trainer is not None and trainer.state.global_step > 0
+        if output_dir in made and not has_begun and not checkpoints_in(output_dir):
+            shutil.rmtree(output_dir, ignore_errors=True)  # what loggers made at the start
+        remove_empty(made)
+        if trainer is None:
+            raise
+        if isinstance(error, KeyboardInterrupt | trainers.RewardError | trainers.NonFiniteLoss):
+            close_progress_bars(trainer)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(progress(trainer)) from error
+            raise BadValue(str(error)) from error
+        if checkpoint is not None and trainer.state.max_steps == 0:  # it comes with the state
+            raise BadValue(f"--resume_from_checkpoint {checkpoint}: {show(error)}") from error
+        raise
+    if trainer.is_world_process_zero():
+        print(f"saved in {config.output_dir}")
+
+
+def checked(build: Callable, *args: Any, **options: Any) -> Any:
+    """The trainer. What it refuses was given by the user; what it raises later is a defect of ours."""
+    from safetensors import SafetensorError
+
+    try:
+        return build(*args, **options)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError) as error:
+        of_peft = type(error).__module__.startswith("peft.")
+        raise BadValue("--lora_target_modules: " * of_peft + show(error)) from error

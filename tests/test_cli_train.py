@@ -1,0 +1,439 @@
+"""The commands that train: what they do, and that a bad value ends in one line, exit code 2 and no folder."""
+
+import json
+import re
+import signal
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
+
+from rlkernels import cli, cli_data, cli_train, trainers
+
+REWARDS = """
+import asyncio
+import pathlib
+
+not_a_function = 3
+
+def length(completions, **columns):
+    return [float(len(completion)) for completion in completions]
+
+async def vowels(completions, **columns):
+    await asyncio.sleep(0)
+    return [float(sum(completion.count(vowel) for vowel in "aeiou")) for completion in completions]
+
+def answer_given(answer, **columns):
+    return [float(text == "a") for text in answer]
+
+def raises(prompts, **columns):
+    log = pathlib.Path("out/run/runs/log")
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("as loggers do at the start")
+    return [1.0 / (prompt != "cd") for prompt in prompts]
+
+def too_short(completions, **columns):
+    return [0.0] * (len(completions) - 1)
+
+def text(prompts, **columns):
+    return ["good" if prompt == "cd" else 0.0 for prompt in prompts]
+"""
+
+PAIRS = [{"prompt": letter, "chosen": "ab", "rejected": "cde"} for letter in "abcd"]
+PROMPTS = [{"prompt": prompt, "answer": prompt[0]} for prompt in ("ab", "cd", "ef", "gh")]
+
+# Each command's rows, and what it needs beside them.
+COMMANDS = {
+    "sft": ([{"prompt": letter, "completion": "ab"} for letter in "abcd"], {}),
+    "reward": (PAIRS, {}),
+    "dpo": (PAIRS, {}),
+    "ppo": (PROMPTS, {"reward": "graders:length", "response_length": "4"}),
+    "grpo": (PROMPTS, {"reward": "graders:length", "max_completion_length": "4", "num_generations": "2"}),
+}
+SAMPLING = ("ppo", "grpo")
+
+
+@pytest.fixture(scope="module")
+def model_folders(tmp_path_factory):
+    """Two tiny random models whose tokens are letters, a classifier, and their tokenizer."""
+    words = ["<eos>", "?", *"abcdefgh"]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="?")
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model, other = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    config.num_labels = 1
+    classifier = LlamaForSequenceClassification(config)
+    folder = tmp_path_factory.mktemp("models")
+    for name, each in (("model", model), ("other", other), ("classifier", classifier)):
+        each.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """The current folder: two reward modules and a dataset for each command."""
+    (tmp_path / "graders.py").write_text(REWARDS)
+    (tmp_path / "broken_graders.py").write_text("import a_module_that_is_not_there\n")
+    for command, (rows, _) in COMMANDS.items():
+        (tmp_path / f"{command}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in ("graders", "broken_graders"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(model_folders, workplace):
+    """Runs a command on a sound set of options, in which the given ones stand instead."""
+
+    def run(command: str, *more: str, **options: str | None) -> int:
+        options = {
+            "model": str(model_folders / "model"),
+            "dataset": f"{command}.jsonl",
+            "output_dir": "out/run",
+            "per_device_train_batch_size": "4",
+            "max_steps": "1",
+            "logging_steps": "1",
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": "True",
+            **COMMANDS[command][1],
+            **options,
+        }
+        given = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+        return cli.main([command, *given, *more])
+
+    return run
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return torch.cat([values.flatten() for _, values in sorted(load_file(folder / "model.safetensors").items())])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_trains_and_goes_on_from_a_checkpoint(run, capsys, command):
+    options = {"save_strategy": "steps", "save_steps": "1", "learning_rate": "0.1", "lr_scheduler_type": "constant"}
+    out = Path("out/run")
+    assert run(command, **options) == 0
+    assert (out / "tokenizer.json").is_file()
+    first = weights(out)
+    assert first.isfinite().all() and torch.equal(first, weights(out / "checkpoint-1"))
+
+    assert capsys.readouterr().out.endswith("saved in out/run\n")
+    assert run(command, **options) == 2
+    assert "out/run: holds checkpoint-1 of an earlier run" in capsys.readouterr().err
+    assert torch.equal(weights(out), first)
+
+    assert run(command, "--resume_from_checkpoint", "True", max_steps="2", **options) == 0
+    assert json.loads((out / "checkpoint-2/trainer_state.json").read_text())["global_step"] == 2
+    assert torch.equal(weights(out), weights(out / "checkpoint-2")) and not torch.equal(weights(out), first)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_trains_an_adapter(run, model_folders, command):
+    assert run(command, "--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj") == 0
+    saved = json.loads(Path("out/run/adapter_config.json").read_text())
+    assert (saved["r"], sorted(saved["target_modules"])) == (2, ["q_proj", "v_proj"])
+    assert saved["base_model_name_or_path"] == str(model_folders / "model")
+    adapter = load_file("out/run/adapter_model.safetensors")
+    assert any("score" in name for name in adapter) == (command == "reward")
+    assert not Path("out/run/model.safetensors").exists()
+
+
+def test_all_linear_layers_get_an_adapter(run):
+    assert run("sft", "--use_peft", "--lora_target_modules", "all-linear") == 0
+    saved = json.loads(Path("out/run/adapter_config.json").read_text())
+    assert {"gate_proj", "q_proj"} <= {name.split(".")[-1] for name in saved["target_modules"]}
+
+
+def test_several_rewards_get_the_columns(run, capsys):
+    assert run("grpo", "--reward", "graders:length", "graders:vowels", "graders:answer_given", reward=None) == 0
+    out = capsys.readouterr().out
+    assert "rewards/length/mean" in out and "rewards/vowels/mean" in out
+    # One of the four prompts starts with the letter a, and a step samples two of them.
+    means = re.findall(r"'rewards/answer_given/mean': '?([\d.]+)", out)
+    assert means and set(map(float, means)) <= {0.0, 0.5}
+
+
+def test_ppo_takes_all_its_models(run, model_folders, capsys):
+    classifier, other = str(model_folders / "classifier"), str(model_folders / "other")
+    assert run("ppo", reward=None, reward_model=classifier, value_model=classifier, ref_model=other) == 0
+    out = capsys.readouterr().out
+    assert "rewards/classifier/mean" in out and "'objective/kl': '0'" not in out
+    assert Path("out/run/value/config.json").is_file()
+
+
+def test_dpo_takes_a_reference_model(run, model_folders, capsys):
+    """From which the model differs at once; at the start it does not from itself, whose loss is log 2."""
+    assert run("dpo", ref_model=str(model_folders / "other")) == 0
+    assert re.search(r"'loss': '0\.\d+'", out := capsys.readouterr().out) and "'loss': '0.6931'" not in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_evaluates_on_the_test_split(run, workplace, command, capsys):
+    (workplace / "data").mkdir()
+    for split in ("train", "test"):
+        (workplace / f"data/{split}.jsonl").write_text((workplace / f"{command}.jsonl").read_text())
+    assert run(command, dataset="data", eval_strategy="steps", eval_steps="1") == 0
+    assert ("'eval_reward'" if command in SAMPLING else "'eval_loss'") in capsys.readouterr().out
+
+
+def test_command_line_goes_before_the_config_file(run, workplace):
+    (workplace / "run.yaml").write_text("max_steps: 1\nlearning_rate: 1e-3\nreward: [graders:length]\nseed:\n")
+    assert run("grpo", config="run.yaml", reward=None, max_steps=None) == 0
+    assert torch.load("out/run/training_args.bin", weights_only=False).max_steps == 1
+    assert torch.load("out/run/training_args.bin", weights_only=False).learning_rate == 1e-3
+    assert run("grpo", "--config=run.yaml", learning_rate="1e-4", max_steps=None) == 0
+    assert torch.load("out/run/training_args.bin", weights_only=False).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "rows.parquet", "folder", "data"])
+def test_dataset_formats(workplace, name):
+    import pandas
+
+    rows = pandas.read_json("grpo.jsonl", lines=True)
+    if name == "rows.json":
+        rows.to_json(name, orient="records")
+    elif name == "rows.csv":
+        rows.to_csv(name, index=False)
+    elif name == "rows.parquet":
+        rows.to_parquet(name)
+    else:
+        Path(name).mkdir()
+        rows.to_json(f"{name}/train.jsonl" if name == "data" else f"{name}/any.jsonl", orient="records", lines=True)
+    loaded = cli_data.load_split(name, None, "train")
+    assert loaded["prompt"] == ["ab", "cd", "ef", "gh"]
+    assert loaded["answer"] == ["a", "c", "e", "g"]
+
+
+def test_rows_keep_columns_and_text_as_they_are(workplace):
+    """Columns that the first row has not; characters that end a line for str.splitlines alone."""
+    text = "one\u2028two\x85three"
+    rows = [{"prompt": "a"}, {"prompt": text, "answer": 1}]
+    Path("x.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    loaded = cli_data.load_split("x.jsonl", None, "train")
+    assert loaded["prompt"] == ["a", text] and loaded["answer"] == [None, 1]
+
+
+# Bad values. Each: what stands instead of the sound options, files to write first, and what the line must contain.
+
+OF_EVERY_COMMAND = {
+    "model folder": ({"model": "absent"}, {}, ["absent", "no such folder"]),
+    "model folder without a model": ({"model": "empty"}, {"empty/note": ""}, ["empty", "config.json"]),
+    "dataset file": ({"dataset": "absent.jsonl"}, {}, ["--dataset absent.jsonl: no such file"]),
+    "dataset line": ({"dataset": "x.jsonl"}, {"x.jsonl": '{"a": "ab"}\n{"a": "cd"\n'}, ["--dataset x.jsonl: line 2: "]),
+    "dataset column": (
+        {"dataset": "x.jsonl"},
+        {"x.jsonl": '{"question": "ab", "answer": "a"}\n'},
+        ["question, answer"],
+    ),
+    "option": ({"learning_rat": "1"}, {}, ["unknown option --learning_rat; did you mean --learning_rate?"]),
+    "option value": ({"learning_rate": "fast"}, {}, ["learning_rate", "fast"]),
+    "option missing": ({"model": None}, {}, ["--model"]),
+    "checkpoint": ({"resume_from_checkpoint": "absent"}, {}, ["--resume_from_checkpoint absent: not"]),
+    "checkpoint without a model": (
+        {"resume_from_checkpoint": "broken"},
+        {"broken/trainer_state.json": "{}"},
+        ["--resume_from_checkpoint broken: "],
+    ),
+    "checkpoint to go on from": ({"resume_from_checkpoint": "True"}, {}, ["no checkpoint in --output_dir out/run"]),
+    "output_dir": ({"output_dir": "x/run"}, {"x": ""}, ["--output_dir x/run", "Not a directory"]),
+    "output_dir that is a file": ({"output_dir": "x"}, {"x": ""}, ["--output_dir x", "File exists"]),
+    "adapter": ({"use_peft": "True", "lora_target_modules": "absent_proj"}, {}, ["--lora_target_modules: "]),
+}
+
+# Rows of the wrong format: what stands in the place of a sound row, and what the line must contain.
+BAD_ROWS = {
+    "sft": ({"prompt": "a", "completion": None}, ["row 4", "completion"]),
+    "reward": ({"prompt": "a", "chosen": "a", "rejected": None}, ["row 4", "rejected"]),
+    "dpo": ({"prompt": "a", "chosen": "a", "rejected": None}, ["row 4", "rejected"]),
+    "ppo": ({"prompt": None, "answer": "a"}, ["row 4", "prompt", "text, or messages"]),
+    "grpo": ({"prompt": "", "answer": "a"}, ["row 4", "prompt", "text, or messages"]),
+}
+
+TWO_CHECKPOINTS = {f"x/checkpoint-{step}/trainer_state.json": "{}" for step in (9, 10)}
+
+OF_A_COMMAND = [
+    ("sft", {"output_dir": "x"}, TWO_CHECKPOINTS, ["--output_dir x: holds checkpoint-10 of an earlier run"]),
+    ("sft", {"output_dir": "x", "resume_from_checkpoint": "True"}, TWO_CHECKPOINTS, ["x/checkpoint-10: "]),
+    ("sft", {"report_to": "absent"}, {}, ["absent is not supported"]),
+    ("sft", {"lora_r": "8"}, {}, ["--lora_r: needs --use_peft"]),
+    ("dpo", {"loss_type": "best"}, {}, ["loss_type", "best"]),
+    ("dpo", {"ref_model": "absent"}, {}, ["absent", "no such folder"]),
+    ("ppo", {"reward": None}, {}, ["--reward", "--reward_model"]),
+    ("ppo", {"reward_model": "absent"}, {}, ["absent", "no such folder"]),
+    ("ppo", {"value_model": "absent"}, {}, ["absent", "no such folder"]),
+    ("ppo", {"reward": "graders:raises"}, {}, ["'raises'", "ZeroDivisionError", "prompt 'cd'"]),
+    ("grpo", {"loss_type": "ppo"}, {}, ["loss_type", "ppo"]),
+    ("grpo", {"num_generations": "3"}, {}, ["batch of 4", "num_generations (3)"]),
+    ("grpo", {"reward": "graders"}, {}, ["graders", "module:function"]),
+    ("grpo", {"reward": "absent:length"}, {}, ["absent:length", "No module named 'absent'"]),
+    ("grpo", {"reward": "broken_graders:length"}, {}, ["'broken_graders'", "a_module_that_is_not_there"]),
+    ("grpo", {"reward": "graders:absent"}, {}, ["'graders'", "'absent'"]),
+    ("grpo", {"reward": "graders:not_a_function"}, {}, ["'not_a_function'", "int"]),
+    ("grpo", {"reward": "graders:raises"}, {}, ["'raises'", "ZeroDivisionError", "prompt 'cd'"]),
+    ("grpo", {"reward": "graders:too_short"}, {}, ["'too_short'", "4", "3"]),
+    ("grpo", {"reward": "graders:text"}, {}, ["'text'", "'good'", "prompt 'cd'"]),
+    ("grpo", {"dataset": "rows.txt"}, {"rows.txt": "ab"}, ["rows.txt", ".jsonl"]),
+    ("grpo", {"dataset": "x.jsonl"}, {"x.jsonl": '{"prompt": "a"}\n\n[1]\n'}, ["x.jsonl: line 3", "object", "a list"]),
+    (
+        "grpo",
+        {"dataset": "x.jsonl"},
+        {"x.jsonl": '{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "x"}\n'},
+        ["row 1", "'n'", "text", "a number"],
+    ),
+    ("grpo", {"dataset": "x.jsonl"}, {"x.jsonl": ""}, ["x.jsonl", "no rows"]),
+    ("grpo", {"dataset": "x.json"}, {"x.json": '[{"prompt": "ab"},\n{"prompt" "cd"}]'}, ["x.json", "line 2"]),
+    ("grpo", {"dataset": "x.json"}, {"x.json": '{"prompt": "ab"}'}, ["x.json", "a list of objects", "an object"]),
+    ("grpo", {"dataset": "x.csv"}, {"x.csv": "prompt,answer\nab,a\ncd,c,3,4\n"}, ["x.csv", "line 3"]),
+    ("grpo", {"dataset": "x.parquet"}, {"x.parquet": "not such a file"}, ["x.parquet", "magic"]),
+    ("grpo", {"dataset": "data"}, {"data/train.jsonl": "{"}, ["--dataset data: train.jsonl: line 1"]),
+    ("grpo", {"eval_strategy": "epoch"}, {}, ["grpo.jsonl", "'test'", "a folder with train.jsonl and test.jsonl"]),
+    ("grpo", {"config": "absent.yaml"}, {}, ["absent.yaml", "No such file"]),
+    ("grpo", {"config": "x.yaml"}, {"x.yaml": "a: [1\nb: 2"}, ["x.yaml", "line 2"]),
+    ("grpo", {"config": "x.yaml"}, {"x.yaml": "- a\n- b\n"}, ["x.yaml", "list"]),
+    ("grpo", {"config": "x.yaml"}, {"x.yaml": "absent_option: 1\n"}, ["x.yaml", "'absent_option'"]),
+]
+
+
+@pytest.fixture
+def refuses(run, workplace, capsys):
+    def refuses(command, options, files, expected):
+        for name, text in files.items():
+            (workplace / name).parent.mkdir(parents=True, exist_ok=True)
+            (workplace / name).write_text(text)
+        # In their order all four prompts are in the first batch of ppo, and the bad one of two in that of grpo.
+        in_order = {"shuffle_dataset": "False"} if command in SAMPLING else {}
+        assert run(command, **in_order, **options) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(lines) == 1 and lines[0].startswith(f"rlkernels {command}: error: ")
+        for part in expected:
+            assert part in lines[0]
+        assert not (workplace / "out").exists()
+
+    return refuses
+
+
+@pytest.mark.parametrize("case", OF_EVERY_COMMAND)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses(refuses, command, case):
+    refuses(command, *OF_EVERY_COMMAND[case])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_a_row_of_the_wrong_format(refuses, command):
+    row, expected = BAD_ROWS[command]
+    text = "".join(json.dumps(row) + "\n" for row in [*COMMANDS[command][0], row])
+    refuses(command, {"dataset": "x.jsonl"}, {"x.jsonl": text}, expected)
+
+
+@pytest.mark.parametrize("case", OF_A_COMMAND, ids=lambda case: "-".join([case[0], *case[1]]))
+def test_command_refuses(refuses, case):
+    refuses(*case)
+
+
+def test_refuses_a_folder_that_cannot_be_written_to(refuses, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    refuses("sft", {}, {}, ["--output_dir out/run: cannot be written to: Permission denied"])
+
+
+def test_failed_run_leaves_an_older_run_as_it_was(run, workplace):
+    folder = workplace / "out" / "run"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text("of an older run")
+    assert run("grpo", reward="graders:too_short") == 2
+    assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
+    assert (folder / "model.safetensors").read_text() == "of an older run"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_loss_that_is_not_finite_ends_in_one_line(run, monkeypatch, capsys, command):
+    trainer = getattr(trainers, f"{cli_train.COMMANDS[command].method}Trainer")
+    compute = trainer.compute_loss
+    monkeypatch.setattr(trainer, "compute_loss", lambda *args, **options: compute(*args, **options) * torch.nan)
+    assert run(command) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith(f"rlkernels {command}: error: step 1: the loss is nan, on rows ")
+    assert line.endswith("out/run/checkpoint-0")
+    assert Path("out/run/checkpoint-0/trainer_state.json").is_file()
+
+
+def test_interrupted_run_leaves_whole_checkpoints(run, monkeypatch, capsys):
+    """Ctrl-C while the second checkpoint is being written."""
+    saves = []
+
+    def interrupt(self, folder, save=Trainer._save_optimizer_and_scheduler):
+        saves.append(folder)
+        if len(saves) == 2:
+            signal.raise_signal(signal.SIGINT)
+        save(self, folder)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", interrupt)
+    options = {"save_strategy": "steps", "save_steps": "1", "max_steps": "3"}
+    assert run("sft", **options) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (
+        "rlkernels sft: interrupted after step 2 of 3; --resume_from_checkpoint out/run/checkpoint-2 goes on"
+    )
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run("sft", resume_from_checkpoint="out/run/checkpoint-2", **options) == 0
+    assert weights(Path("out/run")).isfinite().all()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_interrupted_before_the_first_step(run, workplace, monkeypatch, capsys, command):
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda *args: signal.raise_signal(signal.SIGINT))
+    assert run(command) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"rlkernels {command}: interrupted after step 0 of 1; there is no checkpoint yet"
+    assert not (workplace / "out").exists()
+
+
+def test_other_errors_keep_their_traceback(run, monkeypatch):
+    def fail(self, inputs):
+        raise ValueError("a defect of ours")
+
+    monkeypatch.setattr(trainers.GRPOTrainer, "roll_out", fail)
+    with pytest.raises(ValueError, match="a defect of ours"):
+        run("grpo")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_option(capsys, command):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    entry = cli_train.COMMANDS[command]
+    parts = (entry.arguments, getattr(trainers, f"{entry.method}Config"))
+    options = [option.name for part in parts for option in fields(part) if option.init]
+    assert not [name for name in options if f"--{name} " not in text]
