@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -72,6 +73,7 @@ def model_folders(tmp_path_factory):
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="?")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=16,
@@ -437,3 +439,26 @@ def test_help_names_every_option(capsys, command):
     parts = (entry.arguments, getattr(trainers, f"{entry.method}Config"))
     options = [option.name for part in parts for option in fields(part) if option.init]
     assert not [name for name in options if f"--{name} " not in text]
+
+
+def test_training_page(model_folders, tmp_path, monkeypatch):
+    """docs/training.md from top to bottom: its files are written, its commands and its code run."""
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("path/to").mkdir(parents=True)
+    Path("path/to/model").symlink_to(model_folders / "model")
+    ran = set()
+    for language, file, text in re.findall(r"^```(\w+) ?(\S*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        if file:
+            Path(file).parent.mkdir(exist_ok=True)
+            Path(file).write_text(text)
+        elif language == "sh":
+            program, *arguments = shlex.split(text.replace("\\\n", ""))
+            assert program == "rlkernels" and cli.main(arguments) == 0, text
+            ran.add(arguments[0])
+        else:
+            assert language == "python"
+            exec(compile(text, "docs/training.md", "exec"), {})
+    sys.modules.pop("rewards")
+    assert ran == set(COMMANDS)
