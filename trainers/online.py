@@ -173,9 +173,10 @@ class OnlineTrainer(BaseTrainer):
         return Samples(prompts, rollouts, completions, rewards.to(self.accelerator.device), extra)
 
     def gather_outcomes(self, samples: Samples) -> Tensor:
-        """Of all processes, [rows, functions + 2]: the rewards, the completion's length, whether it ended."""
+        """Of all processes, [rows, functions + 2]: the rewards, the tokens of the completion that are the model's, and
+        whether it ended."""
         device = self.accelerator.device
-        lengths = torch.tensor([[float(len(rollout.completion_ids))] for rollout in samples.rollouts], device=device)
+        lengths = torch.tensor([[float(sum(rollout.own))] for rollout in samples.rollouts], device=device)
         ended = torch.tensor([[float(rollout.ended)] for rollout in samples.rollouts], device=device)
         return self.accelerator.gather(torch.cat([samples.rewards, lengths, ended], 1))
 

@@ -213,6 +213,10 @@ def test_curves_of_a_run_that_samples(drawn):
     }
 
 
+def test_a_single_reward_is_drawn_once(drawn):
+    assert drawn([{"reward": 0.2, "rewards/a/mean": 0.2, "step": 1}]) == {"reward": {"training": ([1], [0.2])}}
+
+
 def test_curves_of_a_run_on_data(drawn):
     one = {"loss": 0.7, "rewards/accuracies": 0.5, "rewards/margins": 0.0, "rewards/chosen": 0.0, "step": 1}
     assert drawn([one, {"eval_loss": 0.6, "eval_rewards/accuracies": 0.75, "step": 1}]) == {

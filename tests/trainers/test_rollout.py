@@ -300,6 +300,8 @@ def test_the_model_learns_from_its_own_turns(make_model, tokenizer, tmp_path):
     trainer = GRPOTrainer(model, lambda **_: rewards, config, rows, processing_class=tokenizer, rollout=engine)
     trainer.training_step(model, [rows[row // 4] for row in range(8)])
     got = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    lengths = [sum(each.mask) for each in seen]
+    assert trainer.metrics.flush(trainer.accelerator)["completions/mean_length"] == pytest.approx(sum(lengths) / 8)
 
     model.zero_grad()
     advantages = (torch.tensor(rewards) - 1.75) / (torch.tensor(rewards[:4]).std() + 1e-4)
