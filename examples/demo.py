@@ -2,7 +2,7 @@
 
     python examples/demo.py [--seed 0] [--steps 52] [--output_dir runs/demo]
 
-Writes result.json, reward.png, completions.jsonl and model/ to the output folder.
+Writes result.json, curves.png, completions.jsonl and model/ to the output folder.
 """
 
 import sys

@@ -35,6 +35,7 @@ def train(run: program.Run) -> list[Any]:
             per_device_train_batch_size=32,
             num_generations=8,
             max_completion_length=lesson.SAMPLING.max_completion_length,
+            num_completions_to_print=0,
         ),
         Dataset.from_list(lesson.TRAIN),
         processing_class=tokenizer,

@@ -58,6 +58,7 @@ def config(run: Run) -> GRPOConfig:
         per_device_eval_batch_size=100,
         num_generations_eval=4,
         logging_steps=1,
+        log_completions=False,  # those that were graded, held-out ones too, are in completions.jsonl
         save_strategy="no",
         disable_tqdm=True,
         report_to="none",

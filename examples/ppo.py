@@ -33,6 +33,7 @@ def train(run: program.Run) -> list[Any]:
             per_device_eval_batch_size=50,
             response_length=lesson.SAMPLING.max_completion_length,
             temperature=lesson.SAMPLING.temperature,
+            num_completions_to_print=0,
             num_ppo_epochs=2,
             # The reward model was shown whole answers only.
             missing_eos_penalty=5.0,

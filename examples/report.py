@@ -1,50 +1,19 @@
-"""What a run leaves behind: result.json, completions.jsonl, reward.png, and a table on the terminal."""
+"""What a run leaves behind beside the curves: result.json, completions.jsonl, and a table on the terminal."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from rich.table import Table
 from rich.text import Text
 
 from arithmetic import Grader
 
 
-def curves(grader: Grader) -> tuple[list[float], dict[int, float]]:
-    """Mean training reward of each step, and held-out accuracy by step."""
-    correct, ended = Grader.weights
-    rewards: dict[int, list[float]] = {}
-    for record in grader.records:
-        if record["split"] == "train":
-            rewards.setdefault(record["step"], []).append(correct * record["correct"] + ended * record["ended"])
-    evaluated = sorted({record["step"] for record in grader.records if record["split"] == "held_out"})
-    means = [sum(values) / len(values) for _, values in sorted(rewards.items())]
-    return means, {step: grader.accuracy("held_out", step) for step in evaluated}
-
-
-def plot(grader: Grader, result: dict[str, Any], file: Path) -> None:
-    rewards, accuracies = curves(grader)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(range(1, len(rewards) + 1), rewards, color="tab:blue", label="training reward")
-    axes.plot(*zip(*accuracies.items(), strict=True), "o-", color="tab:orange", label="held-out accuracy, sampled")
-    axes.set(
-        title=f"SmolLM2-135M-Instruct on single-digit sums, {result['wall_s'] / 60:.1f} minutes",
-        xlabel="optimizer step",
-        xlim=(0, len(rewards)),
-        ylim=(0, sum(Grader.weights)),
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
 def write(folder: Path, result: dict[str, Any], grader: Grader) -> None:
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     with open(folder / "completions.jsonl", "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in grader.records)
-    plot(grader, result, folder / "reward.png")
 
 
 def before_and_after(grader: Grader, steps: int, rows: int = 8) -> Table:

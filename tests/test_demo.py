@@ -205,7 +205,7 @@ def test_demo_writes_its_results(small_run, tmp_path, capsys):
     (output / "model" / "of_an_older_run").touch()
     (output / "kept").touch()
     assert program.main(["--steps", "2", "--seed", "3", "--output_dir", str(output)]) == 0
-    made = {"result.json", "reward.png", "completions.jsonl", "model"}
+    made = {"result.json", "curves.png", "completions.jsonl", "model"}
     assert {entry.name for entry in output.iterdir()} == made | {"kept"}
     assert not (output / "model" / "of_an_older_run").exists()
 
@@ -230,7 +230,7 @@ def test_demo_writes_its_results(small_run, tmp_path, capsys):
     for record in records:
         assert record["correct"] == (arithmetic.last_integer(record["completion"]) == record["answer"])
         assert 1 <= record["length"] <= 12
-    assert matplotlib.image.imread(output / "reward.png").std() > 0.01
+    assert matplotlib.image.imread(output / "curves.png").std() > 0.01
 
     model, loading = AutoModelForCausalLM.from_pretrained(output / "model", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
