@@ -1,0 +1,158 @@
+"""Several turns and a tool: SmolLM2-135M-Instruct learns by GRPO to use a calculator.
+
+    python examples/calculator.py [--seed 0] [--steps 16] [--output_dir runs/calculator]
+
+To a sum of numbers of three digits it may answer at once, or write the sum between tags: then it is told the result,
+and answers. What the calculator writes is in the model's context, and not in the loss. Writes result.json, curves.png,
+completions/ and model/ to the output folder.
+"""
+
+import re
+import sys
+from dataclasses import replace
+from typing import Any
+
+import program
+
+# The model has seen no calculator: with these two it writes a sum between tags one time in three.
+EXAMPLES = ("12 + 34", "71 - 8")
+SYSTEM_PROMPT = "Use the calculator."
+TURN = 16
+"""Tokens of one turn at most; the longest expression takes 15."""
+CALLS = 2
+"""Of the calculator in one completion, at most."""
+REPLY = "\n<|im_start|>tool\n{result}<|im_end|>\n<|im_start|>assistant\n"
+"""What follows the end of the model's turn, in the words of SmolLM2's chat template."""
+
+
+def prompt(expression: str) -> list[dict[str, str]]:
+    shown = [
+        turn
+        for example in EXAMPLES
+        for turn in ({"role": "user", "content": example}, {"role": "assistant", "content": f"<calc>{example}</calc>"})
+    ]
+    return [{"role": "system", "content": SYSTEM_PROMPT}, *shown, {"role": "user", "content": expression}]
+
+
+def problems(train: int, held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to train on and rows held out, disjoint also after swapping the two terms; the same on every call."""
+    import reasoning_gym
+
+    from arithmetic import unordered
+
+    drawn = reasoning_gym.create_dataset(
+        "chain_sum", min_terms=2, max_terms=2, min_digits=3, max_digits=3, size=2 * (train + held_out), seed=0
+    )
+    rows = {}
+    for entry in drawn:
+        expression = entry["metadata"]["expression"]
+        row = {"prompt": prompt(expression), "expression": expression, "answer": int(entry["answer"])}
+        rows.setdefault(unordered(row), row)
+    every = list(rows.values())
+    return every[:train], every[train : train + held_out]
+
+
+def calculate(text: str) -> int | None:
+    """The result of what stands between the tags, if that is the whole of a turn."""
+    found = re.fullmatch(r"<calc>\s*(\d{1,9})\s*([-+])\s*(\d{1,9})\s*</calc>", text)
+    if found is None:
+        return None
+    left, right = int(found[1]), int(found[3])
+    return left + right if found[2] == "+" else left - right
+
+
+def last_turn(text: str) -> str:
+    return text.rpartition("\nassistant\n")[2]
+
+
+class Calculator:
+    """A rollout engine: the model's turns are those of `engine`, and what it asks to be calculated stands between."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.tokenizer = engine, engine.tokenizer
+
+    def __call__(self, prompts: list, options: Any) -> list[Any]:
+        turn = replace(options, max_completion_length=TURN)
+        rollouts = self.engine(prompts, turn)
+        asking = rollouts
+        for _ in range(CALLS):
+            asking = [rollout for rollout in asking if self.answers(rollout)]
+            if not asking:
+                break
+            turns = self.engine.complete([rollout.prompt_ids + rollout.completion_ids for rollout in asking], turn)
+            for rollout, said in zip(asking, turns, strict=True):
+                rollout.extend(said.completion_ids, said.logprobs, own=True)
+                rollout.ended = said.ended
+        return rollouts
+
+    def answers(self, rollout: Any) -> bool:
+        """Appends the result that the last turn asks for, if it asks for any."""
+        text = self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+        result = calculate(last_turn(text)) if rollout.ended else None
+        if result is not None:
+            reply = self.tokenizer(REPLY.format(result=result), add_special_tokens=False)
+            rollout.extend(reply["input_ids"], own=False)
+        return result is not None
+
+
+def correct(completions: list, answer: list[int], **_: Any) -> list[float]:
+    """1 where the last integer of the last turn is the answer."""
+    from arithmetic import last_integer
+
+    texts = [last_turn(messages[0]["content"]) for messages in completions]
+    return [float(last_integer(text) == wanted) for text, wanted in zip(texts, answer, strict=True)]
+
+
+def calculated(completions: list, **_: Any) -> list[float]:
+    """1 where the calculator was used."""
+    return [float("\ntool\n" in messages[0]["content"]) for messages in completions]
+
+
+def train(run: program.Run) -> list[Any]:
+    from datasets import Dataset
+
+    import lesson
+    from rlkernels.trainers import GRPOConfig, GRPOTrainer, TransformersEngine
+    from rlkernels.trainers.reporting import choose, samples_table
+
+    model, tokenizer = lesson.load()
+    rows, held_out = problems(train=400, held_out=100)
+    config = GRPOConfig(
+        **lesson.options(run),
+        learning_rate=2e-5,
+        per_device_train_batch_size=32,
+        num_generations=8,
+        max_completion_length=(CALLS + 1) * TURN,
+        # That the calculator is used is watched, and earns nothing.
+        reward_weights=[1.0, 0.0],
+        per_device_eval_batch_size=100,
+        num_generations_eval=1,
+        num_completions_to_print=0,
+    )
+    trainer = GRPOTrainer(
+        model,
+        [correct, calculated],
+        config,
+        Dataset.from_list(rows),
+        Dataset.from_list(held_out),
+        tokenizer,
+        rollout=Calculator(TransformersEngine(model, tokenizer)),
+    )
+
+    def measure() -> dict[str, float]:
+        values = trainer.evaluate()
+        return {
+            "right answers": values["eval_rewards/correct/mean"],
+            "calculator used": values["eval_rewards/calculated/mean"],
+        }
+
+    shown = lesson.learn(run, trainer, measure, {"reward": "reward", "calculator": "rewards/calculated/mean"})
+    return [samples_table(choose(trainer.completions, 4, unique=True), "completions of the last step"), *shown]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return program.main(__doc__, train, steps=16, folder="runs/calculator", arguments=arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
