@@ -53,8 +53,8 @@ class GRPOTrainer(OnlineTrainer):
 
     For each prompt `num_generations` completions are sampled; a completion's advantage is its reward against the others
     of its prompt, or of the batch (`args.advantage`), and the loss is one of `rlkernels.policy_loss`
-    (`args.loss_type`). Log-probabilities come from
-    `rlkernels.wrap_lm_head`, without logits; a model that it refuses is trained by its logits, after a warning.
+    (`args.loss_type`). Log-probabilities come from `rlkernels.wrap_lm_head`, without logits; a model that it refuses is
+    trained by its logits, after a warning.
 
     Args:
         model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
