@@ -469,7 +469,7 @@ class GRPOConfig(OnlineConfig):
         default=None,
         metadata={
             "help": "Punish length (DAPO): a further reward falls from 0 to -1 over the last so many tokens before "
-            "max_completion_length. None if unset."
+            "max_completion_length, tools' tokens not counted. No such reward if unset."
         },
     )
     overlong_penalty: float = field(default=1.0, metadata={"help": "The weight of that reward among the others."})

@@ -280,6 +280,12 @@ def test_dynamic_sampling_ends_with_the_prompts(make_trainer):
     assert sorted(i for index in calls for i in index) == list(range(13))
 
 
+def test_dynamic_sampling_draws_no_prompt_of_another_process(make_trainer, monkeypatch):
+    trainer = make_trainer(dynamic_sampling_max_rounds=20)
+    monkeypatch.setattr(grpo, "gather_object", lambda rows: [*rows, *range(2, 11)])
+    assert sorted(trainer._other_prompts([{"row_id": 0}, {"row_id": 1}])) == [11, 12]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -312,7 +318,7 @@ def test_overlong_completions_are_punished(make_trainer, fixed):
         lambda **_: rewards, fixed, overlong_buffer_length=4, overlong_penalty=2.0, scale_rewards="none", max_steps=1
     )
     trainer.train()
-    lengths = [len(row.completion_ids) for row in fixed(None, None)]
+    lengths = [len(row.completion_ids) - (row.mask is not None) for row in fixed(None, None)]  # without the tool's
     assert len(set(lengths)) > 2
     punishment = [-2.0 * max(0, length - 2) / 4 for length in lengths]
     totals = torch.tensor([math.nan if r is None else r + p for r, p in zip(rewards, punishment, strict=True)])
