@@ -1,12 +1,14 @@
 """PPOTrainer end to end on a tiny model: learning, resuming, value models and heads, rewards, what is in the loss."""
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import tokenizers
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers.trainer_utils import EvalLoopOutput
 
 import rlkernels
 from rlkernels.trainers import PPOConfig, PPOTrainer, Rollout
@@ -171,6 +173,28 @@ def test_saved_models_load(make_trainer, make_classifier, value, tmp_path):
         assert torch.equal(saved["weight"], trainer.model.value.weight)
 
 
+def test_best_model_is_loaded_at_the_end(make_trainer, make_classifier):
+    """Policy and value."""
+    trainer = make_trainer(
+        eval_dataset=PROMPTS,
+        value_model=make_classifier(),
+        max_steps=6,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    rewards = iter([0.1, 0.9, 0.3])
+    trainer.evaluation_loop = lambda *args, **kwargs: EvalLoopOutput(None, None, {"eval_reward": next(rewards)}, 13)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-4"
+    policy = AutoModelForCausalLM.from_pretrained(best)
+    value = AutoModelForSequenceClassification.from_pretrained(best / "value")
+    assert torch.equal(weights(trainer.model), torch.cat([weights(policy), weights(value)]))
+
+
 @pytest.mark.parametrize("value", ["head", "model", "adapters"])
 def test_adapters(make_trainer, make_model, make_classifier, value, tmp_path):
     """Adapters and the value are trained; the reference is the model without its adapters; the base is not saved."""
@@ -183,7 +207,9 @@ def test_adapters(make_trainer, make_model, make_classifier, value, tmp_path):
             value_model = peft.get_peft_model(value_model, config)
         return make_trainer(
             value_model=value_model,
-            peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+            peft_config=peft.LoraConfig(
+                r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+            ),
             output_dir=str(tmp_path / folder),
             max_steps=6,
             save_strategy="steps",
@@ -195,6 +221,8 @@ def test_adapters(make_trainer, make_model, make_classifier, value, tmp_path):
     assert trainer.reference_model is None
     trainer.train()
     assert [log["objective/kl"] != 0 for log in history(trainer) if "objective/kl" in log] == [False, True]
+    # Of a new batch the first step is by the policy that sampled it: nothing is dropped at random.
+    assert history(trainer)[4]["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-6)
     base, policy = weights(make_model()), trainer.model.policy
     frozen = [parameter.detach().flatten() for parameter in policy.parameters() if not parameter.requires_grad]
     assert torch.equal(torch.cat(frozen).sort().values, base.sort().values)
