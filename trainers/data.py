@@ -171,7 +171,7 @@ def supervised(
     row = _normalized(row)
     masks: dict[str, list[int]] = {}
     if "input_ids" in row:
-        ids = [int(token) for token in row["input_ids"]]
+        ids = _tokens(tokenizer, "input_ids", row["input_ids"])
         masks = {column: row[column] for column in ("completion_mask", "assistant_masks") if column in row}
     elif "prompt" in row and "completion" in row:
         prompt, completion = _ended_alike(tokenizer, row, "prompt", "completion")
@@ -190,7 +190,7 @@ def supervised(
         )
     if "input_ids" in row and "labels" in row:
         masks = {}
-        labels = [int(label) for label in row["labels"]]
+        labels = _tokens(tokenizer, "labels", row["labels"], IGNORE)
     else:
         if completion_only_loss and "completion_mask" not in masks:
             raise ValueError("completion_only_loss needs a prompt and a completion; got neither")
@@ -254,6 +254,14 @@ def _normalized(row: Row, chat_template_kwargs: dict[str, Any] | None = None) ->
     if isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list):
         del row["prompt"]  # the messages of chosen and rejected hold it as well
     return row
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, column: str, values: Any, *others: int) -> list[int]:
+    tokens, size = [int(token) for token in values], len(tokenizer)
+    wrong = next((token for token in tokens if not (0 <= token < size or token in others)), None)
+    if wrong is not None:
+        raise ValueError(f"{column} must be tokens of the tokenizer, 0 to {size - 1}; got {wrong}")
+    return tokens
 
 
 def _messages(column: str, value: Any) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ SUPERVISED = {
         {"prompt": say("hi"), "completion": answer("yes")},
         {"prompt": say("hi", "yes", "so"), "completion": [*answer("no"), *say("why", "so")]},
     ],
-    "tools and template options": [
+    "tools": [
         {"messages": say("hi", "yes"), "tools": [{"name": "calc"}], "chat_template_kwargs": {"loud": True}},
         {"messages": say("hi", "no"), "tools": [{"name": "find"}], "chat_template_kwargs": {"loud": False}},
     ],
@@ -94,13 +94,13 @@ def ours(rows, function, tokenizer, **options):
 
 
 @pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
-@pytest.mark.parametrize("loss", ["default", "everything", "assistant"])
-@pytest.mark.parametrize("form", SUPERVISED)
+@pytest.mark.parametrize(
+    "form, loss",
+    [(form, loss) for form in SUPERVISED for loss in ("default", "everything")]
+    + [(form, "assistant") for form in SUPERVISED if "messages" in form or form in ("conversations", "tools")],
+)
 def test_supervised_as_in_trl(form, loss, truncation_mode, tokenizer, tmp_path):
     rows = SUPERVISED[form]
-    chat = any(isinstance(value, list) and isinstance(value[0], dict) for value in rows[0].values())
-    if loss == "assistant" and not chat:
-        pytest.skip("only messages have an assistant")
     options = {
         "max_length": 16,
         "truncation_mode": truncation_mode,
@@ -226,6 +226,9 @@ def test_tools_as_json(tokenizer):
         (supervised, {"prompt": "hi", "completion": say("yes")}, {}, "prompt must be messages, .*; got 'hi'"),
         (supervised, {"input_ids": [1, 2], "labels": [1]}, {}, "labels must have one entry for each of the 2 .* got 1"),
         (supervised, {"input_ids": [1, 2], "completion_mask": [1]}, {}, "completion_mask must have one entry"),
+        (supervised, {"input_ids": [1, 67]}, {}, "input_ids must be tokens of the tokenizer, 0 to 66; got 67"),
+        (supervised, {"input_ids": [-100, 1]}, {}, "input_ids must be tokens of the tokenizer, 0 to 66; got -100"),
+        (supervised, {"input_ids": [1, 2], "labels": [-1, 2]}, {}, "labels must be tokens of the tokenizer, .*got -1"),
         (supervised, {"text": "a"}, {"completion_only_loss": True}, "needs a prompt and a completion; got neither"),
         (supervised, {"text": "a"}, {"assistant_only_loss": True}, "assistant_only_loss needs messages; got text"),
         (preference_pair, {"prompt": "a", "chosen": "b"}, {}, "columns prompt, chosen, rejected; got prompt, chosen"),
