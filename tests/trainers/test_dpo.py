@@ -222,14 +222,28 @@ def test_a_synced_reference(make_trainer, make_model):
     assert not torch.equal(reference, start)
 
 
-def test_dropout_is_off(make_trainer, make_model):
-    model = make_model()
+def with_dropout(model):
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
         layer.mlp.act_fn = torch.nn.Sequential(layer.mlp.act_fn, torch.nn.Dropout(0.5))
-    trainer = make_trainer(model)
+    return model
+
+
+def test_dropout_is_off(make_trainer, make_model):
+    trainer = make_trainer(with_dropout(make_model()), max_steps=1)
     trainer.train()
     assert history(trainer)[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_the_reference_has_no_dropout(make_trainer, make_model):
+    """Where training has it."""
+    model = with_dropout(make_model())
+    trainer = make_trainer(model, disable_dropout=False, precompute_ref_log_probs=True)
+    (batch,) = trainer.micro_batches([trainer.train_dataset[index] for index in range(3)])
+    with torch.no_grad():
+        expected = scoring.preference_logps(make_model(), batch, fused=False)
+        torch.testing.assert_close(batch["reference"], expected)
+        assert (scoring.preference_logps(model.train(), batch, fused=True) - expected).abs().min() > 1e-3
 
 
 # The cache
