@@ -88,9 +88,8 @@ def test_learns(make_trainer):
         {"padding_free": False},
         {"activation_checkpointing": True},
         {"padding_free": False, "activation_checkpointing": True},
-        {"token_budget": 20},
-        {"precompute_ref_log_probs": True},
-        {"remove_unused_columns": True},
+        {"token_budget": 45},
+        {"precompute_ref_log_probs": True, "remove_unused_columns": True},
     ],
     ids=lambda options: "_".join(options),
 )
@@ -167,7 +166,7 @@ def test_losses_over_the_batch_keep_its_micro_batches(make_trainer):
 # References
 
 
-def test_without_a_reference(make_trainer):
+def test_without_a_reference(make_trainer, make_model):
     """Losses that need none keep none, and run the model alone."""
     for losses in (["simpo"], ["orpo"], ["sft"], ["simpo", "sft"]):
         trainer = make_trainer(loss_type=losses, precompute_ref_log_probs=losses == ["simpo"])
@@ -177,6 +176,13 @@ def test_without_a_reference(make_trainer):
         logs = history(trainer)
         assert logs[-1]["loss"] < logs[0]["loss"] and not torch.equal(weights(trainer), before)
     assert make_trainer(loss_type=["sft", "sigmoid"]).reference_model is not None
+    assert make_trainer(loss_type=["sft"], ref_model=make_model(seed=1)).reference_model is not None
+
+
+def test_metrics_are_those_of_the_first_loss(make_trainer):
+    trainer = make_trainer(loss_type=["sigmoid", "simpo"], max_steps=1)
+    trainer.train()
+    assert history(trainer)[0]["rewards/chosen"] == 0  # of the ratio to the reference; simpo's are of the model alone
 
 
 @pytest.mark.parametrize("precompute", [False, True], ids=["kept", "precomputed"])
@@ -276,7 +282,8 @@ def test_the_second_run_neither_loads_nor_runs_the_reference(
 
 
 @pytest.mark.parametrize(
-    "change", ["weights", "one_weight", "config", "dtype", "row", "boundary", "order", "max_length", "ld_alpha"]
+    "change",
+    ["weights", "one_weight", "config", "dtype", "bf16", "row", "boundary", "order", "max_length", "ld_alpha"],
 )
 def test_what_changes_makes_another_file(make_trainer, make_model, cache, change):
     make_trainer(precompute_ref_log_probs=True)
@@ -289,6 +296,8 @@ def test_what_changes_makes_another_file(make_trainer, make_model, cache, change
         model.config.rope_parameters["rope_theta"] = 5000.0
     elif change == "dtype":
         model = model.bfloat16()
+    elif change == "bf16":
+        options = {"bf16": True}
     elif change == "row":
         pairs = [*PAIRS[:-1], PAIRS[-1] | {"chosen": "aeio"}]
     elif change == "boundary":  # the same tokens, of which others are in the loss
