@@ -102,8 +102,11 @@ def test_learns(make_trainer, make_classifier, value):
     assert trainer.evaluate()["eval_reward"] > before + 0.15
 
 
-@pytest.mark.parametrize("value", ["head", "model"])
-@pytest.mark.parametrize("step", [3, 4, 6], ids=["between_minibatches", "between_batches", "between_epochs"])
+@pytest.mark.parametrize(
+    "step, value",
+    [(3, "head"), (4, "model"), (6, "model")],
+    ids=["between_minibatches", "between_batches", "between_epochs"],
+)
 def test_resumes_exactly(make_trainer, make_classifier, value, step, tmp_path):
     """Rollouts, order of the rows, KL coefficient, value, losses and weights go on bit for bit."""
 
@@ -413,23 +416,44 @@ def test_total_episodes(make_trainer):
 
 @pytest.mark.parametrize("value", ["head", "model"])
 def test_what_saves_memory_changes_nothing(make_trainer, make_model, make_classifier, value, monkeypatch):
-    """Activations computed again; and, after a warning, a model whose logits cannot be left out."""
+    """Activations computed again, as by default; and, after a warning, a model whose logits cannot be left out."""
     learned = []
-    for options in ({}, {"activation_checkpointing": True}, {"model": make_model()}):
+    for options in ({}, {"activation_checkpointing": None}, {"model": make_model()}):
         value_model = make_classifier() if value == "model" else None
         with monkeypatch.context() as patch:
             if "model" in options:
                 patch.setattr(options["model"].config, "is_encoder_decoder", True)
-            trainer = make_trainer(value_model=value_model, max_grad_norm=0.0, vf_coef=1.0, **options)
+            trainer = make_trainer(value_model=value_model, optim="sgd", max_grad_norm=0.0, vf_coef=1.0, **options)
         if value == "head":
             torch.nn.init.normal_(trainer.model.value.weight, std=0.1, generator=torch.Generator().manual_seed(0))
-        torch.manual_seed(7)
-        loss = trainer.training_step(trainer.model, PROMPTS[:4])
+        trainer.train()
         assert trainer.fused == ("model" not in options)
-        learned.append((loss, gradient(trainer)))
-    for loss, grad in learned[1:]:
-        torch.testing.assert_close(loss, learned[0][0], rtol=1e-5, atol=1e-6)
-        assert (grad - learned[0][1]).norm() <= 1e-5 * grad.norm()
+        for model in (trainer.model.policy, value_model or trainer.model.policy):
+            assert model.is_activation_checkpointing == ("activation_checkpointing" in options)
+        learned.append(weights(trainer.model))
+    for others in learned[1:]:
+        torch.testing.assert_close(others, learned[0], rtol=1e-5, atol=1e-6)
+
+
+def test_value_head_teaches_the_policy_too(make_trainer):
+    """The gradient of the value loss goes on through the hidden states."""
+    trainer = make_trainer(vf_coef=2.0, cliprange_value=1e6, num_mini_batches=1)
+    policy, head = trainer.model.policy, trainer.model.value
+    torch.nn.init.normal_(head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    (batch,) = trainer.micro_batches(PROMPTS[:4])
+    batch["advantages"].zero_()
+    trainer.compute_loss(trainer.model, batch).backward()
+    ours = gradient(trainer)
+    trainer.model.zero_grad()
+    errors = []
+    rollouts = trainer.rollouts
+    for ids, returns, places in zip(rollouts.input_ids, rollouts.returns, rollouts.has_value, strict=True):
+        values = head(policy.model(torch.tensor([ids])).last_hidden_state)[0, :, 0]
+        errors.append((values - returns)[places])
+    (2.0 * 0.5 * torch.cat(errors).square().mean()).backward()
+    theirs = [torch.zeros_like(each) if each.grad is None else each.grad for each in trainer.model.parameters()]
+    theirs = torch.cat([each.flatten() for each in theirs])
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 @pytest.mark.parametrize("value", ["head", "model", "adapters"])
