@@ -88,7 +88,7 @@ def test_learns(make_trainer):
         {"padding_free": False},
         {"activation_checkpointing": True},
         {"padding_free": False, "activation_checkpointing": True},
-        {"token_budget": 45},
+        {"token_budget": 55},
         {"precompute_ref_log_probs": True, "remove_unused_columns": True},
     ],
     ids=lambda options: "_".join(options),
@@ -177,6 +177,16 @@ def test_without_a_reference(make_trainer, make_model):
         assert logs[-1]["loss"] < logs[0]["loss"] and not torch.equal(weights(trainer), before)
     assert make_trainer(loss_type=["sft", "sigmoid"]).reference_model is not None
     assert make_trainer(loss_type=["sft"], ref_model=make_model(seed=1)).reference_model is not None
+
+
+def test_simpo(make_trainer, make_model):
+    trainer = make_trainer(loss_type=["simpo"], beta=2.0, simpo_gamma=1.5)
+    (batch,) = trainer.micro_batches([trainer.train_dataset[index] for index in range(3)])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, batch)
+        chosen, rejected = (scoring.preference_logps(make_model(), batch, fused=False) / batch["lengths"]).view(2, 3)
+    expected = -torch.nn.functional.logsigmoid(2.0 * (chosen - rejected) - 1.5).mean()
+    torch.testing.assert_close(loss, expected)
 
 
 def test_metrics_are_those_of_the_first_loss(make_trainer):
