@@ -1,6 +1,7 @@
 """One process of `test_distributed.py`: trains a tiny model under each of some options and leaves what it saw in
 `<folder>/<rank>.pt`."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -25,6 +26,15 @@ def record(function, results: list):
     return recording
 
 
+def shortened(engine):
+    """Completions of two tokens, so that processes have unequally many."""
+
+    def sample(*args):
+        return [dataclasses.replace(each, completion_ids=each.completion_ids[:2]) for each in engine(*args)]
+
+    return sample
+
+
 def train(folder: str, options: dict) -> dict:
     is_ppo = "num_ppo_epochs" in options
     options |= {"response_length": 6} if is_ppo else {"num_generations": 4, "max_completion_length": 6}
@@ -47,6 +57,8 @@ def train(folder: str, options: dict) -> dict:
     dataset = [{"prompt": "ab" + "c" * i, "index": i} for i in range(8)]
     trainer_class = PPOTrainer if is_ppo else GRPOTrainer
     trainer = trainer_class(build_model(), one_group_differs, args, dataset, dataset[:3], build_tokenizer())
+    if is_ppo and os.environ["RANK"] == "1":
+        trainer.engine = shortened(trainer.engine)
     rollouts, micro_batches = [], []
     trainer.roll_out = record(trainer.roll_out, rollouts)
     trainer.micro_batches = record(trainer.micro_batches, micro_batches)
