@@ -161,25 +161,31 @@ def pad_left(rows: list[list[int]], value: int, device: torch.device) -> tuple[T
     return filled.to(device), real.to(device)
 
 
-class SampledLogprobs(LogitsProcessor):
-    """Notes the log-probability of each sampled token. It holds the scores of one step, [B, V]: which token they led to
-    is seen when the next one's come."""
+class Sampler(LogitsProcessor):
+    """Samples a token of each row from the model's distribution, leaves generate() no other, and notes its
+    log-probability where that is wanted.
 
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self.scores: Tensor | None = None
+    One random number a row is looked up among the cumulative probabilities. torch.multinomial, which generate() would
+    call, draws one for each token of the vocabulary, on a CPU one after the other: of 16 rows of SmolLM2's 49,152 that
+    takes 40 ms, two thirds of what a token takes in all; this takes 1."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self.options = options
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # generate() divides by the temperature after the processors that it is given: these are the model's logits.
-        self.note(input_ids[:, -1])
-        self.scores = scores
-        return scores
-
-    def note(self, token_ids: Tensor) -> None:
-        if self.scores is not None:
-            logprobs = rlkernels.token_logprobs(self.scores, token_ids, temperature=self.temperature)
+        temperature = self.options.temperature
+        probabilities = (scores / temperature).softmax(-1)
+        cumulative = probabilities.cumsum(-1)
+        total = cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, torch.rand_like(total) * total, right=True)
+        tokens = tokens.clamp(max=scores.shape[1] - 1)
+        # Rounding may lead to a token that has no probability.
+        tokens = torch.where(probabilities.gather(1, tokens) > 0, tokens, probabilities.argmax(-1, keepdim=True))
+        if self.options.logprobs:
+            logprobs = rlkernels.token_logprobs(scores, tokens.squeeze(1), temperature=temperature)
             self.logprobs.append(cast(Tensor, logprobs))  # with return_entropy it would be a pair
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
 
 class TransformersEngine:
@@ -215,14 +221,14 @@ class TransformersEngine:
         own_config, training = model.generation_config, model.training
         model.generation_config = self._config(options)
         model.eval()
-        sampled = SampledLogprobs(options.temperature)
+        sampler = Sampler(options)
         try:
             cache = self._read_prompts(model, prompt_ids)
             sequences = model.generate(
                 input_ids=input_ids,
                 attention_mask=real.long(),
                 past_key_values=cache,
-                logits_processor=LogitsProcessorList([sampled] if options.logprobs else []),
+                logits_processor=LogitsProcessorList([sampler]),
             )
         finally:
             model.generation_config = own_config
@@ -232,8 +238,7 @@ class TransformersEngine:
             completion = self._until_end(row)
             rollouts.append(Rollout(prompt, completion, ended=completion[-1] in self.end_token_ids))
         if options.logprobs:
-            sampled.note(sequences[:, -1])
-            for rollout, logprobs in zip(rollouts, torch.stack(sampled.logprobs, 1).tolist(), strict=True):
+            for rollout, logprobs in zip(rollouts, torch.stack(sampler.logprobs, 1).tolist(), strict=True):
                 rollout.logprobs = logprobs[: len(rollout.completion_ids)]
         return rollouts
 
@@ -261,9 +266,7 @@ class TransformersEngine:
 
     def _config(self, options: SamplingOptions) -> GenerationConfig:
         return GenerationConfig(
-            do_sample=True,
-            temperature=options.temperature,
-            top_k=0,
+            do_sample=False,  # the Sampler does
             max_new_tokens=options.max_completion_length,
             eos_token_id=self.end_token_ids,
             pad_token_id=self.pad_token_id,

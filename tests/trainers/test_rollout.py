@@ -123,7 +123,7 @@ def test_end_tokens(make_model, tokenizer):
 def test_logprobs_are_those_that_are_trained(engine, temperature, repeated):
     """After prompts that differ in length, of rows that end early beside such as are cut off."""
     assert scoring.needs_no_logits(engine.model)
-    engine.end_token_ids = list(range(0, engine.model.config.vocab_size, 6))
+    engine.end_token_ids = list(range(0, engine.model.config.vocab_size, 8))
     prompts = [[3, 4, 5, 6]] * 8 + [[7]] * 8 if repeated else [[3, 4, 5 + row][row % 3 :] for row in range(16)]
     torch.manual_seed(0)
     rollouts = engine.complete(prompts, options(12, temperature, logprobs=True))
@@ -147,22 +147,33 @@ def test_logprobs_do_not_change_what_is_sampled(engine):
     assert drawn[0] == drawn[1]
 
 
-def test_sampling_stores_the_scores_of_one_step(engine, monkeypatch):
-    """Of the tensors [B, V] that sampling makes, none outlives the second step after it."""
+def test_sampling_stores_no_scores(engine, monkeypatch):
+    """Of the tensors [B, V] that sampling makes, none outlives its step."""
     import weakref
 
     alive, scores = [], []
-    own = rollout.SampledLogprobs.__call__
+    own = rollout.Sampler.__call__
 
     def count(self, input_ids, logits):
         alive.append(sum(each() is not None for each in scores))
         scores.append(weakref.ref(logits))
         return own(self, input_ids, logits)
 
-    monkeypatch.setattr(rollout.SampledLogprobs, "__call__", count)
+    monkeypatch.setattr(rollout.Sampler, "__call__", count)
     torch.manual_seed(0)
     engine.complete([[3, 4], [5]] * 8, options(12, 0.7, logprobs=True))
-    assert len(alive) == 12 and max(alive) == 1
+    assert len(alive) == 12 and max(alive) == 0
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-24, 1.0])
+def test_what_cannot_be_is_not_sampled(monkeypatch, number):
+    """Whatever the random number: at its ends, and where the probabilities add up to less than 1."""
+    monkeypatch.setattr(torch, "rand_like", lambda tensor: torch.full_like(tensor, number))
+    scores = torch.randn(50, 999, generator=torch.Generator().manual_seed(0))
+    scores[:, [0, 1, 500, 997, 998]] = -torch.inf
+    scores[0, 5:] = -torch.inf
+    tokens = rollout.Sampler(options(temperature=0.7))(torch.zeros(50, 1), scores).argmax(-1, keepdim=True)
+    assert scores.gather(1, tokens).isfinite().all()
 
 
 def test_sampling_ends_with_the_last_row(engine, monkeypatch):
