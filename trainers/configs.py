@@ -264,12 +264,11 @@ class PPOConfig(OnlineConfig):
         default=None, metadata={"help": "Taken off the score of a completion that did not end by itself."}
     )
     score_at: str = field(
-        default="after_last",
+        default="last",
         metadata={
-            "help": "Where a completion's score is given: behind its last token, in a state with a value of its own, "
-            "as in TRL (after_last; at the last token if it has response_length tokens), or always at the last token "
-            "(last).",
-            "choices": ["after_last", "last"],
+            "help": "Where a completion's score is given: at its last token (last), or, as in TRL, behind it, in a "
+            "state with a value of its own (after_last; at the last token if it has response_length tokens).",
+            "choices": ["last", "after_last"],
         },
     )
     whiten_rewards: bool = field(

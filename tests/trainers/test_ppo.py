@@ -82,7 +82,7 @@ def gradient(trainer) -> torch.Tensor:
 
 @pytest.mark.parametrize("value", ["head", "model"])
 def test_learns(make_trainer, make_classifier, value):
-    """In 20 optimizer steps, on 5 batches of completions."""
+    """In 28 optimizer steps, on 7 batches of completions."""
     value_model = make_classifier() if value == "model" else None
     if value_model is not None:
         torch.nn.init.zeros_(value_model.score.weight)
@@ -92,7 +92,7 @@ def test_learns(make_trainer, make_classifier, value):
         eval_dataset=PROMPTS * 5,
         value_model=value_model,
         per_device_train_batch_size=64,
-        max_steps=20,
+        max_steps=28,
         learning_rate=1e-2,
         vf_coef=1.0,
         kl_coef=0.01,
@@ -256,9 +256,8 @@ def test_tokens_of_a_tool(make_trainer, make_model, tokenizer):
     (batch,) = trainer.micro_batches(PROMPTS[:2])
     rollouts = trainer.rollouts
     for row, (prompt, completion) in enumerate(rows):
-        own = [len(prompt) - 1 + place for place, token in enumerate(completion) if token < 40]
-        assert rollouts.old_logprobs[row].nonzero().flatten().tolist() == own
-        places = [*own, len(prompt) + len(completion) - 1]  # and the state behind the last token
+        places = [len(prompt) - 1 + place for place, token in enumerate(completion) if token < 40]
+        assert rollouts.old_logprobs[row].nonzero().flatten().tolist() == places
         assert rollouts.has_value[row].nonzero().flatten().tolist() == places
         values = [*rollouts.old_values[row][places].tolist(), 0.0]
         expected, advantage = [], 0.0
@@ -475,7 +474,7 @@ def test_bfloat16_computes_over_float32_weights(make_trainer, make_classifier, v
 def test_bad_input(make_trainer, make_model, make_classifier, tmp_path):
     for options, message in (
         ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, abs; got 'k4'"),
-        ({"score_at": "first"}, "score_at must be one of after_last, last; got 'first'"),
+        ({"score_at": "first"}, "score_at must be one of last, after_last; got 'first'"),
         ({"response_length": 0}, "response_length must be at least 1; got 0"),
         ({"num_mini_batches": 3}, r"the 4 completions of a process .* must be divisible by num_mini_batches \(3\)"),
         ({"lam": 1.5}, "lam must be between 0 and 1; got 1.5"),

@@ -33,6 +33,7 @@ def run(request, make_model, tokenizer, tmp_path):
             **recorder["SHARED"],
             **recorded["options"],
             **options,
+            score_at="after_last",
             output_dir=str(tmp_path),
             num_train_epochs=1,
             logging_steps=1,
