@@ -14,8 +14,9 @@ from typing import Any
 
 import program
 
-# The model has seen no calculator: with these two it writes a sum between tags one time in three.
-EXAMPLES = ("12 + 34", "71 - 8")
+# With two shown, the model writes a sum between tags about every other time; without an answer to a result shown, too,
+# it has none in its second turn.
+EXAMPLES = {"12 + 34": "46", "71 - 8": "63"}
 SYSTEM_PROMPT = "Use the calculator."
 TURN = 16
 """Tokens of one turn at most; the longest expression takes 15."""
@@ -26,11 +27,10 @@ REPLY = "\n<|im_start|>tool\n{result}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def prompt(expression: str) -> list[dict[str, str]]:
-    shown = [
-        turn
-        for example in EXAMPLES
-        for turn in ({"role": "user", "content": example}, {"role": "assistant", "content": f"<calc>{example}</calc>"})
-    ]
+    shown = []
+    for example, result in EXAMPLES.items():
+        said = ("user", example), ("assistant", f"<calc>{example}</calc>"), ("tool", result), ("assistant", result)
+        shown += [{"role": role, "content": content} for role, content in said]
     return [{"role": "system", "content": SYSTEM_PROMPT}, *shown, {"role": "user", "content": expression}]
 
 
