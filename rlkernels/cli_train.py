@@ -311,6 +311,8 @@ def train(name: str, arguments: list[str]) -> None:
     eval_dataset = load_rows(run, run.dataset_test_split, command.samples) if config.eval_strategy != "no" else None
     options = {role: getattr(run, role) for role in ("ref_model", "value_model") if hasattr(run, role)}
     options["peft_config"] = adapter(run, command.task_type)
+    first = first_step()
+    options["callbacks"] = [first]
     build = getattr(trainers, f"{command.method}Trainer")
 
     output_dir, trainer = Path(config.output_dir), None
@@ -331,11 +333,24 @@ def train(name: str, arguments: list[str]) -> None:
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(progress(trainer)) from error
             raise BadValue(str(error)) from error
-        if checkpoint is not None and trainer.state.max_steps == 0:  # it comes with the state
+        if checkpoint is not None and not first.begun:
             raise BadValue(f"--resume_from_checkpoint {checkpoint}: {show(error)}") from error
         raise
     if trainer.is_world_process_zero():
         print(f"saved in {config.output_dir}")
+
+
+def first_step() -> Any:
+    """A callback that knows whether a step was begun, and so whether the checkpoint, if any, was read."""
+    from transformers import TrainerCallback
+
+    class FirstStep(TrainerCallback):
+        begun = False
+
+        def on_step_begin(self, *args: Any, **options: Any) -> None:
+            self.begun = True
+
+    return FirstStep()
 
 
 def checked(build: Callable, *args: Any, **options: Any) -> Any:

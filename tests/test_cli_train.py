@@ -368,6 +368,18 @@ def test_refuses_a_folder_that_cannot_be_written_to(refuses, monkeypatch):
     refuses("sft", {}, {}, ["--output_dir out/run: cannot be written to: Permission denied"])
 
 
+@pytest.mark.parametrize(("command", "of"), [("dpo", "reward"), ("reward", "dpo"), ("dpo", "ppo")])
+def test_refuses_the_checkpoint_of_another_model(run, capsys, command, of):
+    """Whose optimizer has states of other shapes, past whose end AdamW would write."""
+    saving = {"save_strategy": "steps", "save_steps": "1", "output_dir": "other"}
+    assert run(of, **saving) == 0
+    capsys.readouterr()
+    assert run(command, max_steps="2", resume_from_checkpoint="other/checkpoint-1") == 2
+    error = capsys.readouterr().err
+    assert f"rlkernels {command}: error: --resume_from_checkpoint other/checkpoint-1: " in error
+    assert not Path("out").exists()
+
+
 def test_failed_run_leaves_an_older_run_as_it_was(run, workplace):
     folder = workplace / "out" / "run"
     folder.mkdir(parents=True)

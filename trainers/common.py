@@ -442,6 +442,17 @@ class BaseTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*COLUMNS, "row_id"]
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Called with the weights of a checkpoint. The fused AdamW would write past the end of states of other shapes.
+        super()._issue_warnings_after_load(load_result)
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(weight) for name, weight in weights.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(weights.get(name)) not in loaded]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"a checkpoint of another model: {', '.join([*missing, *load_result.unexpected_keys][:5])} in one alone"
+            )
+
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         with uninterrupted():
             super().save_model(*args, **kwargs)
