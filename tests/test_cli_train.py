@@ -360,6 +360,11 @@ def test_command_refuses(refuses, case):
     refuses(*case)
 
 
+def test_refuses_a_reward_model_that_was_not_trained(refuses, model_folders):
+    options = {"reward": None, "reward_model": str(model_folders / "model")}
+    refuses("ppo", options, {}, ["no trained classifier; it lacks score.weight"])
+
+
 def test_refuses_a_folder_that_cannot_be_written_to(refuses, monkeypatch):
     def refuse(dir):
         raise PermissionError(13, "Permission denied", dir)

@@ -80,11 +80,15 @@ def flash_attention(args: BaseConfig) -> dict[str, str]:
     return {}
 
 
-def load_classifier(name: str, model: str | PreTrainedModel, args: BaseConfig) -> PreTrainedModel:
-    """A sequence classifier with one label, from a folder, by name or as it is."""
+def load_classifier(
+    name: str, model: str | PreTrainedModel, args: BaseConfig, *, trained: bool = False
+) -> PreTrainedModel:
+    """A sequence classifier with one label, from a folder, by name or as it is; `trained`: no part of it is new."""
     if isinstance(model, str):
-        options = {"num_labels": 1, **flash_attention(args)}
-        model = load_model(model, args.model_init_kwargs, AutoModelForSequenceClassification, **options)
+        path, options = model, {"num_labels": 1, "output_loading_info": True, **flash_attention(args)}
+        model, report = load_model(path, args.model_init_kwargs, AutoModelForSequenceClassification, **options)
+        if trained and report["missing_keys"]:
+            raise ValueError(f"{name}: '{path}' is no trained classifier; it lacks {', '.join(report['missing_keys'])}")
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
     if num_labels != 1 or not hasattr(model, "score"):
         raise ValueError(

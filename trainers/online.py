@@ -81,7 +81,7 @@ class Samples:
 def reward_function(source: RewardSource, args: OnlineConfig) -> RewardFunction:
     if not isinstance(source, str | nn.Module):
         return source
-    return RewardModel(load_classifier("reward_funcs", source, args), args)
+    return RewardModel(load_classifier("reward_funcs", source, args, trained=True), args)
 
 
 class OnlineTrainer(BaseTrainer):
