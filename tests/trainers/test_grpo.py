@@ -374,7 +374,7 @@ def test_a_model_is_trained_again(make_trainer, make_model):
         trainer = make_trainer(model=model, bf16=True, beta=0.1, max_steps=3)
         trainer.train()
         kl = [log["kl"] for log in history(trainer)]
-        assert kl[0] == 0 and kl[1] > 0
+        assert kl[0] == 0 and kl[-1] > 0
 
 
 def test_adapters_are_trained_without_logits(make_trainer, make_model):
