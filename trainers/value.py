@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import scoring
+from .common import disable_dropout
 
 
 class ValueHead(nn.Linear):
@@ -32,9 +33,7 @@ class PolicyAndValue(nn.Module):
         self.policy: Any = policy
         self.value: Any = ValueHead(policy) if value is None else value
         self.config = policy.config
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):  # would make another policy of the one that sampled
-                module.p = 0.0
+        disable_dropout(self)  # which would make another policy of the one that sampled
 
     def forward(self, function: Callable[..., Any], batch: dict[str, Any], *args: Any, **options: Any) -> tuple:
         """What a function of `scoring` makes of the policy, and the values [N], float32: position p has that of the

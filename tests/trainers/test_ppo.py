@@ -322,6 +322,16 @@ def test_adaptive_kl_coefficient(make_trainer, monkeypatch):
     assert log["objective/non_score_reward"] == pytest.approx(-used[2] * log["objective/kl"])
 
 
+def test_attention_has_no_dropout(make_trainer, make_model):
+    """Else the policy that is trained would not be the one whose log-probabilities were scored."""
+    model = make_model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer = make_trainer(model=model, num_ppo_epochs=1, num_mini_batches=1, max_steps=1)
+    trainer.train()
+    assert history(trainer)[0]["val/ratio"] == pytest.approx(1.0, abs=1e-4)
+
+
 def test_without_kl_coef_there_is_no_reference(make_trainer):
     trainer = make_trainer(kl_coef=0.0)
     trainer.train()
