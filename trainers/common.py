@@ -366,9 +366,11 @@ class BaseTrainer(Trainer):
     def _stop(self, loss: float, inputs: list[dict[str, Any]]) -> None:
         # Of several rows in the place of one it is a list.
         rows = {index for row in inputs for index in np.atleast_1d(row.get("row_id", ())).tolist()}
-        found = gather_object([(loss, rows)]) if self.accelerator.num_processes > 1 else [(loss, rows)]
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
-        if not (folder / "trainer_state.json").is_file():
+        # Before the processes meet: one that is ahead then writes the file, and those behind must still save theirs.
+        is_saved = (folder / "trainer_state.json").is_file()
+        found = gather_object([(loss, rows)]) if self.accelerator.num_processes > 1 else [(loss, rows)]
+        if not is_saved:
             self._save_checkpoint(self.model, trial=None)
         loss = next(value for value, _ in found if not math.isfinite(value))
         named = ", ".join(map(str, sorted(set().union(*(rows for _, rows in found)))))

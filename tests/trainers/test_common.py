@@ -75,6 +75,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, monkeypatch, valu
     assert not torch.equal(seen[0], weights(whole.model))
 
 
+def test_each_process_saves_its_part_of_the_last_good_state(make_trainer, monkeypatch):
+    """Also one that comes to it when the main process has already written the file that all look for."""
+    trainer, saved = make_trainer(), []
+
+    def gather_object(found):
+        folder = Path(trainer.args.output_dir, "checkpoint-0")
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").touch()
+        return found
+
+    monkeypatch.setattr(common, "gather_object", gather_object)
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(trainer, "_save_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
+    with pytest.raises(NonFiniteLoss):
+        trainer._stop(math.nan, [{"row_id": 3}])
+    assert len(saved) == 1
+
+
 def lora():
     return pytest.importorskip("peft").LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
