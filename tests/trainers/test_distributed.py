@@ -88,13 +88,15 @@ def test_drawn_prompts_and_whitening_over_two_processes(results):
     assert torch.equal(first["weights"], second["weights"])
     assert first["table"] == second["table"]
     assert first["logs"][0]["dynamic_sampling/rounds"] > 0
+    sums = []
     for rollouts in zip(first["rollouts"], second["rollouts"], strict=True):
         values = [torch.cat(each["token_advantages"]) for each in rollouts]
         scored = [torch.tensor([label != -100 for row in each["labels"] for label in row]) for each in rollouts]
         every = torch.cat([part[(part != 0)] for part in values])
         assert len(every) == sum(int(mask.sum()) for mask in scored)
         assert every.mean().abs() < 1e-5 and every.std(correction=0).item() == pytest.approx(1, rel=1e-4)
-        assert values[0].sum().abs() > 0.1  # whitened together, not each by itself
+        sums.append(values[0].sum().abs())
+    assert max(sums) > 0.1  # whitened together, not each by itself
 
 
 @pytest.mark.parametrize("run, options", [(0, {}), (3, OVER_ALL_TOKENS)], ids=["grpo", "over_all_tokens"])
