@@ -1,6 +1,6 @@
 """Direct preference optimization: SmolLM2-135M-Instruct learns from pairs to answer sums in one sentence.
 
-    python examples/dpo.py [--seed 0] [--steps 20] [--output_dir runs/dpo]
+    python examples/dpo.py [--seed 0] [--steps 16] [--output_dir runs/dpo]
 
 Writes result.json, curves.png and model/ to the output folder.
 """
@@ -18,7 +18,7 @@ def train(run: program.Run) -> list[Any]:
     model, tokenizer = lesson.load()
     trainer = DPOTrainer(
         model,
-        DPOConfig(**lesson.options(run), learning_rate=1e-5, per_device_train_batch_size=8),
+        DPOConfig(**lesson.options(run), learning_rate=2e-5, per_device_train_batch_size=8),
         lesson.pairs(lesson.TRAIN, lesson.OTHER_WORDS, model, tokenizer),
         lesson.pairs(lesson.HELD_OUT, lesson.HELD_OUT_WORDS, model, tokenizer),
         tokenizer,
@@ -31,7 +31,7 @@ def train(run: program.Run) -> list[Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return program.main(__doc__, train, steps=20, folder="runs/dpo", arguments=arguments)
+    return program.main(__doc__, train, steps=16, folder="runs/dpo", arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Group relative policy optimization: SmolLM2-135M-Instruct learns from a rule to answer sums in one sentence.
 
-    python examples/grpo.py [--seed 0] [--steps 20] [--output_dir runs/grpo]
+    python examples/grpo.py [--seed 0] [--steps 16] [--output_dir runs/grpo]
 
 examples/demo.py is a longer run of the same method. Writes result.json, curves.png, completions/ and model/ to the
 output folder.
@@ -44,7 +44,7 @@ def train(run: program.Run) -> list[Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return program.main(__doc__, train, steps=20, folder="runs/grpo", arguments=arguments)
+    return program.main(__doc__, train, steps=16, folder="runs/grpo", arguments=arguments)
 
 
 if __name__ == "__main__":

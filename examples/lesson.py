@@ -1,6 +1,6 @@
 """What the examples teach SmolLM2-135M-Instruct, each by another method: to answer a sum with the sentence "The answer
-is 8." and stop, where it rambles by itself. All data are made here; held-out sums are none of those trained on, nor
-those with their terms swapped."""
+is 8." and stop. Told to, it still rambles five times of six. All data are made here; held-out sums are none of those
+trained on, nor those with their terms swapped."""
 
 import json
 import random
@@ -24,7 +24,15 @@ from smollm2 import model_folder
 
 Row = dict[str, Any]
 
-TRAIN, HELD_OUT = problems()
+SYSTEM_PROMPT = "Answer like this: The answer is 5."
+"""Without it no sample is the sentence, and reinforcement learning would have nothing to start from."""
+
+
+def asked(row: Row) -> Row:
+    return {**row, "prompt": [{"role": "system", "content": SYSTEM_PROMPT}, row["prompt"][-1]]}
+
+
+TRAIN, HELD_OUT = ([asked(row) for row in rows] for rows in problems())
 SAMPLES = 2
 """Of each held-out sum: shares are of 100 completions."""
 SAMPLING = SamplingOptions(temperature=1.0, max_completion_length=16)
@@ -135,7 +143,6 @@ def options(run: Run) -> dict[str, Any]:
 
 def learn(run: Run, trainer: BaseTrainer, measure: Callable[[], dict[str, float]], shown: dict[str, str]) -> list[Any]:
     """Trains, and saves the model and what `measure` gives before and after. Returns what to print."""
-    start = time.perf_counter()
     progress = ProgressCallback(run, shown)
     trainer.add_callback(progress)
     trainer.remove_callback(PrinterCallback)
@@ -144,7 +151,7 @@ def learn(run: Run, trainer: BaseTrainer, measure: Callable[[], dict[str, float]
         trainer.train()
     after = measure()
     trainer.save_model(str(run.folder / "model"))
-    seconds = round(time.perf_counter() - start, 1)
+    seconds = round(time.perf_counter() - run.start, 1)
     result = {"seed": run.seed, "steps": run.steps, "seconds": seconds, "before": before, "after": after}
     (run.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     table = Table("held out", "before", "after")

@@ -1,6 +1,6 @@
 """Proximal policy optimization: SmolLM2-135M-Instruct learns from a reward model to answer sums in one sentence.
 
-    python examples/ppo.py [--seed 0] [--steps 30] [--output_dir runs/ppo]
+    python examples/ppo.py [--seed 0] [--steps 24] [--output_dir runs/ppo]
 
 The reward model is that of examples/reward.py, in the folder reward beside the output folder; where there is none it is
 trained first. Writes result.json, curves.png, completions/ and model/ to the output folder.
@@ -50,7 +50,7 @@ def train(run: program.Run) -> list[Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return program.main(__doc__, train, steps=30, folder="runs/ppo", arguments=arguments)
+    return program.main(__doc__, train, steps=24, folder="runs/ppo", arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import argparse
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,6 +46,7 @@ class Run:
     seed: int
     steps: int
     console: Console
+    start: float = field(default_factory=time.perf_counter)
 
 
 def replace(source: Path, target: Path) -> None:

@@ -14,8 +14,10 @@ HEADER = """# What the examples learn
 Printed by `python examples/results.py`, of the runs of `make examples SEED=0` and `make examples SEED=1`. Each trains
 SmolLM2-135M-Instruct to answer single-digit sums with the sentence "The answer is 8." and nothing else, and measures
 before and after on sums that it has not seen. Rates are shares of 100 completions, two of each of 50 held-out sums,
-sampled at temperature 1; held-out pairs set the sentence against words that no pair trained on has, and against the
-model's own. Seconds are those of the whole example, measuring included.
+sampled at temperature 1: of those that are the sentence, and of those with the right number too, which demonstrations
+and pairs show, but neither the reward model of PPO nor the rule of GRPO looks at. Held-out pairs set the sentence
+against words that no pair trained on has, and against the model's own. PPO's score is the reward model's. Seconds are
+those of the whole example, measuring included.
 
 | example | seed | measured on held-out sums | before | after | steps | seconds |
 |---|---|---|---|---|---|---|"""

@@ -1,6 +1,6 @@
 """A reward model: SmolLM2-135M-Instruct with a score head learns from pairs which of two answers to a sum is preferred.
 
-    python examples/reward.py [--seed 0] [--steps 16] [--output_dir runs/reward]
+    python examples/reward.py [--seed 0] [--steps 12] [--output_dir runs/reward]
 
 Writes result.json, curves.png and model/ to the output folder. examples/ppo.py learns from that model.
 """
@@ -32,7 +32,7 @@ def train(run: program.Run) -> list[Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return program.main(__doc__, train, steps=16, folder="runs/reward", arguments=arguments)
+    return program.main(__doc__, train, steps=12, folder="runs/reward", arguments=arguments)
 
 
 if __name__ == "__main__":

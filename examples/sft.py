@@ -1,6 +1,6 @@
 """Imitation: SmolLM2-135M-Instruct learns from demonstrations to answer sums in one sentence.
 
-    python examples/sft.py [--seed 0] [--steps 16] [--output_dir runs/sft]
+    python examples/sft.py [--seed 0] [--steps 12] [--output_dir runs/sft]
 
 Writes result.json, curves.png and model/ to the output folder.
 """
@@ -31,7 +31,7 @@ def train(run: program.Run) -> list[Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return program.main(__doc__, train, steps=16, folder="runs/sft", arguments=arguments)
+    return program.main(__doc__, train, steps=12, folder="runs/sft", arguments=arguments)
 
 
 if __name__ == "__main__":
