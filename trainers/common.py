@@ -162,6 +162,17 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
         restore()
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, without dropout; then in the mode that it had."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 class NumberedRows(Dataset):
     """A dataset whose rows know their place in it, `row_id`, if they do not already know that in the one it was made
     from."""
@@ -290,13 +301,8 @@ class BaseTrainer(Trainer):
                 yield self.reference_model
                 return
             model: Any = self.accelerator.unwrap_model(self.model_wrapped)
-            training = model.training
-            model.eval()
-            try:
-                with model.disable_adapter():
-                    yield self.model_wrapped
-            finally:
-                model.train(training)
+            with evaluating(model), model.disable_adapter():
+                yield self.model_wrapped
 
     def lay_out(self, sequences: list[Sequence]) -> dict[str, Any]:
         pad = self.processing_class.pad_token_id
@@ -400,17 +406,15 @@ class BaseTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The loss, and what `compute_loss` records besides, over the rows of an evaluation set."""
         metrics = Metrics(self.accelerator.device)
-        training = self.model.training
-        self.model.eval()
-        for inputs in dataloader:
-            own = self._own_rows(inputs)
-            with self.metrics_into(metrics), self.accelerator.autocast():
-                batches = self.micro_batches(own or inputs[:1])
-                batches = [batch if own else {**batch, "is_filler": True} for batch in batches]
-                total = sum((self._counted_loss(self.model, batch).detach() for batch in batches), torch.zeros(()))
-            metrics.add("loss", total, batches[-1]["normalizer"] if own else 0.0)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        self.model.train(training)
+        with evaluating(self.model), self.metrics_into(metrics):
+            for inputs in dataloader:
+                own = self._own_rows(inputs)
+                with self.accelerator.autocast():
+                    batches = self.micro_batches(own or inputs[:1])
+                    batches = [batch if own else {**batch, "is_filler": True} for batch in batches]
+                    total = sum((self._counted_loss(self.model, batch).detach() for batch in batches), torch.zeros(()))
+                metrics.add("loss", total, batches[-1]["normalizer"] if own else 0.0)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
         count = len(dataloader.dataset)  # type: ignore[arg-type]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=count)

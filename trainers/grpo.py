@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 import rlkernels
 
 from . import advantages, objectives, scoring
-from .common import NumberedRows, check_columns
+from .common import NumberedRows, check_columns, evaluating
 from .configs import OBJECTIVES, GRPOConfig
 from .online import GroupSampler, OnlineTrainer, Samples
 from .packing import IGNORE, Sequence, fill_by_length, shift, split
@@ -246,16 +246,17 @@ class GRPOTrainer(OnlineTrainer):
         self, model: nn.Module, rollouts: Rollouts, wanted: list[bool], entropy: bool = False
     ) -> list[Tensor | None]:
         """Log-probabilities of each wanted row's tokens, or the entropies of their distributions, NaN where there is
-        none."""
+        none. Without dropout, as they were sampled."""
         scores: list[Tensor | None] = [None] * len(wanted)
         chunks = self._fill(rollouts, [row for row, is_wanted in enumerate(wanted) if is_wanted])
         # A sharded model must run equally often on every process.
         chunks += [[0]] * (self.most_on_any_process(len(chunks)) - len(chunks))
         for chunk in chunks:
             batch = self._lay_out(rollouts, chunk)
-            scored = scoring.token_logprobs(
-                model, batch, fused=self.fused, temperature=self.args.temperature, return_entropy=entropy
-            )
+            with evaluating(model):
+                scored = scoring.token_logprobs(
+                    model, batch, fused=self.fused, temperature=self.args.temperature, return_entropy=entropy
+                )
             if entropy:
                 scored = scored[1].masked_fill(~batch["mask"], math.nan)
             for row, values in zip(chunk, split(scored, batch), strict=True):

@@ -8,6 +8,7 @@ import torch
 
 import rlkernels
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, grpo, scoring
+from rlkernels.trainers.packing import split
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(13)]
 
@@ -388,6 +389,21 @@ def test_adapters_are_trained_without_logits(make_trainer, make_model):
     assert set(rows) == {0, 1}
     changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+
+
+def test_log_probabilities_are_those_of_the_sampler_without_dropout(make_trainer, make_model):
+    model = make_model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer = make_trainer(model=model, num_iterations=2, max_steps=1, learning_rate=0.0)
+    trainer.train()
+    found, batch = trainer.rollouts.old_logprobs, trainer._lay_out(trainer.rollouts, range(8))
+    expected = split(scoring.token_logprobs(make_model(), batch, fused=False), batch)
+    rows = [row for row in range(8) if found[row] is not None]
+    assert rows
+    for row in rows:
+        torch.testing.assert_close(found[row], expected[row], rtol=1e-4, atol=1e-5)
+    assert trainer.model.training
 
 
 def test_reward_error_ends_the_run_with_nothing_written(make_trainer, tmp_path):
