@@ -100,6 +100,9 @@ class BaseConfig(TrainingArguments):
                 raise ValueError(f"{name} must be a mapping (JSON on the command line); got {getattr(self, name)!r}")
         if self.deepspeed is not None:
             raise ValueError("deepspeed is not supported yet: its engine would step once per micro-batch")
+        for name in ("label_smoothing_factor", "torch_empty_cache_steps", "bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):  # of the Trainer's own steps and evaluation, which are others here
+                raise ValueError(f"{name} is not supported; got {getattr(self, name)}")
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size is not supported: micro-batches are filled by token_budget")
 
@@ -233,8 +236,6 @@ class SFTConfig(BaseConfig):
             raise ValueError(f"max_length must be at least 2, to have a token to predict; got {self.max_length}")
         if self.packing and self.max_length is None:
             raise ValueError("packing needs max_length; got None")
-        if self.label_smoothing_factor:
-            raise ValueError(f"label_smoothing_factor is not supported; got {self.label_smoothing_factor}")
 
 
 @dataclass

@@ -129,6 +129,9 @@ def test_read_back(tmp_path):
         ({"generation_batch_size": 16, "steps_per_generation": 3}, "exclude each other"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple of gradient_accumulation_steps"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is not supported; got 0.1"),
+        ({"torch_empty_cache_steps": 4}, "torch_empty_cache_steps is not supported; got 4"),
+        ({"bf16_full_eval": True}, "bf16_full_eval is not supported; got True"),
         ({"num_completions_to_print": -1}, "num_completions_to_print must be at least 0; got -1"),
     ],
 )
