@@ -105,6 +105,8 @@ class PPOTrainer(OnlineTrainer):
         self.value_model = None if value_model is None else load_classifier("value_model", value_model, args)
         self.prompts_per_batch = args.rollout_batch_size
         self.has_reference = args.kl_coef != 0
+        if ref_model is not None and not self.has_reference:
+            raise ValueError("ref_model must be None with kl_coef 0, which keeps the policy close to no model")
         super().__init__(
             model,
             reward_funcs,
@@ -112,7 +114,7 @@ class PPOTrainer(OnlineTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            ref_model=ref_model if self.has_reference else None,
+            ref_model=ref_model,
             needs_reference=self.has_reference,
             peft_config=peft_config,
             callbacks=callbacks,

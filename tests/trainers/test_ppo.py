@@ -332,11 +332,13 @@ def test_attention_has_no_dropout(make_trainer, make_model):
     assert history(trainer)[0]["val/ratio"] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_without_kl_coef_there_is_no_reference(make_trainer):
+def test_without_kl_coef_there_is_no_reference(make_trainer, make_model):
     trainer = make_trainer(kl_coef=0.0)
     trainer.train()
     assert trainer.reference_model is None
     assert "objective/kl" not in history(trainer)[0]
+    with pytest.raises(ValueError, match="ref_model must be None with kl_coef 0"):
+        make_trainer(kl_coef=0.0, ref_model=make_model(1))
 
 
 def test_reward_models(make_trainer, make_classifier, tokenizer, tmp_path):
