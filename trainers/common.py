@@ -247,6 +247,8 @@ class BaseTrainer(Trainer):
     ) -> None:
         if isinstance(ref_model, nn.Module) and ref_model is model:
             raise ValueError("ref_model must be another object than model, which changes; None keeps a copy of it")
+        if peft_config is not None and hasattr(model, "peft_config"):
+            raise ValueError("peft_config must be None where the model has adapters already; got both")
         model = self.load(model, args)
         tokenizer = processing_class or load_tokenizer(model)
         self.has_own_reference = needs_reference and (ref_model is not None or peft_config is None)

@@ -112,6 +112,12 @@ def test_adapters_alone_are_trained_and_saved(make_trainer, make_model, tmp_path
     assert kl[0] == 0 and kl[-1] > 0
 
 
+def test_adapters_are_not_put_upon_adapters(make_trainer, make_model):
+    adapted = pytest.importorskip("peft").get_peft_model(make_model(), lora())
+    with pytest.raises(ValueError, match="peft_config must be None where the model has adapters already"):
+        make_trainer(adapted, lora())
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_reference_of_adapters_is_the_model_without_them(make_trainer, make_model, checkpointing):
     trainer = make_trainer(peft_config=lora(), beta=0.1, activation_checkpointing=checkpointing)
