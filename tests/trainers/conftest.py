@@ -57,3 +57,18 @@ def make_model():
 def quiet(monkeypatch):
     """No curves.png: to draw it takes longer than most runs here."""
     monkeypatch.setattr(CurvesCallback, "on_train_end", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def run_options(tmp_path):
+    """Of a config: a short run on a CPU that leaves nothing but what a test asks for."""
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+    }

@@ -23,21 +23,14 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def make_trainer(make_model, tokenizer, tmp_path):
+def make_trainer(make_model, tokenizer, run_options):
     def make(model=None, train_dataset=PAIRS, eval_dataset=None, ref_model=None, peft_config=None, **options):
         options = {
-            "output_dir": str(tmp_path / "run"),
+            **run_options,
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "learning_rate": 3e-3,
-            "logging_steps": 1,
             "max_steps": 4,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "activation_checkpointing": False,
-            "disable_tqdm": True,
         } | options
         return DPOTrainer(
             make_model() if model is None else model,

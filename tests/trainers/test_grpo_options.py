@@ -23,22 +23,15 @@ def by_place(completions, **kwargs):
 
 
 @pytest.fixture
-def make_trainer(make_model, tokenizer, tmp_path):
+def make_trainer(make_model, tokenizer, run_options):
     def make(reward_funcs=some_teach, rollout=None, **options):
         options = {
-            "output_dir": str(tmp_path / "run"),
+            **run_options,
             "per_device_train_batch_size": 8,
             "num_generations": 4,
             "max_completion_length": 6,
             "learning_rate": 3e-3,
-            "logging_steps": 1,
             "max_steps": 3,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "activation_checkpointing": False,
-            "disable_tqdm": True,
         } | options
         return GRPOTrainer(
             make_model(), reward_funcs, GRPOConfig(**options), PROMPTS, processing_class=tokenizer, rollout=rollout

@@ -37,25 +37,18 @@ def make_classifier(make_model):
 
 
 @pytest.fixture
-def make_trainer(make_model, tokenizer, tmp_path):
+def make_trainer(make_model, tokenizer, run_options):
     def make(reward_funcs=vowels, model=None, train_dataset=PROMPTS, eval_dataset=None, trainer=None, **options):
         models = {name: options.pop(name) for name in ("value_model", "ref_model", "peft_config") if name in options}
         options = {
-            "output_dir": str(tmp_path / "run"),
+            **run_options,
             "per_device_train_batch_size": 4,
             "num_ppo_epochs": 2,
             "num_mini_batches": 2,
             "response_length": 6,
             "temperature": 1.0,
             "learning_rate": 3e-3,
-            "logging_steps": 1,
             "max_steps": 4,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "activation_checkpointing": False,
-            "disable_tqdm": True,
         } | options
         rollout = options.pop("rollout", None)
         model = make_model() if model is None else model

@@ -14,20 +14,13 @@ ROWS = [{"prompt": "ab" * (i % 4) + ":", "completion": "cdefgh"[: i % 6] * (1 + 
 
 
 @pytest.fixture
-def make_trainer(make_model, tokenizer, tmp_path):
+def make_trainer(make_model, tokenizer, run_options):
     def make(train_dataset=ROWS, eval_dataset=None, model=None, peft_config=None, **options):
         options = {
-            "output_dir": str(tmp_path / "run"),
+            **run_options,
             "per_device_train_batch_size": 8,
             "learning_rate": 3e-3,
-            "logging_steps": 1,
             "max_steps": 4,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "activation_checkpointing": False,
-            "disable_tqdm": True,
             "max_length": 16,
         } | options
         model = make_model() if model is None else model
