@@ -3,14 +3,14 @@
     make -s bench-steps > docs/steps.md
     python benchmarks/steps.py --only dpo --rounds 3
 
-Each side trains on the CPU in a process of its own: the same model, batch and options, all else at their defaults, so
-that both recompute activations. They compute in bfloat16, over float32 weights; TRL's PPO computes in what its
-weights are, so there both have bfloat16 weights. A step is all from the end of one optimizer step to that of the
-next; what is not generation, reward, backward or optimizer is counted as forward. Completions never end before they
-have their length, so that both sides sample equally many tokens. After a step to warm up, both take a step in turn,
-once a round; times are medians. Memory is the most that the process held in any of these steps (Linux's VmHWM,
-started anew before each) above what it held once all was imported, less the bytes of all models' weights, of the
-gradients and of the optimizer's state.
+Each side trains on the CPU in a process of its own: the same model, batch and options, all else at their defaults, by
+which both recompute activations, but for TRL's PPO, which does not whatever it is told. They compute in bfloat16, over
+float32 weights; TRL's PPO computes in what its weights are, so there both have bfloat16 weights. A step is all from
+the end of one optimizer step to that of the next; what is not generation, reward, backward or optimizer is counted as
+forward. Completions never end before they have their length, so that both sides sample equally many tokens. After a
+step to warm up, both take a step in turn, once a round; times are medians. Memory is the most that the process held in
+any of these steps (Linux's VmHWM, started anew before each) above what it held once all was imported, less the bytes
+of all models' weights, of the gradients and of the optimizer's state.
 
 First, both get the same completions or pairs, and loss and gradients of their first step are compared: they must be
 equal in float32, and in bfloat16 ours no further from float32 than TRL's. Ends with 1 if they are not, or if ours takes

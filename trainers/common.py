@@ -174,7 +174,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class NumberedRows(Dataset):
-    """A dataset whose rows know their place in it, `row_id`, if they do not already know that in the one it was made
+    """A dataset whose rows know their place in it, `_row_id`, if they do not already know that in the one it was made
     from."""
 
     def __init__(self, rows: Any) -> None:
@@ -184,7 +184,7 @@ class NumberedRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"row_id": index, **self.rows[index]}
+        return {"_row_id": index, **self.rows[index]}
 
 
 class Metrics:
@@ -280,7 +280,8 @@ class BaseTrainer(Trainer):
             self.reference_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         # Now that they are on their device.
         self.padding_free = args.padding_free and all(prepare_packing(each, args.device) for each in models)
-        self.keeps_reference = self.has_own_reference and ref_model is None
+        # A model with adapters is not loaded from a folder as the others are: a resumed run is given it again.
+        self.keeps_reference = self.has_own_reference and ref_model is None and not hasattr(reference, "get_base_model")
         self.metrics = Metrics(self.accelerator.device)
         self.add_callback(CurvesCallback())
         # Ranks must not sample the same completions.
@@ -373,7 +374,7 @@ class BaseTrainer(Trainer):
 
     def _stop(self, loss: float, inputs: list[dict[str, Any]]) -> None:
         # Of several rows in the place of one it is a list.
-        rows = {index for row in inputs for index in np.atleast_1d(row.get("row_id", ())).tolist()}
+        rows = {index for row in inputs for index in np.atleast_1d(row.get("_row_id", ())).tolist()}
         folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
         # Before the processes meet: one that is ahead then writes the file, and those behind must still save theirs.
         is_saved = (folder / "trainer_state.json").is_file()
@@ -452,7 +453,7 @@ class BaseTrainer(Trainer):
         pass  # counted where the tokens are made
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*COLUMNS, "row_id"]
+        self._signature_columns = [*COLUMNS, "_row_id"]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Called with the weights of a checkpoint. The fused AdamW would write past the end of states of other shapes.

@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 Row = dict[str, Any]
 
 TOKENS = List(Value("int32"))
-PREPARED = ("row_id", "sequences", "num_tokens")
+PREPARED = ("_row_id", "sequences", "num_tokens")
 
 
 def prepare(
@@ -42,7 +42,7 @@ def prepare(
 ) -> Dataset:
     """The sequences that `tokenize` gives for each row, in a dataset of the columns
 
-        row_id      the row's index in the given dataset
+        _row_id     the row's index in the given dataset
         sequences   for `sequences_of`
         num_tokens  of all its sequences
         keep        columns of numbers, as they are
@@ -67,14 +67,14 @@ def prepare(
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{name}, row {index}: {kind}{error}") from error
         return {
-            "row_id": index,
+            "_row_id": index,
             "sequences": [vars(sequence) for sequence in sequences],
             "num_tokens": sum(map(len, sequences)),
             **{column: row.get(column) for column in keep},
         }
 
     features = Features(
-        row_id=Value("int64"),
+        _row_id=Value("int64"),
         sequences=List({"input_ids": TOKENS, "labels": TOKENS}),
         num_tokens=Value("int64"),
         **{column: Value("float64") for column in keep},
@@ -142,7 +142,7 @@ class Packed(data.Dataset):
         rows = [self.rows[each] for each in self.places[index]]
         sequences = [sequence for row in rows for sequence in row["sequences"]]
         return {
-            "row_id": [row["row_id"] for row in rows],
+            "_row_id": [row["_row_id"] for row in rows],
             "sequences": sequences,
             "num_tokens": sum(row["num_tokens"] for row in rows),
         }

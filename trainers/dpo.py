@@ -144,7 +144,7 @@ class DPOTrainer(BaseTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["row_id", "sequences", "num_tokens", *REFERENCE_LOGPS]
+        self._signature_columns = ["_row_id", "sequences", "num_tokens", *REFERENCE_LOGPS]
 
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.model.training:

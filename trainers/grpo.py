@@ -213,7 +213,7 @@ class GRPOTrainer(OnlineTrainer):
         """Prompts that are not in this batch, at random: the same on every process, and in a resumed run."""
         size, most = len(self.train_dataset), self.prompts_per_batch * (self.args.dynamic_sampling_max_rounds + 1)
         drawn = random.Random(f"{self.args.seed} {self.state.global_step}").sample(range(size), min(size, most))
-        present = set(gather_object([row["row_id"] for row in inputs]))
+        present = set(gather_object([row["_row_id"] for row in inputs]))
         return (index for index in drawn if index not in present)
 
     def _set_advantages(self, rollouts: Rollouts, rewards: Tensor, weights: Tensor) -> None:

@@ -24,7 +24,7 @@ from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, check
 logger = logging.get_logger(__name__)
 
 # Columns of a dataset that reward functions get under another name, or that would hide what was sampled.
-RESERVED = ("prompt", "completion", "completion_ids", "row_id")
+RESERVED = ("prompt", "completion", "completion_ids", "_row_id")
 
 
 class GroupSampler(Sampler[int]):

@@ -167,7 +167,7 @@ class Sampler(LogitsProcessor):
 
     One random number a row is looked up among the cumulative probabilities. torch.multinomial, which generate() would
     call, draws one for each token of the vocabulary, on a CPU one after the other: of 16 rows of SmolLM2's 49,152 that
-    takes 40 ms, two thirds of what a token takes in all; this takes 1."""
+    takes 40 ms; this takes 1."""
 
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options

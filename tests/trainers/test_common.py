@@ -82,7 +82,7 @@ def test_each_process_saves_its_part_of_the_last_good_state(make_trainer, monkey
     monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(num_processes=2))
     monkeypatch.setattr(trainer, "_save_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
     with pytest.raises(NonFiniteLoss):
-        trainer._stop(math.nan, [{"row_id": 3}])
+        trainer._stop(math.nan, [{"_row_id": 3}])
     assert len(saved) == 1
 
 
@@ -173,3 +173,35 @@ def test_flash_attention_where_it_is_installed(monkeypatch, installed, dtype, ex
     assert common.flash_attention(args).get("attn_implementation") == expected
     args.use_cpu = True
     assert common.flash_attention(args) == {}
+
+
+def test_a_model_with_adapters_of_its_own_is_resumed(make_trainer, make_model):
+    """Its reference is what it was, adapters included, which the resumed run is given again."""
+
+    def model():
+        torch.manual_seed(1)
+        adapted = pytest.importorskip("peft").get_peft_model(make_model(), lora())
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return adapted
+
+    options = {"beta": 0.1, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(model=model(), **options)
+    whole.train()
+    resumed = make_trainer(model=model(), **options)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
+def test_a_column_of_row_ids_is_the_users_own(make_model, tokenizer, run_options):
+    seen = []
+
+    def reward(completions, row_id, **kwargs):
+        seen.extend(row_id)
+        return [0.0] * len(completions)
+
+    args = GRPOConfig(**run_options, max_steps=1, per_device_train_batch_size=4, num_generations=2)
+    rows = [{"prompt": "ab", "row_id": f"row {index}"} for index in range(2)]
+    GRPOTrainer(make_model(), reward, args, rows, processing_class=tokenizer).train()
+    assert sorted(set(seen)) == ["row 0", "row 1"]

@@ -162,7 +162,7 @@ def test_prepare(kind, tokenizer):
     ]
     tokenize = partial(preference_pair, tokenizer, max_length=16)
     prepared = prepare("train_dataset", kind(rows), tokenize, keep=("margin",))
-    assert prepared["row_id"] == [1, 2] and prepared["margin"] == [2.0, None] and prepared["num_tokens"] == [7, 6]
+    assert prepared["_row_id"] == [1, 2] and prepared["margin"] == [2.0, None] and prepared["num_tokens"] == [7, 6]
     assert "other" not in prepared.column_names
     assert sequences_of(prepared[0]) == preference_pair(tokenizer, rows[1])
     assert prepare("train_dataset", prepared, tokenize) is prepared
@@ -194,7 +194,7 @@ def test_rows_of_other_types(kind, tokenizer):
 def test_first_rows_left_out(tokenizer):
     """What a column holds is not guessed from rows that hold nothing."""
     rows = [{"text": ""}] * 1001 + [{"text": "abc"}]
-    assert prepare("train_dataset", Dataset.from_list(rows), partial(supervised, tokenizer))["row_id"] == [1001]
+    assert prepare("train_dataset", Dataset.from_list(rows), partial(supervised, tokenizer))["_row_id"] == [1001]
 
 
 def test_a_column_may_be_none(tokenizer):

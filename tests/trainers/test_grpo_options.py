@@ -276,7 +276,7 @@ def test_dynamic_sampling_ends_with_the_prompts(make_trainer):
 def test_dynamic_sampling_draws_no_prompt_of_another_process(make_trainer, monkeypatch):
     trainer = make_trainer(dynamic_sampling_max_rounds=20)
     monkeypatch.setattr(grpo, "gather_object", lambda rows: [*rows, *range(2, 11)])
-    assert sorted(trainer._other_prompts([{"row_id": 0}, {"row_id": 1}])) == [11, 12]
+    assert sorted(trainer._other_prompts([{"_row_id": 0}, {"_row_id": 1}])) == [11, 12]
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_adapters_and_head_are_trained_and_saved(make_trainer, tmp_path):
 def test_pairs_that_are_too_long_are_left_out(make_trainer):
     rows = [{"chosen": "abc", "rejected": "a"}, {"chosen": "a", "rejected": "abcd"}, {"chosen": "a", "rejected": "b"}]
     trainer = make_trainer(rows, max_length=4)  # with the end-of-sequence token
-    assert trainer.train_dataset["row_id"] == [0, 2]
+    assert trainer.train_dataset["_row_id"] == [0, 2]
 
 
 @pytest.mark.parametrize("disabled", [True, False])

@@ -80,14 +80,14 @@ def test_packing(tokenizer):
     rows = prepare("train_dataset", rows, lambda row: supervised(tokenizer, row))
     packed = Packed(rows, 64)
     places = [packed[index] for index in range(len(packed))]
-    assert sorted(index for place in places for index in place["row_id"]) == list(range(200))
+    assert sorted(index for place in places for index in place["_row_id"]) == list(range(200))
     assert max(sum(len(sequence["input_ids"]) for sequence in place["sequences"]) for place in places) == 64
     flat = Dataset.from_list([{"input_ids": row["sequences"][0]["input_ids"]} for row in rows])
     assert len(packed) == len(data_utils.pack_dataset(flat, 64, "bfd"))
     # Into the emptiest place with room, the last would find none.
     rows = [{"text": "a" * (length - 1)} for length in (50, 40, 14, 12, 12)]
     packed = Packed(prepare("train_dataset", rows, lambda row: supervised(tokenizer, row)), 64)
-    assert [place["row_id"] for place in packed] == [[0, 2], [1, 3, 4]]
+    assert [place["_row_id"] for place in packed] == [[0, 2], [1, 3, 4]]
 
 
 def test_packing_is_the_same_step(make_trainer):
