@@ -293,6 +293,7 @@ def ppo_options(job: Job, folder: str) -> dict[str, Any]:
         "num_ppo_epochs": 1,
         "total_episodes": 1000 * job.sizes["completions"],
         "max_grad_norm": 0.0,  # TRL's does not clip
+        "activation_checkpointing": False,  # TRL's recomputes nothing, whatever it is told
     }
 
 
