@@ -107,20 +107,6 @@ def policy_loss(
     return rlkernels.policy_loss(logprobs, old_logprobs, advantages, mask, entropy=entropy, **options)
 
 
-def preference_logps(model: nn.Module, batch: dict[str, Any], *, fused: bool) -> Tensor:
-    """The sum of log p over the tokens in the loss of each sequence, float32 [S]."""
-    if fused:
-
-        def score(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Any) -> Tensor:
-            return rlkernels.linear_preference_logps(
-                hidden, weight, token_ids, cu_seqlens=batch["cu_seqlens"], num_scored=batch["num_scored"], **head
-            )
-
-        return head_call(model, batch, score)
-    logprobs = token_logprobs(model, batch, fused=False)
-    return sequence_sums(logprobs, batch)
-
-
 def sequence_sums(values: Tensor, batch: dict[str, Any]) -> Tensor:
     """[S] of [N]."""
     return torch.segment_reduce(values, "sum", offsets=batch["cu_seqlens"].long(), axis=0)

@@ -22,6 +22,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "rlkernels"
 
 
+def logps(model, batch: dict, *, fused: bool) -> torch.Tensor:
+    """Of whole completions."""
+    return scoring.sequence_sums(scoring.token_logprobs(model, batch, fused=fused), batch)
+
+
 @pytest.fixture
 def make_trainer(make_model, tokenizer, run_options):
     def make(model=None, train_dataset=PAIRS, eval_dataset=None, ref_model=None, peft_config=None, **options):
@@ -177,7 +182,7 @@ def test_simpo(make_trainer, make_model):
     (batch,) = trainer.micro_batches([trainer.train_dataset[index] for index in range(3)])
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, batch)
-        chosen, rejected = (scoring.preference_logps(make_model(), batch, fused=False) / batch["lengths"]).view(2, 3)
+        chosen, rejected = (logps(make_model(), batch, fused=False) / batch["lengths"]).view(2, 3)
     expected = -torch.nn.functional.logsigmoid(2.0 * (chosen - rejected) - 1.5).mean()
     torch.testing.assert_close(loss, expected)
 
@@ -200,7 +205,7 @@ def test_another_reference(make_trainer, make_model, tmp_path, as_path, precompu
     trainer.compute_loss(trainer.model, batch)
     metrics = trainer.metrics.flush(trainer.accelerator)
     with torch.no_grad():
-        of_model, of_other = (scoring.preference_logps(each, batch, fused=False) for each in (make_model(), other))
+        of_model, of_other = (logps(each, batch, fused=False) for each in (make_model(), other))
     chosen, rejected = (0.1 * (of_model - of_other)).view(2, 3).mean(1).tolist()
     assert metrics["rewards/chosen"] == pytest.approx(chosen, rel=1e-4)
     assert metrics["rewards/rejected"] == pytest.approx(rejected, rel=1e-4)
@@ -216,8 +221,8 @@ def test_the_reference_of_adapters_is_the_model_without_them(make_trainer, make_
     trainer.compute_loss(trainer.model, batch)
     metrics = trainer.metrics.flush(trainer.accelerator)
     with torch.no_grad():
-        now = scoring.preference_logps(trainer.model, batch, fused=True)
-        base = scoring.preference_logps(make_model(), batch, fused=False)
+        now = logps(trainer.model, batch, fused=True)
+        base = logps(make_model(), batch, fused=False)
     assert metrics["rewards/chosen"] == pytest.approx(0.1 * (now - base)[:3].mean().item(), rel=1e-3)
     assert abs(metrics["rewards/chosen"]) > 1e-3
 
@@ -250,9 +255,9 @@ def test_the_reference_has_no_dropout(make_trainer, make_model):
     trainer = make_trainer(model, disable_dropout=False, precompute_ref_log_probs=True)
     (batch,) = trainer.micro_batches([trainer.train_dataset[index] for index in range(3)])
     with torch.no_grad():
-        expected = scoring.preference_logps(make_model(), batch, fused=False)
+        expected = logps(make_model(), batch, fused=False)
         torch.testing.assert_close(batch["reference"], expected)
-        assert (scoring.preference_logps(model.train(), batch, fused=True) - expected).abs().min() > 1e-3
+        assert (logps(model.train(), batch, fused=True) - expected).abs().min() > 1e-3
 
 
 # The cache
