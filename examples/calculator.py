@@ -74,13 +74,14 @@ class Calculator:
     def __call__(self, prompts: list, options: Any) -> list[Any]:
         turn = replace(options, max_completion_length=TURN)
         rollouts = self.engine(prompts, turn)
-        asking = rollouts
+        asking = list(range(len(rollouts)))
         for _ in range(CALLS):
-            asking = [rollout for rollout in asking if self.answers(rollout)]
+            asking = [row for row in asking if self.answers(rollouts[row])]
             if not asking:
                 break
-            turns = self.engine.complete([rollout.prompt_ids + rollout.completion_ids for rollout in asking], turn)
-            for rollout, said in zip(asking, turns, strict=True):
+            so_far = [rollouts[row].prompt_ids + rollouts[row].completion_ids for row in asking]
+            for row, said in zip(asking, self.engine.complete(so_far, turn.of(asking)), strict=True):
+                rollout = rollouts[row]
                 rollout.extend(said.completion_ids, said.logprobs, own=True)
                 rollout.ended = said.ended
         return rollouts

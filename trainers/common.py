@@ -284,7 +284,7 @@ class BaseTrainer(Trainer):
         self.keeps_reference = self.has_own_reference and ref_model is None and not hasattr(reference, "get_base_model")
         self.metrics = Metrics(self.accelerator.device)
         self.add_callback(CurvesCallback())
-        # Ranks must not sample the same completions.
+        # Dropout must differ between the processes; sampling has random numbers of its own.
         set_seed(args.seed, device_specific=True)
 
     def load(self, model: str | PreTrainedModel, args: BaseConfig) -> PreTrainedModel:

@@ -177,6 +177,7 @@ class GRPOTrainer(OnlineTrainer):
         args = self.args
         size, most = args.num_generations, args.dynamic_sampling_max_rounds
         first = self.accelerator.process_index * len(inputs)
+        total = self.accelerator.num_processes * len(inputs)
         others = self._other_prompts(inputs) if most else iter(())
         samples = self.sample(inputs, self.metrics)
         self.count_tokens(samples.rollouts)
@@ -197,7 +198,8 @@ class GRPOTrainer(OnlineTrainer):
                 drawn = [NumberedRows(self.train_dataset)[prompts[(first + row) // size]] for row in rows]
                 # The columns are those that the Trainer left.
                 drawn = [{name: row[name] for name in inputs[0]} for row in drawn]
-                samples.replace(rows, self.sample(drawn, self.metrics))
+                numbers = [first + row + rounds * total for row in rows]
+                samples.replace(rows, self.sample(drawn, self.metrics, numbers))
             else:  # a sharded model must generate on every process
                 self.engine([inputs[0]["prompt"]], self.sampling)
             self.count_tokens([samples.rollouts[row] for row in rows])

@@ -1,8 +1,9 @@
 """What PPO and GRPO share: completions of the model itself, and their rewards."""
 
+import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,9 @@ class OnlineTrainer(BaseTrainer):
         self.rollouts: Any = None
         #: The latest completions over all processes, a dict each: for callbacks that show or save them.
         self.completions: list[dict[str, Any]] = []
-        self.sampling = SamplingOptions(temperature=args.temperature, max_completion_length=args.max_completion_length)
+        self.sampling = SamplingOptions(
+            temperature=args.temperature, max_completion_length=args.max_completion_length, seed=args.seed
+        )
         self.engine = rollout or TransformersEngine(
             self.generating_model(), self.processing_class, args.chat_template_kwargs
         )
@@ -155,11 +158,25 @@ class OnlineTrainer(BaseTrainer):
             self.rollouts = self.roll_out(inputs)
         return self.rollouts, step
 
-    def sample(self, inputs: list[dict[str, Any]], metrics: Metrics) -> Samples:
+    def own_rows(self, count: int) -> range:
+        """The numbers, among those of all processes, of a batch of so many rows on each."""
+        first = self.accelerator.process_index * count
+        return range(first, first + count)
+
+    def sample(
+        self, inputs: list[dict[str, Any]], metrics: Metrics, rows: Iterable[int] | None = None, step: int | None = None
+    ) -> Samples:
+        """Completions of these rows of the dataset, and their rewards. What is sampled depends on the number of each
+        row, by default its place among those of all processes, and on the step, by default the current one."""
         prompts = [row["prompt"] for row in inputs]
+        options = dataclasses.replace(
+            self.sampling,
+            step=self.state.global_step if step is None else step,
+            rows=tuple(self.own_rows(len(inputs)) if rows is None else rows),
+        )
         # One autocast context around all of generate(): inside it each weight is cast to bfloat16 once, not per token.
         with self.accelerator.autocast():
-            rollouts = check_rollouts(self.engine(prompts, self.sampling), prompts, self.sampling, self.vocab_size)
+            rollouts = check_rollouts(self.engine(prompts, options), prompts, options, self.vocab_size)
         completion_ids = [rollout.completion_ids for rollout in rollouts]
         completions = decode(self.processing_class, completion_ids, is_chat(prompts[0]))
         extra: dict[str, list] = defaultdict(list)
@@ -229,9 +246,11 @@ class OnlineTrainer(BaseTrainer):
     ) -> EvalLoopOutput:
         """Samples completions of the evaluation prompts and reports their rewards and lengths; there is no loss."""
         metrics = Metrics(self.accelerator.device)
-        batches = []
+        batches: list[Tensor] = []
         for inputs in dataloader:
-            batches.append(self.gather_outcomes(self.sample(inputs, metrics)))
+            first = sum(map(len, batches))
+            rows = [first + row for row in self.own_rows(len(inputs))]
+            batches.append(self.gather_outcomes(self.sample(inputs, metrics, rows, step=-1)))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         # Past its end the sampler starts over, to give every process a full batch.
         count = len(dataloader.dataset) * self.num_generations_eval  # type: ignore[arg-type]

@@ -7,25 +7,18 @@ several turns, with tools in between, is another.
 import math
 import numbers
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-import rlkernels
-
 from .packing import IGNORE, Sequence
+from .sampling import Decoder, is_sharded, reduced, row_seed, uniform
 
 
 class RolloutError(ValueError):
@@ -34,11 +27,26 @@ class RolloutError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How completions are sampled: from the model's own distribution at a temperature, nothing cut off."""
+    """How completions are sampled: from the model's own distribution at a temperature, nothing cut off, with random
+    numbers that are the same again for the same seed, step, row and position in the row's sequence."""
 
     temperature: float  # logits are divided by it
     max_completion_length: int  # in tokens; with several turns, an engine may give each turn less
     logprobs: bool = False  # whether the sampler's log-probabilities are wanted
+    seed: int = 0
+    step: int = 0  # optimizer steps taken before; in evaluation -1
+    rows: tuple[int, ...] | None = None  # each prompt's number among those of all processes; None: 0, 1, 2, ...
+
+    def of(self, indices: Iterable[int]) -> "SamplingOptions":
+        """Those for some of the prompts, such as the ones that go on to another turn."""
+        return replace(self, rows=tuple(index if self.rows is None else self.rows[index] for index in indices))
+
+    def row_seeds(self, count: int) -> list[int]:
+        """A seed of 63 bits for each of so many prompts."""
+        rows = range(count) if self.rows is None else self.rows
+        if len(rows) != count:
+            raise ValueError(f"options.rows must have one number for each of the {count} prompts; got {len(rows)}")
+        return [row_seed(self.seed, self.step, row) for row in rows]
 
 
 @dataclass
@@ -161,37 +169,11 @@ def pad_left(rows: list[list[int]], value: int, device: torch.device) -> tuple[T
     return filled.to(device), real.to(device)
 
 
-class Sampler(LogitsProcessor):
-    """Samples a token of each row from the model's distribution, leaves generate() no other, and notes its
-    log-probability where that is wanted.
-
-    One random number a row is looked up among the cumulative probabilities. torch.multinomial, which generate() would
-    call, draws one for each token of the vocabulary, on a CPU one after the other: of 16 rows of SmolLM2's 49,152 that
-    takes 40 ms; this takes 1."""
-
-    def __init__(self, options: SamplingOptions) -> None:
-        self.options = options
-        self.logprobs: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        temperature = self.options.temperature
-        probabilities = (scores / temperature).softmax(-1)
-        cumulative = probabilities.cumsum(-1)
-        total = cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, torch.rand_like(total) * total, right=True)
-        tokens = tokens.clamp(max=scores.shape[1] - 1)
-        # Rounding may lead to a token that has no probability.
-        tokens = torch.where(probabilities.gather(1, tokens) > 0, tokens, probabilities.argmax(-1, keepdim=True))
-        if self.options.logprobs:
-            logprobs = rlkernels.token_logprobs(scores, tokens.squeeze(1), temperature=temperature)
-            self.logprobs.append(cast(Tensor, logprobs))  # with return_entropy it would be a pair
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
-
-
 class TransformersEngine:
     """Completes prompts with transformers `generate`: padded on the left, until every row has ended.
 
-    An engine of several turns calls it, and then `complete` with all that each row has so far.
+    An engine of several turns calls it, and then `complete` with all that each row has so far, and `options.of` the
+    rows that go on. Of a sharded model every process must call it equally often.
 
     Args:
         model: a causal language model, the trained one itself: what it has learned is sampled from.
@@ -215,20 +197,31 @@ class TransformersEngine:
         """Continues each row of token ids, up to and including the first token that ends it; at most
         `options.max_completion_length` further tokens."""
         model = self.model
+        together = is_sharded(model)
         input_ids, real = pad_left(prompt_ids, self.pad_token_id, model.device)
+        seeds = torch.tensor(options.row_seeds(len(prompt_ids)), device=model.device)
+        positions = real.sum(1) + torch.arange(options.max_completion_length, device=model.device).unsqueeze(1)
+        decoder = Decoder(
+            uniform(seeds, positions),
+            self.end_token_ids,
+            self.pad_token_id,
+            options.temperature,
+            options.logprobs,
+            together,
+        )
         # generate() fills what a config leaves open from the model's own, where a top_k or a repetition penalty would
         # make the sampler another policy than the one whose log-probabilities are trained.
         own_config, training = model.generation_config, model.training
-        model.generation_config = self._config(options)
+        model.generation_config = GenerationConfig(
+            max_new_tokens=options.max_completion_length, pad_token_id=self.pad_token_id, disable_compile=True
+        )
         model.eval()
-        sampler = Sampler(options)
         try:
-            cache = self._read_prompts(model, prompt_ids)
             sequences = model.generate(
                 input_ids=input_ids,
                 attention_mask=real.long(),
-                past_key_values=cache,
-                logits_processor=LogitsProcessorList([sampler]),
+                past_key_values=self._read_prompts(model, prompt_ids, together),
+                custom_generate=decoder,
             )
         finally:
             model.generation_config = own_config
@@ -238,18 +231,19 @@ class TransformersEngine:
             completion = self._until_end(row)
             rollouts.append(Rollout(prompt, completion, ended=completion[-1] in self.end_token_ids))
         if options.logprobs:
-            for rollout, logprobs in zip(rollouts, torch.stack(sampler.logprobs, 1).tolist(), strict=True):
+            for rollout, logprobs in zip(rollouts, torch.stack(decoder.logprobs, 1).tolist(), strict=True):
                 rollout.logprobs = logprobs[: len(rollout.completion_ids)]
         return rollouts
 
-    def _read_prompts(self, model: Any, prompt_ids: list[list[int]]) -> DynamicCache | None:
+    def _read_prompts(self, model: Any, prompt_ids: list[list[int]], together: bool) -> DynamicCache | None:
         """The cache of all but the last token of each prompt. A prompt that is sampled many times is read once."""
         unique = list(dict.fromkeys(map(tuple, prompt_ids)))
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         # Other layers keep a state besides keys and values, which is not theirs to repeat.
         repeatable = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
         input_ids, real = pad_left([list(prompt) for prompt in unique], self.pad_token_id, model.device)
-        if len(unique) == len(prompt_ids) or not repeatable or input_ids.shape[1] == 1:
+        worth = repeatable and len(unique) < len(prompt_ids) and input_ids.shape[1] > 1
+        if not reduced(torch.tensor(int(worth), device=model.device), dist.ReduceOp.MIN, together):
             return None
         model(
             input_ids=input_ids[:, :-1],
@@ -263,15 +257,6 @@ class TransformersEngine:
         rows = torch.tensor([place[tuple(ids)] for ids in prompt_ids], device=model.device)
         cache.batch_select_indices(rows)
         return cache
-
-    def _config(self, options: SamplingOptions) -> GenerationConfig:
-        return GenerationConfig(
-            do_sample=False,  # the Sampler does
-            max_new_tokens=options.max_completion_length,
-            eos_token_id=self.end_token_ids,
-            pad_token_id=self.pad_token_id,
-            disable_compile=True,
-        )
 
     def _until_end(self, row: list[int]) -> list[int]:
         end = next((i for i, token in enumerate(row) if token in self.end_token_ids), len(row) - 1)

@@ -35,13 +35,14 @@ class Scripted:
     tokenizer = Characters()
 
     def __init__(self, *turns: list[str]) -> None:
-        self.turns, self.contexts = list(turns), []
+        self.turns, self.contexts, self.rows = list(turns), [], []
 
     def __call__(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
         return self.complete([[ord(letter) for letter in prompt] for prompt in prompts], options)
 
     def complete(self, prompt_ids: list[list[int]], options: SamplingOptions) -> list[Rollout]:
-        assert options == SamplingOptions(0.7, calculator.TURN, logprobs=True)
+        assert options == SamplingOptions(0.7, calculator.TURN, logprobs=True, rows=options.rows)
+        self.rows.append(options.rows)
         self.contexts.append(["".join(map(chr, ids)) for ids in prompt_ids])
         said = [[ord(letter) for letter in text] for text in self.turns.pop(0)]
         return [
@@ -52,7 +53,10 @@ class Scripted:
 
 def test_result_stands_between_the_turns_and_is_not_the_models():
     engine = Scripted(["<calc>2 + 3</calc>\3", "4\3", "<calc>2 + 3</calc>"], ["It is 5.\3"])
-    first, second, third = calculator.Calculator(engine)(["a", "b", "c"], SamplingOptions(0.7, 48, logprobs=True))
+    first, second, third = calculator.Calculator(engine)(
+        ["a", "b", "c"], SamplingOptions(0.7, 48, logprobs=True, rows=(7, 8, 9))
+    )
+    assert engine.rows == [(7, 8, 9), (7,)]
     reply = "\n<|im_start|>tool\n5\3\n<|im_start|>assistant\n"
     assert "".join(map(chr, first.completion_ids)) == f"<calc>2 + 3</calc>\3{reply}It is 5.\3"
     assert engine.contexts == [["a", "b", "c"], [f"a<calc>2 + 3</calc>\3{reply}"]]
