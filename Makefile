@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo examples bench bench-results bench-steps evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
+.PHONY: help demo examples bench bench-results bench-steps bench-logging evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ bench-results: test-setup $(STAMPS)/peers ## the same; keeps the results and dra
 # make -s bench-steps > docs/steps.md; make bench-steps STEPS="--only dpo"
 bench-steps: test-setup $(STAMPS)/trl-ppo ## time whole optimizer steps beside TRL's trainers
 	@$(BIN)/python benchmarks/steps.py $(STEPS)
+
+bench-logging: test-setup ## time what logging takes of a step
+	@$(BIN)/python benchmarks/logging_share.py
 
 # What can be said of GPUs without one: the bytes that kernels move, and what they take of a GPU.
 evidence: test-setup ## write docs/traffic.md and docs/resources.md

@@ -7,9 +7,9 @@ import random
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import torch
 import transformers
 from datasets import Dataset
 from rich.table import Table
@@ -80,9 +80,8 @@ def completions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], seed: int
 ) -> list[tuple[str, bool]]:
     """What the model says to each row, and whether it stopped by itself."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        rollouts = TransformersEngine(model, tokenizer)([row["prompt"] for row in rows], SAMPLING)
+    engine = TransformersEngine(model, tokenizer)
+    rollouts = engine([row["prompt"] for row in rows], replace(SAMPLING, seed=seed))
     texts = tokenizer.batch_decode([rollout.completion_ids for rollout in rollouts], skip_special_tokens=True)
     return [(text, rollout.ended) for text, rollout in zip(texts, rollouts, strict=True)]
 

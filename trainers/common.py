@@ -434,7 +434,7 @@ class BaseTrainer(Trainer):
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(torch.tensor(seen, device=self.args.device)))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Sampling in evaluation has a stream of random numbers of its own, the same in each evaluation."""
+        """Random numbers that reward functions draw in evaluation are a stream of their own, the same each time."""
         with isolated_rng(self.args.seed, self.accelerator.device):
             return super().evaluate(*args, **kwargs)
 
