@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 import rlkernels
-from rlkernels.cli_train import COMMANDS, BadValue, train
+from rlkernels.cli_train import COMMANDS, BadValue, Stopped, train
 from rlkernels.ops import _registry
 
 # Each op with the backends that have kernels for it; the others are plain PyTorch.
@@ -128,4 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"rlkernels{command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        line, code = stopped.args
+        print(f"rlkernels{command}: {line}", file=sys.stderr)
+        return code
     return 0

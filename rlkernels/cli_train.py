@@ -20,6 +20,10 @@ class BadValue(Exception):
     """A value given by the user, told in one line; everything else keeps its traceback."""
 
 
+class Stopped(Exception):
+    """SIGTERM, as which Ctrl-C is a KeyboardInterrupt: a line, and an exit code."""
+
+
 def show(error: BaseException) -> str:
     """An error of the standard library rarely makes sense without its type's name; a plain ValueError does."""
     text = str(error)
@@ -237,28 +241,27 @@ def adapter(run: RunArguments, task_type: str) -> Any:
 # The output folder
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """From the first to the last."""
-    states = folder.glob("checkpoint-*/trainer_state.json")
-    numbered = [state.parent for state in states if state.parent.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(numbered, key=lambda checkpoint: int(checkpoint.name.removeprefix("checkpoint-")))
-
-
 def checkpoint_to_resume(config: Any) -> str | None:
-    given, earlier = config.resume_from_checkpoint, checkpoints_in(Path(config.output_dir))
+    from rlkernels.trainers import checkpoints, saving
+
+    given, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
+    saving.settle(config)
     if given is None:
-        if earlier:
+        if earlier := checkpoints.numbered(output_dir):
             raise BadValue(
-                f"--output_dir {config.output_dir}: holds {earlier[-1].name} of an earlier run; want another folder, "
+                f"--output_dir {output_dir}: holds {earlier[-1].name} of an earlier run; want another folder, "
                 "or --resume_from_checkpoint True to go on from there"
             )
         return None
     if given == "True":  # as for transformers.Trainer, the last one
-        if not earlier:
-            raise BadValue(f"--resume_from_checkpoint True: no checkpoint in --output_dir {config.output_dir}")
-        return str(earlier[-1])
-    if not (Path(given) / "trainer_state.json").is_file():
-        raise BadValue(f"--resume_from_checkpoint {given}: not the folder of a checkpoint")
+        last = checkpoints.last_checkpoint(output_dir)
+        if last is None:
+            raise BadValue(f"--resume_from_checkpoint True: no whole checkpoint in --output_dir {output_dir}")
+        return str(last)
+    try:
+        checkpoints.check(Path(given))
+    except ValueError as error:
+        raise BadValue(f"--{error}") from error
     return given
 
 
@@ -290,10 +293,12 @@ def close_progress_bars(trainer: Any) -> None:
 
 
 def progress(trainer: Any) -> str:
-    """How far an interrupted run has come, and what is left of it."""
-    saved = checkpoints_in(Path(trainer.args.output_dir))
+    """How far a run has come, and what is left of it."""
+    from rlkernels.trainers import checkpoints
+
+    saved = checkpoints.whole_checkpoints(Path(trainer.args.output_dir))
     kept = f"--resume_from_checkpoint {saved[-1]} goes on" if saved else "there is no checkpoint yet"
-    return f"interrupted after step {trainer.state.global_step} of {trainer.state.max_steps}; {kept}"
+    return f"after step {trainer.state.global_step} of {trainer.state.max_steps}; {kept}"
 
 
 def train(name: str, arguments: list[str]) -> None:
@@ -323,15 +328,18 @@ def train(name: str, arguments: list[str]) -> None:
         trainer.save_model(config.output_dir)
     except BaseException as error:
         has_begun = trainer is not None and trainer.state.global_step > 0
-        if output_dir in made and not has_begun and not checkpoints_in(output_dir):
+        if output_dir in made and not has_begun and not trainers.checkpoints.whole_checkpoints(output_dir):
             shutil.rmtree(output_dir, ignore_errors=True)  # what loggers made at the start
         remove_empty(made)
         if trainer is None:
             raise
-        if isinstance(error, KeyboardInterrupt | trainers.RewardError | trainers.NonFiniteLoss):
+        if isinstance(error, KeyboardInterrupt | trainers.Terminated):
             close_progress_bars(trainer)
             if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(progress(trainer)) from error
+                raise KeyboardInterrupt(f"interrupted {progress(trainer)}") from error
+            raise Stopped(f"terminated {progress(trainer)}", error.code) from error
+        if isinstance(error, trainers.CheckpointError | trainers.RewardError | trainers.NonFiniteLoss):
+            close_progress_bars(trainer)
             raise BadValue(str(error)) from error
         if checkpoint is not None and not first.begun:
             raise BadValue(f"--resume_from_checkpoint {checkpoint}: {show(error)}") from error

@@ -264,7 +264,7 @@ OF_EVERY_COMMAND = {
         {"broken/trainer_state.json": "{}"},
         ["--resume_from_checkpoint broken: "],
     ),
-    "checkpoint to go on from": ({"resume_from_checkpoint": "True"}, {}, ["no checkpoint in --output_dir out/run"]),
+    "checkpoint to go on from": ({"resume_from_checkpoint": "True"}, {}, ["no whole checkpoint in --output_dir out"]),
     "output_dir": ({"output_dir": "x/run"}, {"x": ""}, ["--output_dir x/run", "Not a directory"]),
     "output_dir that is a file": ({"output_dir": "x"}, {"x": ""}, ["--output_dir x", "File exists"]),
     "adapter": ({"use_peft": "True", "lora_target_modules": "absent_proj"}, {}, ["--lora_target_modules: "]),
@@ -279,11 +279,21 @@ BAD_ROWS = {
     "grpo": ({"prompt": "", "answer": "a"}, ["row 4", "prompt", "text, or messages"]),
 }
 
-TWO_CHECKPOINTS = {f"x/checkpoint-{step}/trainer_state.json": "{}" for step in (9, 10)}
+TWO_CHECKPOINTS = {
+    f"x/checkpoint-{step}/{name}": text
+    for step in (9, 10)
+    for name, text in {"trainer_state.json": "{}", "manifest.json": '{"files": {"trainer_state.json": 2}}'}.items()
+}
 
 OF_A_COMMAND = [
     ("sft", {"output_dir": "x"}, TWO_CHECKPOINTS, ["--output_dir x: holds checkpoint-10 of an earlier run"]),
     ("sft", {"output_dir": "x", "resume_from_checkpoint": "True"}, TWO_CHECKPOINTS, ["x/checkpoint-10: "]),
+    (
+        "sft",
+        {"output_dir": "x", "resume_from_checkpoint": "x/checkpoint-3"},
+        TWO_CHECKPOINTS | {"x/checkpoint-3/trainer_state.json": "{}"},
+        ["x/checkpoint-3: not a whole checkpoint: it has no manifest.json", "the last whole one is x/checkpoint-10"],
+    ),
     ("sft", {"report_to": "absent"}, {}, ["absent is not supported"]),
     ("sft", {"lora_r": "8"}, {}, ["--lora_r: needs --use_peft"]),
     ("dpo", {"loss_type": "best"}, {}, ["loss_type", "best"]),

@@ -1,9 +1,11 @@
 """Trainers on `transformers.Trainer`: thin clients of the public functions of `rlkernels`."""
 
+from .checkpoints import CheckpointError
 from .common import NonFiniteLoss
 from .configs import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
 from .dpo import DPOTrainer
 from .grpo import GRPOTrainer
+from .interrupts import Terminated
 from .ppo import PPOTrainer
 from .reward import RewardTrainer
 from .rewards import RewardError
@@ -11,6 +13,7 @@ from .rollout import Rollout, RolloutError, SamplingOptions, TransformersEngine
 from .sft import SFTTrainer
 
 __all__ = [
+    "CheckpointError",
     "DPOConfig",
     "DPOTrainer",
     "GRPOConfig",
@@ -26,5 +29,6 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "SamplingOptions",
+    "Terminated",
     "TransformersEngine",
 ]

@@ -19,15 +19,14 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
 )
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
 from .configs import BaseConfig
-from .interrupts import uninterrupted
 from .packing import Sequence, lay_out, prepare_packing
 from .reporting import CurvesCallback
+from .saving import SavingTrainer
 from .scoring import needs_no_logits
 
 logger = logging.get_logger(__name__)
@@ -212,7 +211,7 @@ class Metrics:
         return {name: total / weight for name, (total, weight) in zip(names, sums, strict=True) if weight}
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(SavingTrainer):
     """`transformers.Trainer`, in which one batch of the dataloader is one optimizer step.
 
     A subclass turns a batch, a list of rows of the dataset, into micro-batches (`micro_batches`), and a micro-batch
@@ -351,7 +350,7 @@ class BaseTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
-        restore_random_state = random_state(self.accelerator.device)
+        restore = self.before_step()
         batches = self.micro_batches(inputs)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
@@ -361,10 +360,22 @@ class BaseTrainer(Trainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
         # Of any process: they stop together.
-        if not self.accelerator.gather(total.reshape(1)).isfinite().all():
-            restore_random_state()
+        asked = torch.full_like(total, self.stop.number)
+        found = self.accelerator.gather(torch.stack([total, asked])).view(-1, 2).tolist()
+        if not all(math.isfinite(loss) for loss, _ in found):
+            restore()
             self._stop(total.item(), inputs)
+        self.stop.agreed = int(max(number for _, number in found))
         return total
+
+    def before_step(self) -> Callable[[], None]:
+        restore_own, restore_random_state = super().before_step(), random_state(self.accelerator.device)
+
+        def restore() -> None:
+            restore_own()
+            restore_random_state()
+
+        return restore
 
     def _counted_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         if not batch.get("is_filler"):
@@ -375,17 +386,14 @@ class BaseTrainer(Trainer):
     def _stop(self, loss: float, inputs: list[dict[str, Any]]) -> None:
         # Of several rows in the place of one it is a list.
         rows = {index for row in inputs for index in np.atleast_1d(row.get("_row_id", ())).tolist()}
-        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
-        # Before the processes meet: one that is ahead then writes the file, and those behind must still save theirs.
-        is_saved = (folder / "trainer_state.json").is_file()
         found = gather_object([(loss, rows)]) if self.accelerator.num_processes > 1 else [(loss, rows)]
-        if not is_saved:
+        if self.saved_step != self.state.global_step:
             self._save_checkpoint(self.model, trial=None)
         loss = next(value for value, _ in found if not math.isfinite(value))
         named = ", ".join(map(str, sorted(set().union(*(rows for _, rows in found)))))
         raise NonFiniteLoss(
             f"step {self.state.global_step + 1}: the loss is {loss}, on rows {named} of train_dataset; the state "
-            f"before this step is in {folder}"
+            f"before this step is in {self.checkpoint_folder()}"
         )
 
     @contextlib.contextmanager
@@ -435,7 +443,7 @@ class BaseTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Random numbers that reward functions draw in evaluation are a stream of their own, the same each time."""
-        with isolated_rng(self.args.seed, self.accelerator.device):
+        with isolated_rng(self.args.seed, self.accelerator.device), self.stop.while_doing("evaluating"):
             return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -465,14 +473,6 @@ class BaseTrainer(Trainer):
             raise ValueError(
                 f"a checkpoint of another model: {', '.join([*missing, *load_result.unexpected_keys][:5])} in one alone"
             )
-
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        with uninterrupted():
-            super().save_model(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with uninterrupted():
-            super()._save_checkpoint(*args, **kwargs)
 
     # Checkpoints hold the reference too, if it is the model of the start: a resumed run may be given the checkpoint.
 

@@ -1,6 +1,7 @@
 """What PPO and GRPO share: completions of the model itself, and their rewards."""
 
 import dataclasses
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from transformers.utils import logging
 
 from .common import BaseTrainer, Metrics, check_columns, load_classifier
 from .configs import OnlineConfig
-from .reporting import CompletionsCallback
+from .reporting import CompletionsCallback, plain
 from .rewards import RewardFunction, RewardFunctions, RewardModel, RewardSource
 from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, check_rollouts, decode, is_chat
 
@@ -26,6 +27,8 @@ logger = logging.get_logger(__name__)
 
 # Columns of a dataset that reward functions get under another name, or that would hide what was sampled.
 RESERVED = ("prompt", "completion", "completion_ids", "_row_id")
+# In a checkpoint.
+COMPLETIONS = "completions.json"
 
 
 class GroupSampler(Sampler[int]):
@@ -129,6 +132,8 @@ class OnlineTrainer(BaseTrainer):
         self.rollouts: Any = None
         #: The latest completions over all processes, a dict each: for callbacks that show or save them.
         self.completions: list[dict[str, Any]] = []
+        #: The steps that were taken when they were sampled.
+        self.completions_step = 0
         self.sampling = SamplingOptions(
             temperature=args.temperature, max_completion_length=args.max_completion_length, seed=args.seed
         )
@@ -155,8 +160,19 @@ class OnlineTrainer(BaseTrainer):
         if step == 0 or self.rollouts is None:
             if step:
                 logger.warning("The checkpoint holds no rollouts: this step's prompts are completed anew.")
-            self.rollouts = self.roll_out(inputs)
+            with self.stop.while_doing("sampling completions and their rewards"):
+                self.rollouts, self.completions_step = self.roll_out(inputs), self.state.global_step
         return self.rollouts, step
+
+    def before_step(self) -> Callable[[], None]:
+        restore_others, rollouts = super().before_step(), self.rollouts
+        completions, step = self.completions, self.completions_step
+
+        def restore() -> None:
+            restore_others()
+            self.rollouts, self.completions, self.completions_step = rollouts, completions, step
+
+        return restore
 
     def own_rows(self, count: int) -> range:
         """The numbers, among those of all processes, of a batch of so many rows on each."""
@@ -224,7 +240,7 @@ class OnlineTrainer(BaseTrainer):
                 "completion": samples.completions[row],
                 **{f"rewards/{name}": reward for name, reward in zip(self.rewards.names, values, strict=True)},
                 "advantage": advantages[row],
-                **{column: logged[row] for column, logged in samples.extra.items() if row < len(logged)},
+                **{column: plain(logged[row]) for column, logged in samples.extra.items() if row < len(logged)},
             }
             for row, values in enumerate(rewards)
         ]
@@ -259,18 +275,25 @@ class OnlineTrainer(BaseTrainer):
         values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=len(outcomes))
 
-    # Checkpoints: beside what the Trainer keeps, the unfinished rollouts of each process.
+    # Checkpoints: beside what the Trainer keeps, the unfinished rollouts of each process, and the completions to show.
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.rollouts is not None and self.state.global_step % self.steps_per_rollout:
             torch.save(vars(self.rollouts), self._rollouts_file(output_dir))
+        if self.args.should_save:
+            shown = {"step": self.completions_step, "rows": self.completions}
+            (Path(output_dir) / COMPLETIONS).write_text(json.dumps(shown, default=str))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             file = self._rollouts_file(checkpoint)
-            self.rollouts = self.rollouts_type(**torch.load(file, weights_only=True)) if file.is_file() else None
+            self.rollouts = None
+            if file.is_file():
+                self.rollouts = self.rollouts_type(**torch.load(file, map_location="cpu", weights_only=True))
+            shown = json.loads((Path(checkpoint) / COMPLETIONS).read_text())
+            self.completions, self.completions_step = shown["rows"], shown["step"]
 
     def _rollouts_file(self, folder: str) -> Path:
         return Path(folder) / f"rollouts_{self.accelerator.process_index}.pth"

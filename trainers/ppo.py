@@ -4,7 +4,7 @@ rewards with a KL penalty, a learned value function, generalised advantages, cli
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -347,6 +347,15 @@ class PPOTrainer(OnlineTrainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def before_step(self) -> Callable[[], None]:
+        restore_others, kl_coef = super().before_step(), self.kl_coef
+
+        def restore() -> None:
+            restore_others()
+            self.kl_coef = kl_coef
+
+        return restore
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -42,6 +42,15 @@ def written_aside(file: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def warned_of(file: Path) -> Iterator[None]:
+    """A file that cannot be written, on a full disk, costs a warning and not the run."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning(f"{file} could not be written: {error.strerror or error}")
+
+
 def missing(package: str, what: str) -> bool:
     """Whether a package is not installed; then says, in one line, what there will not be."""
     if find_spec(package) is not None:
@@ -59,23 +68,37 @@ class CompletionsCallback(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.written: list[dict[str, Any]] = []
         count = trainer.args.num_completions_to_print
         self.prints = count != 0 and not missing("rich", "no table of samples")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         rows = self.trainer.completions
-        # Several optimizer steps may be taken on the same completions.
-        if "loss" not in logs or rows is self.written or not rows or not state.is_world_process_zero:
+        if "loss" not in logs or not rows or not state.is_world_process_zero:
             return
-        self.written = rows
-        folder = Path(args.output_dir) / "completions"
-        write_completions(folder / f"completions_{state.global_step:05d}.parquet", rows, state.global_step)
+        # Several optimizer steps may be taken on the same completions.
+        earlier = (log["step"] for log in reversed(state.log_history[:-1]) if "loss" in log)
+        if self.trainer.completions_step < next(earlier, 0):
+            return
+        file = Path(args.output_dir) / "completions" / f"completions_{state.global_step:05d}.parquet"
+        with warned_of(file):
+            write_completions(file, rows, state.global_step)
         if self.prints:
             from rich.console import Console
 
             chosen = choose(rows, args.num_completions_to_print, args.log_unique_prompts)
             Console().print(samples_table(chosen, f"step {state.global_step}"))
+
+
+def plain(value: Any) -> Any:
+    """What a reward function logged, as JSON can keep it: numbers and arrays of numpy and torch as Python's, and what
+    has no place there as text."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
 def columns_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -153,7 +176,9 @@ class CurvesCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.draws and state.is_world_process_zero:
-            draw_curves(Path(args.output_dir) / "curves.png", state.log_history)
+            file = Path(args.output_dir) / "curves.png"
+            with warned_of(file):
+                draw_curves(file, state.log_history)
 
 
 Curve = tuple[list[int], list[float]]  # steps and values
