@@ -152,6 +152,29 @@ class OnlineConfig(BaseConfig):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward function; 1 each if unset."}
     )
+    reward_timeout: float | None = field(
+        default=300.0,
+        metadata={
+            "help": "Seconds that one call of a reward function may take; inf: no limit. In the training process it "
+            "cannot interrupt C code, nor anything if training runs in another thread than the main one; with "
+            "reward_workers it always can."
+        },
+    )
+    reward_workers: int = field(
+        default=0,
+        metadata={
+            "help": "Processes in which plain reward functions are called, each on whole groups of the batch, so that "
+            "neither a crash nor a hang of theirs can end the run. 0: in the training process."
+        },
+    )
+    on_reward_error: str = field(
+        default="raise",
+        metadata={
+            "help": "What follows if a reward function raises, crashes, takes too long or returns what are no rewards: "
+            "raise ends the run, none gives the rows that it fails on no reward from it, with a warning.",
+            "choices": ["raise", "none"],
+        },
+    )
     log_completions: bool = field(
         default=True,
         metadata={
@@ -176,6 +199,12 @@ class OnlineConfig(BaseConfig):
             raise ValueError(f"temperature must be a finite number above 0; got {self.temperature}")
         if not all(math.isfinite(weight) for weight in self.reward_weights or []):
             raise ValueError(f"reward_weights must be finite numbers; got {self.reward_weights}")
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            raise ValueError(f"reward_timeout must be a number of seconds above 0, or None; got {self.reward_timeout}")
+        if self.reward_workers < 0:
+            raise ValueError(f"reward_workers must be at least 0; got {self.reward_workers}")
+        if self.on_reward_error not in ("raise", "none"):
+            raise ValueError(f"on_reward_error must be one of raise, none; got {self.on_reward_error!r}")
         if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss"):
             # There is no evaluation loss.
             self.metric_for_best_model, self.greater_is_better = "reward", True

@@ -20,7 +20,8 @@ from transformers.utils import logging
 from .common import BaseTrainer, Metrics, check_columns, load_classifier
 from .configs import OnlineConfig
 from .reporting import CompletionsCallback, plain
-from .rewards import RewardFunction, RewardFunctions, RewardModel, RewardSource
+from .reward_model import RewardModel
+from .rewards import RewardFunction, RewardFunctions, RewardSource
 from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, check_rollouts, decode, is_chat
 
 logger = logging.get_logger(__name__)
@@ -94,7 +95,7 @@ class OnlineTrainer(BaseTrainer):
     Args:
         reward_funcs: one or several functions `f(prompts=, completions=, completion_ids=, **columns, trainer_state=,
             log_extra=, log_metric=) -> list[float | None]`, plain or async, by TRL's contract; or reward models, see
-            `rewards.RewardModel`: a folder, a name in the local Hugging Face cache, or a model in memory.
+            `reward_model.RewardModel`: a folder, a name in the local Hugging Face cache, or a model in memory.
         rollout: what samples the completions, see `rollout.Engine`; the trained model itself if None.
     """
 
@@ -114,7 +115,12 @@ class OnlineTrainer(BaseTrainer):
         **kwargs: Any,
     ) -> None:
         reward_funcs = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-        self.rewards = RewardFunctions([reward_function(source, args) for source in reward_funcs])
+        self.rewards = RewardFunctions(
+            [reward_function(source, args) for source in reward_funcs],
+            timeout=args.reward_timeout,
+            workers=args.reward_workers,
+            on_error=args.on_reward_error,
+        )
         count = len(self.rewards.names)
         weights = [1.0] * count if args.reward_weights is None else args.reward_weights
         if len(weights) != count:
@@ -149,6 +155,12 @@ class OnlineTrainer(BaseTrainer):
 
     def generating_model(self) -> Any:
         return self.model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.rewards.close()
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> Any:
         """Completes a batch of prompts: all that the steps on it learn from."""

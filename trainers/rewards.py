@@ -1,29 +1,24 @@
 """Reward functions, by TRL's contract: `f(prompts=, completions=, completion_ids=, **columns, trainer_state=,
 log_extra=, log_metric=) -> list[float | None]`, plain or async; None where the reward does not apply."""
 
-import asyncio
 import inspect
+import itertools
 import math
-import numbers
-import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from . import scoring
-from .configs import OnlineConfig
-from .packing import Sequence as Tokens
-from .packing import fill_by_length, lay_out, prepare_packing
-from .rollout import encode, is_chat
+from .reward_calls import AsyncCalls, Call, Failure, Outcome, Result, RewardError, RewardFunction, run_within, shorten
+from .reward_model import RewardModel
+from .reward_workers import WorkerPool
 
-RewardFunction = Callable[..., Any]
+logger = logging.get_logger(__name__)
+
 RewardSource: TypeAlias = RewardFunction | str | PreTrainedModel
-
-
-class RewardError(ValueError):
-    """A reward function raised, or did not return one number (or None) for each completion."""
 
 
 def name_of(function: RewardFunction) -> str:
@@ -37,9 +32,27 @@ def is_async(function: RewardFunction) -> bool:
 
 
 class RewardFunctions:
-    """Calls each function on a batch of completions and checks what it returns."""
+    """Calls each function on a batch of completions, and sees to what fails.
 
-    def __init__(self, functions: Sequence[RewardFunction]) -> None:
+    Args:
+        functions: plain or async functions, or reward models.
+        timeout: seconds that a call may take; None: no limit.
+        workers: processes in which the plain functions are called, each on whole groups of the batch; 0: they are
+            called here, one after another, before the async ones. Async functions run at the same time as one another
+            and as the workers.
+        on_error: what follows if a call fails, in whatever way: "raise" ends the run with a `RewardError`; "none" gives
+            the rows that it fails on no reward, with a warning, and all others theirs. The rows are found by calling
+            the function again, a row at a time, until the second time-out.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        *,
+        timeout: float | None = None,
+        workers: int = 0,
+        on_error: str = "raise",
+    ) -> None:
         if not functions:
             raise ValueError("reward_funcs must hold at least one function; got none")
         for function in functions:
@@ -47,147 +60,172 @@ class RewardFunctions:
                 raise TypeError(f"reward_funcs must be functions; got {function!r}")
         self.functions = list(functions)
         self.names = [name_of(function) for function in functions]
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.on_error = on_error
+        self.timeout = None if timeout == math.inf else timeout
+        self._async = [index for index, function in enumerate(functions) if is_async(function)]
+        self._loop = AsyncCalls(self.timeout)
+        plain = [index for index in range(len(functions)) if index not in self._async]
+        self._pooled = [index for index in plain if workers and not isinstance(functions[index], RewardModel)]
+        self._pool = None
+        if self._pooled:
+            pooled = [(self.names[index], functions[index]) for index in self._pooled]
+            self._pool = WorkerPool(pooled, workers, self.timeout)
 
-    def __call__(self, rows: dict[str, list], **shared: Any) -> torch.Tensor:
-        """Rewards [B, functions], NaN where one does not apply. `rows` holds one list of B per keyword argument."""
-        results: list[Any] = [None] * len(self.functions)
-        pending = {}
-        for index, function in enumerate(self.functions):
-            if is_async(function):
-                pending[index] = function
-                continue
-            try:
-                results[index] = function(**rows, **shared)
-            except Exception as error:
-                self._raise(function, error, rows, shared)
-        if pending:
-            # Called inside the coroutine, so that a wrong signature too is the function's failure.
-            async def call(function: RewardFunction) -> Any:
-                return await function(**rows, **shared)
+    def close(self) -> None:
+        """Ends the worker processes, if there are any; a later call starts new ones."""
+        if self._pool is not None:
+            self._pool.close()
 
-            outcomes = self._gather([call(function) for function in pending.values()])
-            for (index, function), outcome in zip(pending.items(), outcomes, strict=True):
-                if isinstance(outcome, Exception):
-                    self._raise(function, outcome, rows, shared)
-                results[index] = outcome
-        columns = [_numbers(name, result, rows) for name, result in zip(self.names, results, strict=True)]
-        return torch.tensor(columns, dtype=torch.float32).T
+    def __call__(
+        self,
+        rows: dict[str, list],
+        *,
+        log_extra: Callable[[str, list], Any] | None = None,
+        log_metric: Callable[[str, float, float], Any] | None = None,
+        **shared: Any,
+    ) -> torch.Tensor:
+        """Rewards [B, functions], NaN where one does not apply. `rows` holds one list of B per keyword argument.
 
-    def _gather(self, coroutines: list[Coroutine]) -> list[Any]:
-        # One loop for the whole run, in a thread of its own: clients that a reward function keeps are bound to the loop
-        # they were made in, and a notebook already runs one in the main thread.
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True).start()
+        What functions log is passed on when all have returned: `log_extra` gets the B values of a column at once, None
+        where there is none; `log_metric` gets a weight with each value, the share of the rows that the call was for. If
+        on_error is "none" it also gets `rewards/{name}/failed`, the share of the rows that a function failed on.
+        """
+        size = len(rows["prompts"])
+        calls = [(index, part) for index in range(len(self.functions)) for part in self._parts(index, rows["prompts"])]
+        results = self._run(calls, rows, shared)
+        rewards = torch.full((size, len(self.functions)), math.nan)
+        settled = []
+        for index, name in enumerate(self.names):
+            own = [(part, result) for (other, part), result in zip(calls, results, strict=True) if other == index]
+            outcomes, failed = self._settle(index, own, rows, shared)
+            for part, outcome in outcomes:
+                rewards[part, index] = torch.tensor(outcome.rewards)
+            if failed:
+                logger.warning(f"{_tell(name, failed, rows)}. It gives no reward there.")
+            settled.append((name, outcomes, failed))
+        for name, outcomes, failed in settled:
+            if log_extra is not None:
+                for column, values in _columns(outcomes, size).items():
+                    log_extra(column, values)
+            if log_metric is not None:
+                for part, outcome in outcomes:
+                    for metric, value in outcome.metrics:
+                        log_metric(metric, value, len(part) / size)
+                if self.on_error == "none":
+                    log_metric(f"rewards/{name}/failed", len(failed) / size, 1.0)
+        return rewards
 
-        async def gather() -> list[Any]:
-            return await asyncio.gather(*coroutines, return_exceptions=True)
+    def _parts(self, index: int, prompts: list) -> list[list[int]]:
+        return whole_groups(prompts, self._pool.count if index in self._pooled else 1)
 
-        return asyncio.run_coroutine_threadsafe(gather(), self._loop).result()
+    def _run(self, calls: Sequence[tuple[int, list[int]]], rows: dict[str, list], shared: dict) -> list[Result]:
+        """What comes of calls of (a function's index, numbers of rows)."""
+        made = [
+            Call(self.functions[index], {name: [values[row] for row in part] for name, values in rows.items()}, shared)
+            for index, part in calls
+        ]
+        places = defaultdict(list)
+        for place, (index, _) in enumerate(calls):
+            places["pool" if index in self._pooled else "loop" if index in self._async else "here"].append(place)
+        results = {place: run_within(self.timeout, made[place]) for place in places["here"]}
+        with self._loop.started([made[place] for place in places["loop"]]) as wait:
+            if places["pool"]:
+                pooled = [(self._pooled.index(calls[place][0]), made[place].rows, shared) for place in places["pool"]]
+                results |= zip(places["pool"], self._pool.run(pooled), strict=True)
+            results |= zip(places["loop"], wait(), strict=True)
+        return [results[place] for place in range(len(calls))]
 
-    def _raise(self, function: RewardFunction, error: Exception, rows: dict[str, list], shared: dict) -> NoReturn:
-        """The run ends here, so the function is called once more, a row at a time, to name the row that it fails on."""
-        reason = " ".join(str(error).split())
-        message = f"reward function '{name_of(function)}' raised {type(error).__name__}: {reason}"
-        for row in range(len(rows["prompts"])):
-            one = {name: values[row : row + 1] for name, values in rows.items()}
-            try:
-                outcome = function(**one, **shared)
-                if inspect.iscoroutine(outcome) and isinstance(failed := self._gather([outcome])[0], Exception):
-                    raise failed
-            except Exception as alone:
-                if (type(alone), str(alone)) == (type(error), str(error)):
-                    raise RewardError(f"{message}, at {_show(row, rows)}") from error
-        raise RewardError(f"{message}, on the whole batch but on no row alone") from error
+    def _settle(
+        self, index: int, results: list[tuple[list[int], Result]], rows: dict[str, list], shared: dict
+    ) -> tuple[list[tuple[list[int], Outcome]], dict[int, str]]:
+        """What counts of a function's calls, made again without the rows that it fails on; those rows, and how."""
+        failures = [(part, result) for part, result in results if isinstance(result, Failure)]
+        if failures and self.on_error == "raise":
+            self._raise(index, failures[0][1], self._search(index, failures[:1], rows, shared), rows)
+        failed = self._search(index, failures, rows, shared)
+        again = []
+        for part, failure in failures:
+            rest = [row for row in part if row not in failed]
+            if rest and len(rest) < len(part):
+                again.append(rest)
+            else:
+                failed |= dict.fromkeys(rest, failure.reason)
+        repeated = list(zip(again, self._run([(index, rest) for rest in again], rows, shared), strict=True))
+        failed |= {row: result.reason for part, result in repeated if isinstance(result, Failure) for row in part}
+        outcomes = [(part, result) for part, result in [*results, *repeated] if isinstance(result, Outcome)]
+        for part, outcome in outcomes:
+            wrong = {part[place]: reason for place, reason in outcome.wrong.items()}
+            if wrong and self.on_error == "raise":
+                raise RewardError(_tell(self.names[index], wrong, rows))
+            failed |= wrong
+        return sorted(outcomes, key=lambda each: each[0]), failed
 
+    def _search(
+        self, index: int, failures: list[tuple[list[int], Failure]], rows: dict[str, list], shared: dict
+    ) -> dict[int, str]:
+        """The rows of these calls on which the function fails alone too, and how.
 
-class RewardModel:
-    """A sequence classifier with one label as a reward function: what it says of prompt and completion.
+        They are taken from each call in turn, as many at once as there are workers. Time-outs cost the whole `timeout`:
+        the second round with one is the last, as is, where one row is enough, that of a row that fails as the call did.
+        """
+        found = {part[0]: failure.reason for part, failure in failures if len(part) == 1}
+        parts = [part for part, failure in failures if len(part) > 1 and not failure.of_the_batch]
+        searched = [row for rows_of_each in itertools.zip_longest(*parts) for row in rows_of_each if row is not None]
+        reasons = {failure.reason for _, failure in failures} if self.on_error == "raise" else set()
+        at_once = self._pool.count if index in self._pooled else 1
+        time_outs = 0
+        for start in range(0, len(searched), at_once):
+            some = searched[start : start + at_once]
+            results = self._run([(index, [row]) for row in some], rows, shared)
+            alone = {row: result for row, result in zip(some, results, strict=True) if isinstance(result, Failure)}
+            found |= {row: failure.reason for row, failure in alone.items()}
+            time_outs += any(failure.timed_out for failure in alone.values())
+            if time_outs == 2 or not reasons.isdisjoint(found.values()):
+                break
+        return found
 
-    It reads the policy's own tokens, also the one that ends the completion, if its tokenizer has the same vocabulary or
-    it has none; else the text, in its own tokens.
-    """
-
-    def __init__(self, model: Any, args: OnlineConfig) -> None:
-        self.model, self.args = model, args
-        self.path = model.config._name_or_path
-        self.__name__ = self.path.rstrip("/").split("/")[-1] or type(model).__name__
-
-    def prepare(self, accelerator: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Before the first call: on what it runs, and the policy's tokenizer."""
-        self.accelerator, self.tokenizer = accelerator, tokenizer
-        own = _tokenizer(self.path)
-        self.own_tokenizer = None if own is None or own.get_vocab() == tokenizer.get_vocab() else own
-        self.model.to(accelerator.device).eval()
-        if self.model.config.pad_token_id is None:
-            # Without one, classifiers of transformers refuse padded batches.
-            self.model.config.pad_token_id = (own or tokenizer).pad_token_id
-        self.padding_free = self.args.padding_free and prepare_packing(self.model, accelerator.device)
-
-    @torch.no_grad()
-    def __call__(self, prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any) -> list:
-        rows = self._token_ids(prompts, completions, completion_ids)
-        scores = [0.0] * len(rows)
-        for chunk in fill_by_length([len(ids) for ids in rows], self.args.token_budget):
-            sequences = [Tokens(rows[row], rows[row]) for row in chunk]
-            batch = lay_out(sequences, self.accelerator.device, padding_free=self.padding_free)
-            with self.accelerator.autocast():
-                last = scoring.last_scores(scoring.token_scores(self.model, batch), batch)
-            for row, score in zip(chunk, last.tolist(), strict=True):
-                scores[row] = score
-        return scores
-
-    def _token_ids(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[list[int]]:
-        if self.own_tokenizer is None:
-            prompt_ids = encode(self.tokenizer, prompts, self.args.chat_template_kwargs)
-            return [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-        pairs = list(zip(prompts, completions, strict=True))
-        if is_chat(prompts[0]):
-            messages = [prompt + completion for prompt, completion in pairs]
-            return self.own_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-        rows = self.own_tokenizer([prompt + completion for prompt, completion in pairs])["input_ids"]
-        end = self.own_tokenizer.eos_token_id
-        ended = [ids[-1] == self.tokenizer.eos_token_id and end is not None for ids in completion_ids]
-        return [[*row, end] if add and row[-1] != end else row for row, add in zip(rows, ended, strict=True)]
-
-
-def _tokenizer(path: str) -> PreTrainedTokenizerBase | None:
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True) if path else None
-    except (OSError, ValueError):
-        return None
-
-
-def _numbers(name: str, result: Any, rows: dict[str, list]) -> list[float]:
-    expected = len(rows["prompts"])
-    if isinstance(result, torch.Tensor):
-        result = result.tolist()
-    if isinstance(result, str) or not hasattr(result, "__len__") or not hasattr(result, "__iter__"):
-        raise RewardError(f"reward function '{name}' must return a list of numbers; got {type(result).__name__}")
-    if len(result) != expected:
-        raise RewardError(
-            f"reward function '{name}' must return one reward for each of the {expected} completions; got {len(result)}"
-        )
-    return [_number(name, value, row, rows) for row, value in enumerate(result)]
-
-
-def _number(name: str, value: Any, row: int, rows: dict[str, list]) -> float:
-    if value is None:
-        return math.nan
-    if getattr(value, "ndim", None) == 0:  # a scalar of numpy or torch
-        value = value.item()
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise RewardError(
-            f"reward function '{name}' must return finite numbers, or None where it does not apply; got {value!r} at "
-            f"{_show(row, rows)}"
-        )
-    return float(value)
+    def _raise(self, index: int, failure: Failure, found: dict[int, str], rows: dict[str, list]) -> NoReturn:
+        alike = {row: reason for row, reason in found.items() if reason == failure.reason}
+        message = f"reward function '{self.names[index]}' {failure.reason}"
+        if alike:
+            message = _tell(self.names[index], alike, rows)
+        elif not failure.of_the_batch:
+            message += ", on the whole batch but on no row alone"
+        raise RewardError(message) from failure.error
 
 
-def _show(row: int, rows: dict[str, list]) -> str:
-    def short(value: Any) -> str:
-        text = repr(value)
-        return text if len(text) <= 200 else f"{text[:200]}..."
+def whole_groups(prompts: list, count: int) -> list[list[int]]:
+    """Numbers of the rows, in at most so many runs of about the same length; rows of a prompt that follow one another
+    stay together."""
+    parts: list[list[int]] = [[]]
+    for row, prompt in enumerate(prompts):
+        if row and prompt != prompts[row - 1] and row >= len(parts) * len(prompts) / count:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
 
-    return f"row {row}: prompt {short(rows['prompts'][row])}, completion {short(rows['completions'][row])}"
+
+def _columns(outcomes: list[tuple[list[int], Outcome]], size: int) -> dict[str, list]:
+    columns: dict[str, list] = {}
+    for part, outcome in outcomes:
+        for column, values in outcome.extra.items():
+            whole = columns.setdefault(column, [None] * size)
+            for row, value in zip(part, values, strict=False):
+                whole[row] = value
+    return columns
+
+
+def _tell(name: str, failed: dict[int, str], rows: dict[str, list]) -> str:
+    """In one line, which function fails how and where."""
+    places = defaultdict(list)
+    for row, reason in sorted(failed.items()):
+        places[reason].append(row)
+    told = [f"{reason}, at {_show(where, rows)}" for reason, where in list(places.items())[:3]]
+    others = [str(row) for where in list(places.values())[3:] for row in where]
+    return f"reward function '{name}' {'; '.join(told)}" + (f"; and at rows {', '.join(others)}" if others else "")
+
+
+def _show(where: list[int], rows: dict[str, list]) -> str:
+    prompt, completion = (shorten(repr(rows[column][where[0]])) for column in ("prompts", "completions"))
+    first = f"row {where[0]}: prompt {prompt}, completion {completion}"
+    return first if len(where) == 1 else f"rows {', '.join(map(str, where))} ({first})"

@@ -14,6 +14,7 @@ NOT_TRL = {
     *("token_budget", "padding_free", "advantage", "dynamic_sampling_max_rounds"),
     *("overlong_buffer_length", "overlong_penalty"),
     *("importance_sampling_correction", "importance_sampling_mode", "importance_sampling_cap"),
+    *("reward_timeout", "reward_workers", "on_reward_error"),
 }
 """Fields that TRL's config has not."""
 
@@ -133,6 +134,10 @@ def test_read_back(tmp_path):
         ({"torch_empty_cache_steps": 4}, "torch_empty_cache_steps is not supported; got 4"),
         ({"bf16_full_eval": True}, "bf16_full_eval is not supported; got True"),
         ({"num_completions_to_print": -1}, "num_completions_to_print must be at least 0; got -1"),
+        ({"reward_timeout": 0.0}, "reward_timeout must be a number of seconds above 0, or None; got 0.0"),
+        ({"reward_timeout": float("nan")}, "reward_timeout must be a number of seconds above 0, or None; got nan"),
+        ({"reward_workers": -1}, "reward_workers must be at least 0; got -1"),
+        ({"on_reward_error": "skip"}, "on_reward_error must be one of raise, none; got 'skip'"),
     ],
 )
 def test_bad_values(options, message, tmp_path):

@@ -1,0 +1,670 @@
+"""Reward functions that hang, crash or return nonsense, here and in worker processes: what becomes of the others."""
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerState
+
+import reward_functions as functions
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RewardError, reward_calls, rewards
+from rlkernels.trainers.reward_calls import AsyncCalls, Call, Outcome, run_within
+from rlkernels.trainers.reward_model import RewardModel
+from rlkernels.trainers.rewards import RewardFunctions, whole_groups
+
+LIMIT = 0.25
+TOO_LATE = "did not return within 0.25 s (reward_timeout)"
+NO_NUMBER = "must return finite numbers, or None where it does not apply; got"
+FAILURES = {
+    "raises": "raised ValueError: invalid literal for int() with base 10: 'six'",
+    "exits": "raised SystemExit: 3",
+    "odd": "raised Odd: odd",
+    "hangs": TOO_LATE,
+    "swallows": TOO_LATE,
+    "nan": f"{NO_NUMBER} nan",
+    "inf": f"{NO_NUMBER} inf",
+    "text": f"{NO_NUMBER} 'good'",
+}
+OF_A_PROCESS = {
+    "quits": "ended its worker process (exit code 3)",
+    "crashes": "ended its worker process (Segmentation fault)",
+    "stuck": TOO_LATE,
+}
+EVERY_FAILURE = [(kind, "here") for kind in FAILURES] + [(kind, "workers") for kind in FAILURES | OF_A_PROCESS]
+
+
+@pytest.fixture
+def make():
+    """Functions that are called here, or in two workers."""
+    with contextlib.ExitStack() as made:
+
+        def make(where, policy, *chosen, timeout=LIMIT):
+            workers = 2 if where == "workers" else 0
+            result = RewardFunctions(chosen, timeout=timeout, workers=workers, on_error=policy)
+            made.callback(result.close)
+            return result
+
+        yield make
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    lines = []
+    monkeypatch.setattr(rewards.logger, "warning", lines.append)
+    return lines
+
+
+def rows(*completions, **columns):
+    """Of two prompts, with half of the completions each."""
+    size = len(completions)
+    prompts = ["a" if row < size / 2 else "b" for row in range(size)]
+    columns = {name: [value] * size for name, value in columns.items()}
+    return {"prompts": prompts, "completions": list(completions), "completion_ids": [[0]] * size, **columns}
+
+
+def values(tensor):
+    """None where there is no reward."""
+    return [[None if math.isnan(value) else value for value in column] for column in tensor.T.tolist()]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()
+
+
+# Every failure, by either policy
+
+
+@pytest.mark.parametrize("kind, where", EVERY_FAILURE)
+def test_raise(make, kind, where):
+    message = f"reward function 'act' {(FAILURES | OF_A_PROCESS)[kind]}, at row 4: prompt 'b', completion '{kind}'"
+    called = make(where, "raise", functions.length, functions.act)
+    with pytest.raises(RewardError) as caught:
+        called(rows("x", "x", "x", "x", kind, "x"))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kind, where", EVERY_FAILURE)
+def test_none(make, warned, kind, where):
+    """The failing row has no reward, nor is it seen by the call that the others have theirs from. And life goes on."""
+    called = make(where, "none", functions.length, functions.act)
+    metrics = []
+    result = values(called(rows("x", "x", "x", "x", kind, "x"), log_metric=lambda *each: metrics.append(each)))
+    seen = 6.0 if where == "here" else 3.0
+    alone = seen if "got" in FAILURES.get(kind, "") else seen - 1  # of what it returned only that row is wrong
+    first = alone if where == "here" else 3.0
+    length = float(len(kind))
+    assert result == [[1.0, 1.0, 1.0, 1.0, length, 1.0], [first, first, first, alone, None, alone]]
+    (line,) = warned
+    reason = (FAILURES | OF_A_PROCESS)[kind]
+    assert line == (
+        f"reward function 'act' {reason}, at row 4: prompt 'b', completion '{kind}'. It gives no reward there."
+    )
+    assert metrics == [("rewards/length/failed", 0.0, 1.0), ("rewards/act/failed", 1 / 6, 1.0)]
+    assert values(called(rows("x", "x"))) == [[1.0, 1.0], [2.0, 2.0] if where == "here" else [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("where", ["here", "workers"])
+def test_several_rows_are_named(make, warned, where):
+    batch = rows("exits", "x", "exits", "inf", "raises", "none")
+    seen = 3.0 if where == "here" else 1.0
+    assert values(make(where, "none", functions.act)(batch)) == [[None, seen, None, None, None, None]]
+    (line,) = warned
+    assert "raised SystemExit: 3, at rows 0, 2 (row 0: prompt 'a', completion 'exits'); " in line
+    assert "'six', at row 4: prompt 'b', completion 'raises'" in line
+    assert "got inf, at row 3: prompt 'b', completion 'inf'" in line
+
+
+def test_many_ways_to_fail_are_still_one_short_line(make, warned):
+    def each(completions, **kwargs):
+        return [f"{row}{text}" for row, text in enumerate(completions)]
+
+    make("here", "none", each)(rows(*["x" * 10_000] * 8))
+    (line,) = warned
+    assert len(line) < 3000 and line.endswith("; and at rows 3, 4, 5, 6, 7. It gives no reward there.")
+
+
+@pytest.mark.parametrize("where", ["here", "workers"])
+def test_a_wrong_length(make, warned, where):
+    """Is of no row: those of the call have no reward."""
+    size = 6 if where == "here" else 3
+    reason = f"must return one reward for each of the {size} completions; got {size - 1}"
+    with pytest.raises(RewardError, match=f"^reward function 'short' {reason}$"):
+        make(where, "raise", functions.length, functions.short)(rows(*"xxxxxx"))
+    assert values(make(where, "none", functions.length, functions.short)(rows(*"xxxxxx"))) == [[1.0] * 6, [None] * 6]
+    (line,) = warned
+    assert f"'short' {reason}, at rows 0, 1, 2, 3, 4, 5 (row 0" in line
+
+
+@pytest.mark.parametrize("where", ["here", "workers"])
+def test_a_batch_that_no_row_is_to_blame_for(make, warned, where):
+    reason = "'in_company' raised MemoryError: too many"
+    with pytest.raises(RewardError, match=f"{reason}, on the whole batch but on no row alone"):
+        make(where, "raise", functions.in_company)(rows(*"xxxx"))
+    assert values(make(where, "none", functions.in_company, functions.length)(rows(*"xxxx"))) == [[None] * 4, [1.0] * 4]
+    assert f"{reason}, at rows 0, 1, 2, 3" in warned[0]
+
+
+def test_rows_that_fail_only_without_those_that_fail(make, warned):
+    def act(completions, **kwargs):
+        if len(completions) == 3:
+            raise OSError("three")
+        return functions.act(completions)
+
+    assert values(make("here", "none", act)(rows("x", "raises", "x", "x"))) == [[None] * 4]
+    assert "'six', at row 1: " in warned[0] and "raised OSError: three, at rows 0, 2, 3 " in warned[0]
+
+
+@pytest.mark.parametrize("where", ["here", "workers"])
+def test_the_search_ends_with_the_second_time_out(make, where, warned):
+    """Of so many rows, each of which would take the whole time again."""
+    began = time.monotonic()
+    result = make(where, "none", functions.act)(rows(*["hangs"] * 40, "x"))
+    assert values(result)[0] == [None] * 41
+    assert time.monotonic() - began < 20 * LIMIT
+
+
+def test_ctrl_c_passes(make):
+    def press(**kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    for policy in ("raise", "none"):
+        with pytest.raises(KeyboardInterrupt):
+            make("here", policy, press)(rows("x"))
+
+
+# What functions see, and what they log
+
+
+def test_whole_groups():
+    assert whole_groups(list("aabbccdd"), 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert whole_groups(list("aabbccdd"), 3) == [[0, 1, 2, 3], [4, 5], [6, 7]]
+    assert whole_groups(list("abcd"), 8) == [[0], [1], [2], [3]]
+    assert whole_groups(list("aaaa"), 2) == [[0, 1, 2, 3]]
+    assert whole_groups(list("aaaaab"), 2) == [[0, 1, 2, 3, 4], [5]]
+    for prompts, count in itertools.product(["abbcccdddd" * 3, "a" * 7 + "bcdefg", "abcdefg"], range(1, 12)):
+        parts = whole_groups(list(prompts), count)
+        assert list(itertools.chain(*parts)) == list(range(len(prompts))) and 0 < len(parts) <= count
+        assert all(prompts[before[-1]] != prompts[after[0]] for before, after in itertools.pairwise(parts))
+
+
+def test_groups_go_to_different_workers(make):
+    (pids,) = values(make("workers", "raise", functions.process)(rows(*"xxxxxx")))
+    assert pids[:3] == [pids[0]] * 3 and pids[3:] == [pids[3]] * 3
+    assert len({pids[0], pids[3], os.getpid()}) == 3
+
+
+@pytest.mark.parametrize("where", ["here", "workers"])
+def test_what_is_logged(make, where, warned):
+    """In the order of the rows, in one list per column, without what failed calls have logged."""
+    extra, metrics = [], []
+    log = {"log_extra": lambda *each: extra.append(each), "log_metric": lambda *each: metrics.append(each)}
+    called = make(where, "none", functions.logs)
+    called(rows("1", "22", "333", "4444"), **log)
+    assert extra == [("one by one", ["1", "22", "333", "4444"]), ("letters", [1, 2, 3, 4])]
+    sizes = [("size", 4.0, 1.0)] if where == "here" else [("size", 2.0, 0.5)] * 2
+    assert metrics == [*sizes, ("rewards/logs/failed", 0.0, 1.0)]
+
+    extra.clear(), metrics.clear()
+    called(rows("1", "22", "raises", "4444"), **log)
+    assert extra == [("one by one", ["1", "22", None, "4444"]), ("letters", [1, 2, None, 4])]
+    sizes = [("size", 3.0, 0.75)] if where == "here" else [("size", 2.0, 0.5), ("size", 1.0, 0.25)]
+    assert metrics == [*sizes, ("rewards/logs/failed", 0.25, 1.0)]
+
+
+def test_the_state_of_the_trainer_goes_over(make):
+    state = TrainerState(global_step=7)
+    assert values(make("workers", "raise", functions.sees_step)(rows("x"), trainer_state=state)) == [[7.0]]
+
+
+def test_what_cannot_go_over(make):
+    called = make("workers", "raise", functions.length)
+    with pytest.raises(RewardError, match=r"'length' could not be given its arguments in a worker process: .*at row 0"):
+        called(rows("x", column=lambda: 0))
+    with pytest.raises(
+        RewardError, match=r"'logs_a_function' logged what a worker process cannot send: .*at rows 0, 1"
+    ):
+        make("workers", "raise", functions.logs_a_function)(rows("x", "x", "x"))
+    assert values(called(rows("x"))) == [[1.0]]
+
+
+def test_the_traceback_of_the_worker_is_kept(make):
+    with pytest.raises(RewardError) as caught:
+        make("workers", "raise", functions.act)(rows("odd"))
+    assert 'raise Odd("odd", 2)' in str(caught.value.__cause__)
+
+
+# In the main thread
+
+
+def act(*completions):
+    return Call(functions.act, rows(*completions), {})
+
+
+def test_nothing_is_left_of_a_limit():
+    threads, handler = threading.active_count(), signal.getsignal(signal.SIGURG)
+    for completions in (["x"], ["hangs"], ["raises"]):
+        run_within(0.2, act(*completions))
+        assert threading.active_count() == threads
+        assert signal.getsignal(signal.SIGURG) is handler
+
+
+def test_a_limit_that_is_reached_as_the_call_returns():
+    """One or the other comes of it, and no interrupt comes later."""
+    call = Call(lambda completions, **kwargs: time.sleep(0.003) or [1.0], rows("x"), {})
+    for _ in range(100):
+        result = run_within(0.003, call)
+        assert isinstance(result, Outcome) or result.timed_out
+
+
+def test_an_interrupt_that_comes_when_the_call_has_returned(monkeypatch):
+    class Late(threading.Event):
+        def set(self):
+            if threading.get_ident() == threading.main_thread().ident:
+                signal.raise_signal(signal.SIGURG)
+            super().set()
+
+    monkeypatch.setattr(threading, "Event", Late)
+    handler = signal.getsignal(signal.SIGURG)
+    assert run_within(60.0, act("x")).timed_out
+    assert signal.getsignal(signal.SIGURG) is handler
+
+
+def test_functions_keep_their_own_alarm():
+    def alarmed(completions, **kwargs):
+        def ring(number, frame):
+            raise TimeoutError
+
+        earlier = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with contextlib.suppress(TimeoutError):
+            time.sleep(60)
+        signal.signal(signal.SIGALRM, earlier)
+        return [2.0]
+
+    assert run_within(5.0, Call(alarmed, rows("x"), {})).rewards == [2.0]
+
+
+def test_a_function_that_goes_on_is_interrupted_again():
+    interrupts = []
+
+    def stubborn(completions, **kwargs):
+        for _ in range(3):
+            try:
+                time.sleep(2)
+            except BaseException as error:
+                interrupts.append(error)
+        return [1.0]
+
+    assert run_within(0.1, Call(stubborn, rows("x"), {})).timed_out
+    assert len(interrupts) == 3
+
+
+def test_a_function_that_catches_its_exceptions_is_interrupted():
+    went_on = []
+
+    def careful(completions, **kwargs):
+        for text in completions:
+            try:
+                time.sleep(60)
+            except Exception:
+                went_on.append(text)
+
+    assert run_within(0.1, Call(careful, rows("x", "y"), {})).timed_out
+    assert not went_on
+
+
+def test_outside_the_main_thread_there_is_no_limit(monkeypatch):
+    lines, results = [], []
+    monkeypatch.setattr(reward_calls.logger, "warning_once", lines.append)
+    call = Call(lambda completions, **kwargs: time.sleep(0.3) or [1.0], rows("x"), {})
+    thread = threading.Thread(target=lambda: results.append(run_within(0.05, call)))
+    thread.start()
+    thread.join()
+    assert results[0].rewards == [1.0]
+    assert "no effect outside the main thread" in lines[0]
+
+
+# Async functions
+
+
+async def patient(completions, **kwargs):
+    await asyncio.sleep(60)
+
+
+async def blocking(completions, **kwargs):
+    time.sleep(1.0)  # more than the limit and the grace
+    return [1.0] * len(completions)
+
+
+async def deaf(completions, **kwargs):
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+
+async def leaving(completions, **kwargs):
+    raise SystemExit(3)
+
+
+async def leaving_in_a_task(completions, **kwargs):
+    await asyncio.gather(leaving(completions))
+
+
+async def fine(completions, **kwargs):
+    await asyncio.sleep(0.01)
+    return [2.0] * len(completions)
+
+
+@pytest.fixture
+def short_grace(monkeypatch):
+    monkeypatch.setattr(AsyncCalls, "grace", 0.2)
+
+
+ASYNC_FAILURES = {
+    patient: TOO_LATE,
+    blocking: TOO_LATE,
+    deaf: TOO_LATE,
+    leaving: "raised SystemExit: 3",
+    leaving_in_a_task: "raised SystemExit: 3",
+}
+
+
+@pytest.mark.parametrize("function", ASYNC_FAILURES)
+def test_async_functions_that_fail(make, warned, function, short_grace):
+    """The other function has its rewards, then and later."""
+    message = f"reward function '{function.__name__}' {ASYNC_FAILURES[function]}, at row 0: prompt 'a', completion 'x'"
+    with pytest.raises(RewardError, match=f"^{re.escape(message)}$"):
+        make("here", "raise", fine, function)(rows("x"))
+    called = make("here", "none", fine, function)
+    assert values(called(rows("x"))) == [[2.0], [None]]
+    loop = called._loop._loop
+    assert values(called(rows("x"))) == [[2.0], [None]]
+    assert loop is None if function is blocking else called._loop._loop is loop
+    assert warned == [f"{message}. It gives no reward there."] * 2
+
+
+def test_threads_of_loops_that_were_given_up_end(make, warned, short_grace):
+    before = threading.active_count()
+    called = make("here", "none", blocking)
+    called(rows("x"))
+    assert threading.active_count() > before
+    wait_until(lambda: threading.active_count() == before)
+
+
+def test_async_functions_wait_for_each_other(make):
+    """Which they could not, one after another."""
+    met = {}
+
+    def meets(mine, other):
+        async def reward(completions, **kwargs):
+            for name in (mine, other):
+                met.setdefault(name, asyncio.Event())
+            met[mine].set()
+            await met[other].wait()
+            return [1.0] * len(completions)
+
+        return reward
+
+    called = make("here", "raise", meets("first", "second"), meets("second", "first"), timeout=30)
+    assert values(called(rows("x"))) == [[1.0], [1.0]]
+
+
+def test_async_functions_run_while_workers_do(make, tmp_path):
+    async def asks(completions, folder, **kwargs):
+        (Path(folder[0]) / "asked").touch()
+        while not (Path(folder[0]) / "answered").exists():
+            await asyncio.sleep(0.01)
+        return [2.0] * len(completions)
+
+    called = make("workers", "raise", functions.answers_file, asks, timeout=30)
+    assert values(called(rows("x", folder=str(tmp_path)))) == [[1.0], [2.0]]
+
+
+# The processes
+
+
+def test_async_functions_and_reward_models_stay_here(make):
+    class Model(RewardModel):
+        def __init__(self):
+            self.__name__ = "model"
+            self.unsendable = lambda: 0
+
+        def __call__(self, completions, **kwargs):
+            return functions.process(completions)
+
+    async def process(completions, **kwargs):
+        return functions.process(completions)
+
+    assert values(make("workers", "raise", Model(), process)(rows("x"))) == [[float(os.getpid())]] * 2
+    assert not multiprocessing.active_children()
+
+
+def test_functions_that_cannot_be_sent(make):
+    message = (
+        "reward function '.*' cannot be sent to a worker process: raised .*; define it at the top level of a module"
+    )
+    here = functools.partial(functions.length)
+    here.lock = threading.Lock()
+    for function in (lambda **kwargs: [1.0], here, functions.Loaded("raises")):
+        with pytest.raises(RewardError, match=message):
+            make("workers", "none", functions.length, function)
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_does_not_start(make, monkeypatch):
+    with pytest.raises(RewardError, match=r"ended while it started \(exit code 3\).* `if __name__ == \"__main__\":`"):
+        make("workers", "none", functions.Loaded("quits"))
+    monkeypatch.setattr("rlkernels.trainers.reward_workers.START_LIMIT", 0.2)
+    with pytest.raises(RewardError, match=r"a worker process did not start within 0\.2 s"):
+        make("workers", "none", functions.Loaded("hangs"))
+    assert not multiprocessing.active_children()
+
+
+def test_a_script_without_a_guard_does_nothing_in_a_worker(make, monkeypatch):
+    """multiprocessing imports it there, and marks the process so."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(SystemExit):
+        make("workers", "none", functions.length)
+
+
+def test_a_worker_that_ends_between_calls(make):
+    called = make("workers", "raise", functions.process)
+    (before,) = values(called(rows("x", "x")))
+    for pid in map(int, before):
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: not is_alive(pid))
+    (after,) = values(called(rows("x", "x")))
+    assert not set(before) & set(after)
+
+
+def test_a_worker_that_closes_its_pipe(make):
+    with pytest.raises(RewardError, match=r"'act' ended its worker process \(it closed its pipe\), at row 0"):
+        make("workers", "raise", functions.act, timeout=None)(rows("closes"))
+
+
+def test_processes_that_cannot_be_started(make, monkeypatch):
+    def refuse(*args):
+        raise BlockingIOError("too many")
+
+    called = make("workers", "raise", functions.process)
+    called.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(forkserver._forkserver, "connect_to_new_process", refuse)
+        patch.setattr("multiprocessing.popen_forkserver.forkserver.connect_to_new_process", refuse)
+        with pytest.raises(RewardError, match="a worker process could not be started: too many"):
+            called(rows("x"))
+    assert len(values(called(rows("x")))) == 1
+
+
+def test_an_interrupt_ends_the_calls_of_workers(make, tmp_path):
+    """Whose results would else be taken for those of the next."""
+    called = make("workers", "none", functions.starts_a_process, timeout=None)
+    press = threading.Thread(
+        target=lambda: (wait_until((tmp_path / "pid").exists), os.kill(os.getpid(), signal.SIGINT))
+    )
+    press.start()
+    with pytest.raises(KeyboardInterrupt):
+        called(rows("x", folder=str(tmp_path)))
+    press.join()
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+def test_async_functions_end_with_an_interrupt(make, tmp_path):
+    ended = threading.Event()
+
+    async def waits(completions, **kwargs):
+        while not (tmp_path / "pid").exists():
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        make("workers", "none", functions.starts_a_process, waits, timeout=None)(rows("x", folder=str(tmp_path)))
+    assert ended.wait(20)
+
+
+def test_what_a_function_started_ends_with_it(make, tmp_path, warned):
+    called = make("workers", "none", functions.starts_a_process)
+    assert values(called(rows("x", folder=str(tmp_path)))) == [[None]]
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+def test_close(make):
+    called = make("workers", "raise", functions.process)
+    (pids,) = values(called(rows("x", "x")))
+    called.close()
+    assert not any(map(is_alive, map(int, pids)))
+    assert not multiprocessing.active_children()
+    assert values(called(rows("x", "x")))[0] != pids  # starts anew
+
+
+def test_a_pool_that_is_forgotten_ends():
+    called = RewardFunctions([functions.process], workers=1)
+    ((pid,),) = values(called(rows("x")))
+    del called
+    wait_until(lambda: not is_alive(int(pid)))
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """Forks a process, the leader of a group, that calls a function which is stuck in C."""
+    started = []
+
+    def start():
+        pid = os.fork()
+        if pid:
+            started.append(pid)
+            wait_until(lambda: len(list(tmp_path.glob("pid*"))) == 2)
+            return pid, [int(file.read_text()) for file in tmp_path.glob("pid*")]
+        # Only the child of its parent may ask whether the server is there.
+        forkserver._forkserver.ensure_running = lambda: None
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            os.dup2(os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT), 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            called = RewardFunctions([functions.starts_a_process_and_is_stuck], workers=2)
+            called(rows("x", folder=str(tmp_path)))
+        except KeyboardInterrupt:
+            code = 7
+            multiprocessing.util._exit_function()  # as at the end of a program
+        finally:
+            os._exit(code)
+
+    yield start
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_workers_end_with_a_killed_parent(other_process):
+    pid, others = other_process()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    wait_until(lambda: not any(map(is_alive, others)))
+
+
+def test_ctrl_c_while_a_worker_is_stuck(other_process, tmp_path):
+    """The whole group gets it, as in a terminal."""
+    pid, others = other_process()
+    os.killpg(pid, signal.SIGINT)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
+    assert not any(map(is_alive, others))
+    assert (tmp_path / "output").read_text() == ""
+
+
+# Training
+
+
+PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(8)]
+
+
+@pytest.fixture
+def trained(make_model, tokenizer, run_options):
+    """A run of two steps; its trainer, and what it logged."""
+
+    def train(method, reward_funcs, **options):
+        own = {"max_completion_length": 6, "num_generations": 4}
+        if method == "ppo":
+            own = {"response_length": 6, "num_ppo_epochs": 1}
+        config = {"grpo": GRPOConfig, "ppo": PPOConfig}[method]
+        args = config(**run_options, **own, per_device_train_batch_size=8, learning_rate=1e-2, max_steps=2, **options)
+        build = {"grpo": GRPOTrainer, "ppo": PPOTrainer}[method]
+        trainer = build(make_model(), reward_funcs, args, PROMPTS, PROMPTS[:2], tokenizer)
+        trainer.train()
+        return trainer, [log for log in trainer.state.log_history if "loss" in log]
+
+    return train
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_trains_with_workers(trained, method):
+    trainer, logs = trained(method, [functions.length, functions.process], reward_workers=2, on_reward_error="none")
+    assert all(log["rewards/length/failed"] == 0.0 and log["rewards/length/mean"] > 0 for log in logs)
+    assert not multiprocessing.active_children()
+    assert trainer.evaluate()["eval_rewards/length/mean"] > 0
+    trainer.rewards.close()
+
+
+def test_a_run_that_fails_leaves_no_workers(trained):
+    with pytest.raises(RewardError, match="'short' must return one reward for each of the 4 completions; got 3"):
+        trained("grpo", functions.short, reward_workers=2)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_a_run_without_any_reward(trained, method, warned):
+    """Trains on, where it learns from what else there is: PPO from the KL penalty and the values."""
+    trainer, logs = trained(method, functions.short, on_reward_error="none")
+    assert len(logs) == 2
+    assert all(math.isfinite(log["loss"]) and log["rewards/short/failed"] == 1.0 for log in logs)
+    assert all("reward" not in log for log in logs)
+    weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    assert weights.isfinite().all()
+    assert all(row["rewards/short"] is None or math.isnan(row["rewards/short"]) for row in trainer.completions)

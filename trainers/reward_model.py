@@ -1,0 +1,68 @@
+"""Reward models: classifiers as reward functions."""
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from . import scoring
+from .configs import OnlineConfig
+from .packing import Sequence, fill_by_length, lay_out, prepare_packing
+from .rollout import encode, is_chat
+
+
+class RewardModel:
+    """A sequence classifier with one label as a reward function: what it says of prompt and completion.
+
+    It reads the policy's own tokens, also the one that ends the completion, if its tokenizer has the same vocabulary or
+    it has none; else the text, in its own tokens.
+    """
+
+    def __init__(self, model: Any, args: OnlineConfig) -> None:
+        self.model, self.args = model, args
+        self.path = model.config._name_or_path
+        self.__name__ = self.path.rstrip("/").split("/")[-1] or type(model).__name__
+
+    def prepare(self, accelerator: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Before the first call: on what it runs, and the policy's tokenizer."""
+        self.accelerator, self.tokenizer = accelerator, tokenizer
+        own = _tokenizer(self.path)
+        self.own_tokenizer = None if own is None or own.get_vocab() == tokenizer.get_vocab() else own
+        self.model.to(accelerator.device).eval()
+        if self.model.config.pad_token_id is None:
+            # Without one, classifiers of transformers refuse padded batches.
+            self.model.config.pad_token_id = (own or tokenizer).pad_token_id
+        self.padding_free = self.args.padding_free and prepare_packing(self.model, accelerator.device)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any) -> list:
+        rows = self._token_ids(prompts, completions, completion_ids)
+        scores = [0.0] * len(rows)
+        for chunk in fill_by_length([len(ids) for ids in rows], self.args.token_budget):
+            sequences = [Sequence(rows[row], rows[row]) for row in chunk]
+            batch = lay_out(sequences, self.accelerator.device, padding_free=self.padding_free)
+            with self.accelerator.autocast():
+                last = scoring.last_scores(scoring.token_scores(self.model, batch), batch)
+            for row, score in zip(chunk, last.tolist(), strict=True):
+                scores[row] = score
+        return scores
+
+    def _token_ids(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[list[int]]:
+        if self.own_tokenizer is None:
+            prompt_ids = encode(self.tokenizer, prompts, self.args.chat_template_kwargs)
+            return [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+        pairs = list(zip(prompts, completions, strict=True))
+        if is_chat(prompts[0]):
+            messages = [prompt + completion for prompt, completion in pairs]
+            return self.own_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        rows = self.own_tokenizer([prompt + completion for prompt, completion in pairs])["input_ids"]
+        end = self.own_tokenizer.eos_token_id
+        ended = [ids[-1] == self.tokenizer.eos_token_id and end is not None for ids in completion_ids]
+        return [[*row, end] if add and row[-1] != end else row for row, add in zip(rows, ended, strict=True)]
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True) if path else None
+    except (OSError, ValueError):
+        return None
