@@ -61,15 +61,16 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
 
     Differentiable: as in linear_token_logprobs. PEFT may come before or after: LoRA on the head (several adapters,
     disabled, merged) and modules_to_save are served; with prompt tuning the results have the virtual tokens too, as the
-    model's logits do. Gradient checkpointing, DDP, FSDP2 and autocast need nothing special.
+    model's logits do. Gradient checkpointing, DDP, FSDP2 and autocast need nothing special; a head that is a unit of
+    FSDP2 stays whole from its forward pass to its backward pass.
 
     Raises:
         TypeError: for what is no causal LM, and for unknown options.
         ValueError: with the reason, wherever the model's own logits could give anything else: a head that is no
             nn.Linear, that is not called exactly once, or that has another adapter (DoRA, trainable tokens, quantised
             weights); logits changed in another way or by a parameter; positions that see later tokens;
-            encoder-decoder models; a weight that is sharded by itself (fully_shard on the head alone, ZeRO-3, tensor
-            parallelism); labels of another shape than the tokens.
+            encoder-decoder models; a weight that is sharded in another way than by FSDP2 (ZeRO-3, tensor parallelism);
+            labels of another shape than the tokens.
 
     Traffic: that of linear_token_logprobs.
     """
@@ -134,7 +135,11 @@ def _run(lm, own, kwargs, head_function, constants, options):
         if labels is None:
             raise ValueError("log-probabilities need labels= or shift_labels=, shaped as input_ids")
         targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-    linear_map(lm, lm.get_output_embeddings())  # before a hook makes one that is sharded by itself whole for a moment
+    head = lm.get_output_embeddings()
+    if hasattr(head, "set_reshard_after_forward"):  # a unit of FSDP2: whole from its forward pass to its backward pass
+        head.set_reshard_after_forward(False, recurse=False)
+    else:
+        linear_map(lm, head)  # before a hook makes one that is sharded in another way whole for a moment
     results = []
     thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
@@ -151,7 +156,7 @@ def _run(lm, own, kwargs, head_function, constants, options):
         results.append((head_function or linear_token_logprobs)(hidden, weight, token_ids, **inputs))
         return (hidden[:, :0],), {}  # the head runs as ever, with all its hooks, on no rows
 
-    handle = lm.get_output_embeddings().register_forward_pre_hook(score, with_kwargs=True)
+    handle = head.register_forward_pre_hook(score, with_kwargs=True)
     try:
         output = own(**{**kwargs, "return_dict": True})
     finally:
