@@ -1,6 +1,7 @@
-"""Reward functions that fail in every way, in a module that worker processes can import."""
+"""Reward functions that fail in every way, in a module that worker processes can import, and what their tests share."""
 
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -128,3 +129,26 @@ class Loaded:
 
     def __call__(self, completions, **kwargs):
         return [0.0] * len(completions)
+
+
+# Of the tests
+
+
+def rows(*completions, **columns):
+    """Of two prompts, with half of the completions each."""
+    size = len(completions)
+    prompts = ["a" if row < size / 2 else "b" for row in range(size)]
+    columns = {name: [value] * size for name, value in columns.items()}
+    return {"prompts": prompts, "completions": list(completions), "completion_ids": [[0]] * size, **columns}
+
+
+def values(tensor):
+    """None where there is no reward."""
+    return [[None if math.isnan(value) else value for value in column] for column in tensor.T.tolist()]
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()

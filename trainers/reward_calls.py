@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 
 from transformers.utils import logging
 
+from .interrupts import Terminated
+
 logger = logging.get_logger(__name__)
 
 RewardFunction: TypeAlias = Callable[..., Any]
@@ -58,11 +60,11 @@ class Call:
 
 
 def run(call: Call) -> Result:
-    """Whatever the function does: it may not end the process or stay away, and Ctrl-C passes."""
+    """Whatever the function does: it may not end the process or stay away, and Ctrl-C and SIGTERM pass."""
     log = _Log()
     try:
         return log.outcome(call, call.function(**call.rows, **call.shared, **log.functions))
-    except (KeyboardInterrupt, _TimeUp):
+    except (KeyboardInterrupt, Terminated, _TimeUp):
         raise
     except BaseException as error:  # SystemExit, and what extensions raise beside Exception
         return failed(error)

@@ -7,7 +7,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
@@ -19,8 +18,9 @@ import torch
 from transformers import TrainerState
 
 import reward_functions as functions
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RewardError, reward_calls, rewards
-from rlkernels.trainers.reward_calls import AsyncCalls, Call, Outcome, run_within
+from reward_functions import rows, values, wait_until
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RewardError, rewards
+from rlkernels.trainers.interrupts import Terminated
 from rlkernels.trainers.reward_model import RewardModel
 from rlkernels.trainers.rewards import RewardFunctions, whole_groups
 
@@ -51,8 +51,8 @@ def make():
     with contextlib.ExitStack() as made:
 
         def make(where, policy, *chosen, timeout=LIMIT):
-            workers = 2 if where == "workers" else 0
-            result = RewardFunctions(chosen, timeout=timeout, workers=workers, on_error=policy)
+            count = 2 if where == "workers" else 0
+            result = RewardFunctions(chosen, timeout=timeout, workers=count, on_error=policy)
             made.callback(result.close)
             return result
 
@@ -66,19 +66,6 @@ def warned(monkeypatch):
     return lines
 
 
-def rows(*completions, **columns):
-    """Of two prompts, with half of the completions each."""
-    size = len(completions)
-    prompts = ["a" if row < size / 2 else "b" for row in range(size)]
-    columns = {name: [value] * size for name, value in columns.items()}
-    return {"prompts": prompts, "completions": list(completions), "completion_ids": [[0]] * size, **columns}
-
-
-def values(tensor):
-    """None where there is no reward."""
-    return [[None if math.isnan(value) else value for value in column] for column in tensor.T.tolist()]
-
-
 def is_alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -86,11 +73,8 @@ def is_alive(pid):
         return False
 
 
-def wait_until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert condition()
+def workers():
+    return [process for process in multiprocessing.active_children() if process.name == "reward_worker"]
 
 
 # Every failure, by either policy
@@ -166,6 +150,17 @@ def test_a_batch_that_no_row_is_to_blame_for(make, warned, where):
     assert f"{reason}, at rows 0, 1, 2, 3" in warned[0]
 
 
+def test_a_batch_is_not_called_again_in_vain(make, warned):
+    seen = []
+
+    def fails_once(completions, **kwargs):
+        seen.append(len(completions))
+        return functions.in_company(completions) if len(seen) == 1 else [1.0] * len(completions)
+
+    assert values(make("here", "none", fails_once)(rows(*"xxx"))) == [[None] * 3]
+    assert seen == [3, 1, 1, 1]
+
+
 def test_rows_that_fail_only_without_those_that_fail(make, warned):
     def act(completions, **kwargs):
         if len(completions) == 3:
@@ -192,6 +187,14 @@ def test_ctrl_c_passes(make):
     for policy in ("raise", "none"):
         with pytest.raises(KeyboardInterrupt):
             make("here", policy, press)(rows("x"))
+
+
+def test_sigterm_passes(make):
+    def stop(**kwargs):
+        raise Terminated
+
+    with pytest.raises(Terminated):
+        make("here", "none", stop)(rows("x"))
 
 
 # What functions see, and what they log
@@ -255,180 +258,7 @@ def test_the_traceback_of_the_worker_is_kept(make):
     assert 'raise Odd("odd", 2)' in str(caught.value.__cause__)
 
 
-# In the main thread
-
-
-def act(*completions):
-    return Call(functions.act, rows(*completions), {})
-
-
-def test_nothing_is_left_of_a_limit():
-    threads, handler = threading.active_count(), signal.getsignal(signal.SIGURG)
-    for completions in (["x"], ["hangs"], ["raises"]):
-        run_within(0.2, act(*completions))
-        assert threading.active_count() == threads
-        assert signal.getsignal(signal.SIGURG) is handler
-
-
-def test_a_limit_that_is_reached_as_the_call_returns():
-    """One or the other comes of it, and no interrupt comes later."""
-    call = Call(lambda completions, **kwargs: time.sleep(0.003) or [1.0], rows("x"), {})
-    for _ in range(100):
-        result = run_within(0.003, call)
-        assert isinstance(result, Outcome) or result.timed_out
-
-
-def test_an_interrupt_that_comes_when_the_call_has_returned(monkeypatch):
-    class Late(threading.Event):
-        def set(self):
-            if threading.get_ident() == threading.main_thread().ident:
-                signal.raise_signal(signal.SIGURG)
-            super().set()
-
-    monkeypatch.setattr(threading, "Event", Late)
-    handler = signal.getsignal(signal.SIGURG)
-    assert run_within(60.0, act("x")).timed_out
-    assert signal.getsignal(signal.SIGURG) is handler
-
-
-def test_functions_keep_their_own_alarm():
-    def alarmed(completions, **kwargs):
-        def ring(number, frame):
-            raise TimeoutError
-
-        earlier = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        with contextlib.suppress(TimeoutError):
-            time.sleep(60)
-        signal.signal(signal.SIGALRM, earlier)
-        return [2.0]
-
-    assert run_within(5.0, Call(alarmed, rows("x"), {})).rewards == [2.0]
-
-
-def test_a_function_that_goes_on_is_interrupted_again():
-    interrupts = []
-
-    def stubborn(completions, **kwargs):
-        for _ in range(3):
-            try:
-                time.sleep(2)
-            except BaseException as error:
-                interrupts.append(error)
-        return [1.0]
-
-    assert run_within(0.1, Call(stubborn, rows("x"), {})).timed_out
-    assert len(interrupts) == 3
-
-
-def test_a_function_that_catches_its_exceptions_is_interrupted():
-    went_on = []
-
-    def careful(completions, **kwargs):
-        for text in completions:
-            try:
-                time.sleep(60)
-            except Exception:
-                went_on.append(text)
-
-    assert run_within(0.1, Call(careful, rows("x", "y"), {})).timed_out
-    assert not went_on
-
-
-def test_outside_the_main_thread_there_is_no_limit(monkeypatch):
-    lines, results = [], []
-    monkeypatch.setattr(reward_calls.logger, "warning_once", lines.append)
-    call = Call(lambda completions, **kwargs: time.sleep(0.3) or [1.0], rows("x"), {})
-    thread = threading.Thread(target=lambda: results.append(run_within(0.05, call)))
-    thread.start()
-    thread.join()
-    assert results[0].rewards == [1.0]
-    assert "no effect outside the main thread" in lines[0]
-
-
-# Async functions
-
-
-async def patient(completions, **kwargs):
-    await asyncio.sleep(60)
-
-
-async def blocking(completions, **kwargs):
-    time.sleep(1.0)  # more than the limit and the grace
-    return [1.0] * len(completions)
-
-
-async def deaf(completions, **kwargs):
-    while True:
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(60)
-
-
-async def leaving(completions, **kwargs):
-    raise SystemExit(3)
-
-
-async def leaving_in_a_task(completions, **kwargs):
-    await asyncio.gather(leaving(completions))
-
-
-async def fine(completions, **kwargs):
-    await asyncio.sleep(0.01)
-    return [2.0] * len(completions)
-
-
-@pytest.fixture
-def short_grace(monkeypatch):
-    monkeypatch.setattr(AsyncCalls, "grace", 0.2)
-
-
-ASYNC_FAILURES = {
-    patient: TOO_LATE,
-    blocking: TOO_LATE,
-    deaf: TOO_LATE,
-    leaving: "raised SystemExit: 3",
-    leaving_in_a_task: "raised SystemExit: 3",
-}
-
-
-@pytest.mark.parametrize("function", ASYNC_FAILURES)
-def test_async_functions_that_fail(make, warned, function, short_grace):
-    """The other function has its rewards, then and later."""
-    message = f"reward function '{function.__name__}' {ASYNC_FAILURES[function]}, at row 0: prompt 'a', completion 'x'"
-    with pytest.raises(RewardError, match=f"^{re.escape(message)}$"):
-        make("here", "raise", fine, function)(rows("x"))
-    called = make("here", "none", fine, function)
-    assert values(called(rows("x"))) == [[2.0], [None]]
-    loop = called._loop._loop
-    assert values(called(rows("x"))) == [[2.0], [None]]
-    assert loop is None if function is blocking else called._loop._loop is loop
-    assert warned == [f"{message}. It gives no reward there."] * 2
-
-
-def test_threads_of_loops_that_were_given_up_end(make, warned, short_grace):
-    before = threading.active_count()
-    called = make("here", "none", blocking)
-    called(rows("x"))
-    assert threading.active_count() > before
-    wait_until(lambda: threading.active_count() == before)
-
-
-def test_async_functions_wait_for_each_other(make):
-    """Which they could not, one after another."""
-    met = {}
-
-    def meets(mine, other):
-        async def reward(completions, **kwargs):
-            for name in (mine, other):
-                met.setdefault(name, asyncio.Event())
-            met[mine].set()
-            await met[other].wait()
-            return [1.0] * len(completions)
-
-        return reward
-
-    called = make("here", "raise", meets("first", "second"), meets("second", "first"), timeout=30)
-    assert values(called(rows("x"))) == [[1.0], [1.0]]
+# The processes
 
 
 def test_async_functions_run_while_workers_do(make, tmp_path):
@@ -440,9 +270,6 @@ def test_async_functions_run_while_workers_do(make, tmp_path):
 
     called = make("workers", "raise", functions.answers_file, asks, timeout=30)
     assert values(called(rows("x", folder=str(tmp_path)))) == [[1.0], [2.0]]
-
-
-# The processes
 
 
 def test_async_functions_and_reward_models_stay_here(make):
@@ -458,7 +285,7 @@ def test_async_functions_and_reward_models_stay_here(make):
         return functions.process(completions)
 
     assert values(make("workers", "raise", Model(), process)(rows("x"))) == [[float(os.getpid())]] * 2
-    assert not multiprocessing.active_children()
+    assert not workers()
 
 
 def test_functions_that_cannot_be_sent(make):
@@ -470,16 +297,17 @@ def test_functions_that_cannot_be_sent(make):
     for function in (lambda **kwargs: [1.0], here, functions.Loaded("raises")):
         with pytest.raises(RewardError, match=message):
             make("workers", "none", functions.length, function)
-    assert not multiprocessing.active_children()
+    assert not workers()
 
 
 def test_a_worker_that_does_not_start(make, monkeypatch):
     with pytest.raises(RewardError, match=r"ended while it started \(exit code 3\).* `if __name__ == \"__main__\":`"):
         make("workers", "none", functions.Loaded("quits"))
     monkeypatch.setattr("rlkernels.trainers.reward_workers.START_LIMIT", 0.2)
-    with pytest.raises(RewardError, match=r"a worker process did not start within 0\.2 s"):
+    with pytest.raises(RewardError, match=r"a worker process did not start within 0\.2 s") as caught:
         make("workers", "none", functions.Loaded("hangs"))
-    assert not multiprocessing.active_children()
+    assert not workers()  # though the traceback keeps what has started them
+    assert caught.tb is not None
 
 
 def test_a_script_without_a_guard_does_nothing_in_a_worker(make, monkeypatch):
@@ -559,7 +387,7 @@ def test_close(make):
     (pids,) = values(called(rows("x", "x")))
     called.close()
     assert not any(map(is_alive, map(int, pids)))
-    assert not multiprocessing.active_children()
+    assert not workers()
     assert values(called(rows("x", "x")))[0] != pids  # starts anew
 
 
@@ -647,7 +475,7 @@ def trained(make_model, tokenizer, run_options):
 def test_trains_with_workers(trained, method):
     trainer, logs = trained(method, [functions.length, functions.process], reward_workers=2, on_reward_error="none")
     assert all(log["rewards/length/failed"] == 0.0 and log["rewards/length/mean"] > 0 for log in logs)
-    assert not multiprocessing.active_children()
+    assert not workers()
     assert trainer.evaluate()["eval_rewards/length/mean"] > 0
     trainer.rewards.close()
 
@@ -655,7 +483,7 @@ def test_trains_with_workers(trained, method):
 def test_a_run_that_fails_leaves_no_workers(trained):
     with pytest.raises(RewardError, match="'short' must return one reward for each of the 4 completions; got 3"):
         trained("grpo", functions.short, reward_workers=2)
-    assert not multiprocessing.active_children()
+    assert not workers()
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
