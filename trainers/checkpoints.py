@@ -216,13 +216,13 @@ def together(part: Callable[[str], Any], unfinished: Path, folder: Path, process
         raise error
     for why in reasons:
         if why is not None:
-            raise CheckpointError(cannot_be_written(folder, why)) from error
+            raise cannot_be_written(str(folder), folder.parent, why) from error
 
 
-def cannot_be_written(folder: Path, why: str) -> str:
-    whole = whole_checkpoints(folder.parent)
+def cannot_be_written(what: str, output_dir: Path, why: str) -> CheckpointError:
+    whole = whole_checkpoints(output_dir)
     stays = f"{whole[-1]} stays, and resume_from_checkpoint goes on from it" if whole else "there is no checkpoint"
-    return f"{folder} could not be written: {why}; {stays}"
+    return CheckpointError(f"{what} could not be written: {why}; {stays}")
 
 
 def reason(error: Exception, folder: Path) -> str:
@@ -260,6 +260,6 @@ def write_model(output_dir: Path, save: Callable[[str], Any]) -> None:
             file.replace(target)
         sync_folder(output_dir)
     except CANNOT_WRITE as error:
-        raise CheckpointError(cannot_be_written(output_dir / "model", reason(error, unfinished))) from error
+        raise cannot_be_written(f"the model in {output_dir}", output_dir, reason(error, unfinished)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -31,14 +31,15 @@ class StopRequest:
         self.number = 0  # the signal that this process got; 0: none
         self.agreed = 0  # that any process got, once they have told each other
         self.doing = ""
-        self.listens = False
+        self.listens = self.tells = False
+        self._process = 0
         self._finishes = ""
         self._late = 0
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """A run that looks at `number` as it goes."""
-        self.number = self.agreed = 0
+    def listening(self, tells: bool = True) -> Iterator[None]:
+        """A run that looks at `number` as it goes. Of several processes one tells of a signal that all get."""
+        self.number, self.agreed, self.tells = 0, 0, tells
         with self._handlers():
             self.listens = True
             try:
@@ -69,7 +70,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def _handlers(self) -> Iterator[None]:
-        earlier = {}
+        earlier, self._process = {}, os.getpid()
         if threading.current_thread() is threading.main_thread():  # no other may set them
             for number, default in DEFAULTS.items():
                 if signal.getsignal(number) == default:
@@ -81,11 +82,16 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a worker of a DataLoader, forked from it, which ends it by SIGTERM
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         if self.listens and not self.number:
             self.number = number
             now = f" (now {self.doing})" if self.doing else ""
-            tell(f"{name}: the run is saved and stops after this optimizer step{now}; once more stops it at once")
+            if self.tells:
+                tell(f"{name}: the run is saved and stops after this optimizer step{now}; once more stops it at once")
         elif self._finishes and not self._late:
             self._late = number
             tell(f"{name}: {self._finishes} is finished first; once more stops it at once")

@@ -49,7 +49,7 @@ class SavingTrainer(Trainer):
             self.resumed_from = str(resume_from_checkpoint)
         if self.args.save_strategy == "no":
             return super().train(self.resumed_from, *args, **kwargs)
-        with self.stop.listening():
+        with self.stop.listening(tells=self.args.local_process_index == 0):
             return super().train(self.resumed_from, *args, **kwargs)
 
     # A run that goes on
@@ -194,8 +194,9 @@ class SavesAndStops(TrainerCallback):
 
     def _decide(self, state: Any, control: Any) -> None:
         control.should_save |= bool(self.trainer.stop.agreed)
-        epoch_ends = state.epoch == int(state.epoch) or control.should_training_stop or control.should_epoch_stop
-        if self.in_step and epoch_ends and control.should_save:
+        if not self.in_step or not control.should_save:
+            return
+        if state.epoch == int(state.epoch) or control.should_training_stop or control.should_epoch_stop:
             control.should_save, self.is_held = False, True
 
     def _agree(self) -> None:

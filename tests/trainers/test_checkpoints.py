@@ -177,9 +177,9 @@ def test_what_cannot_be_written_says_why_and_leaves_nothing(tmp_path, save):
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         messages.append(str(error.value))
-    for message, name in zip(messages, ("checkpoint-2", "model"), strict=True):
+    for message, what in zip(messages, (str(tmp_path / "checkpoint-2"), f"the model in {tmp_path}"), strict=True):
         assert message == (
-            f"{tmp_path / name} could not be written: File too large; {tmp_path / 'checkpoint-1'} stays, and "
+            f"{what} could not be written: File too large; {tmp_path / 'checkpoint-1'} stays, and "
             "resume_from_checkpoint goes on from it"
         )
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"] and c.is_whole(tmp_path / "checkpoint-1")

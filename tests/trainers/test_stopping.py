@@ -5,11 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from rlkernels.trainers import Terminated
+from rlkernels.trainers.interrupts import DEFAULTS, StopRequest
 
 WORKER = Path(__file__).with_name("stopping_worker.py")
 GRADERS = """
@@ -130,6 +134,60 @@ def test_a_full_disk_is_one_error_and_the_last_checkpoint_stays(start, tmp_path)
     (tmp_path / "go_on").touch()
     assert resumed.wait(60) == 0, resumed.communicate()[1]
     assert (tmp_path / "out/checkpoint-4").is_dir()
+
+
+def test_handlers_are_those_of_before():
+    """Also where an exception ends what they were for; those of the program's own stay, and other threads set none."""
+    before = {number: signal.getsignal(number) for number in DEFAULTS}
+    stop = StopRequest()
+    with pytest.raises(ValueError), stop.listening(), stop.finishing("it"):
+        assert all(signal.getsignal(number) == stop._receive for number in DEFAULTS)
+        raise ValueError
+    assert {number: signal.getsignal(number) for number in DEFAULTS} == before
+
+    def own(number, frame):
+        pass
+
+    signal.signal(signal.SIGTERM, own)
+    try:
+        with stop.listening():
+            assert signal.getsignal(signal.SIGTERM) == own and signal.getsignal(signal.SIGINT) == stop._receive
+    finally:
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+    thread = threading.Thread(target=lambda: stop.listening().__enter__())
+    thread.start()
+    thread.join()
+    assert {number: signal.getsignal(number) for number in DEFAULTS} == before
+
+
+def test_what_is_being_finished_waits_for_the_third_signal(capfd):
+    stop, done = StopRequest(), []
+    with pytest.raises(KeyboardInterrupt), stop.listening(), stop.finishing("checkpoint-3"):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        done.append("checkpoint-3")
+    assert done and capfd.readouterr().err == (
+        "\nCtrl-C: the run is saved and stops after this optimizer step (now writing checkpoint-3); once more stops it "
+        "at once\n\nCtrl-C: checkpoint-3 is finished first; once more stops it at once\n"
+    )
+    with pytest.raises(Terminated) as stopped, stop.finishing("the model"):  # after a run the first is waited for
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("was not broken off")
+    assert stopped.value.code == 143
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_a_forked_process_is_not_asked(number, code):
+    """Workers of a DataLoader get a terminal's Ctrl-C too, and serve the rest of the step; SIGTERM is how they end."""
+    stop = StopRequest()
+    with stop.listening():
+        child = os.fork()
+        if not child:
+            signal.raise_signal(number)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+        assert not stop.number
 
 
 @pytest.fixture(scope="module")
