@@ -70,6 +70,8 @@ class Calculator:
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
+        # Of one with weights of its own, such as vLLM.
+        self.update_weights = getattr(engine, "update_weights", None)
 
     def __call__(self, prompts: list, options: Any) -> list[Any]:
         turn = replace(options, max_completion_length=TURN)

@@ -338,7 +338,8 @@ def train(name: str, arguments: list[str]) -> None:
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"interrupted {progress(trainer)}") from error
             raise Stopped(f"terminated {progress(trainer)}", error.code) from error
-        if isinstance(error, trainers.CheckpointError | trainers.RewardError | trainers.NonFiniteLoss):
+        told = trainers.CheckpointError | trainers.RewardError | trainers.RolloutError | trainers.NonFiniteLoss
+        if isinstance(error, told):
             close_progress_bars(trainer)
             raise BadValue(str(error)) from error
         if checkpoint is not None and not first.begun:

@@ -11,6 +11,7 @@ from .reward import RewardTrainer
 from .rewards import RewardError
 from .rollout import Rollout, RolloutError, SamplingOptions, TransformersEngine
 from .sft import SFTTrainer
+from .vllm import ServerLost, VLLMEngine
 
 __all__ = [
     "CheckpointError",
@@ -29,6 +30,8 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "SamplingOptions",
+    "ServerLost",
     "Terminated",
     "TransformersEngine",
+    "VLLMEngine",
 ]

@@ -175,6 +175,56 @@ class OnlineConfig(BaseConfig):
             "choices": ["raise", "none"],
         },
     )
+    staleness: int = field(
+        default=0,
+        metadata={
+            "help": "1: while the trainer learns from one batch of completions the engine samples the next, by weights "
+            "that are one batch older; needs an engine with weights of its own, such as vLLM, and "
+            "importance_sampling_correction.",
+        },
+    )
+    importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Weight the policy loss by how much likelier a completion is to the trained model than to the "
+            "engine that sampled it, whose log-probabilities the rollouts then hold."
+        },
+    )
+    importance_sampling_mode: str = field(
+        default="sequence_mask",
+        metadata={
+            "help": "Whether that weight is one per token or one per sequence, and whether one above "
+            "importance_sampling_cap is cut to it (truncate) or becomes 0 (mask).",
+            "choices": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
+        },
+    )
+    importance_sampling_cap: float = field(
+        default=3.0, metadata={"help": "The largest weight of importance_sampling_correction."}
+    )
+
+    use_vllm: bool = field(
+        default=False, metadata={"help": "Sample on a vLLM server; set where vllm_server_base_url is."}
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "The vLLM server; http://localhost:8000 if unset, with use_vllm."}
+    )
+    vllm_server_timeout: float = field(
+        default=240.0, metadata={"help": "Seconds that a server which does not answer is waited for."}
+    )
+    vllm_request_timeout: float = field(
+        default=600.0,
+        metadata={"help": "Seconds that one completion may take before it is asked for again."},
+    )
+    vllm_max_concurrency: int = field(
+        default=256, metadata={"help": "Most completions that a process asks for at a time."}
+    )
+    vllm_weights_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where weights are written for the server, which must see it under the same path; vllm_weights in "
+            "the output folder if unset. Of this run alone."
+        },
+    )
     log_completions: bool = field(
         default=True,
         metadata={
@@ -205,9 +255,35 @@ class OnlineConfig(BaseConfig):
             raise ValueError(f"reward_workers must be at least 0; got {self.reward_workers}")
         if self.on_reward_error not in ("raise", "none"):
             raise ValueError(f"on_reward_error must be one of raise, none; got {self.on_reward_error!r}")
+        modes = self.__dataclass_fields__["importance_sampling_mode"].metadata["choices"]
+        if self.importance_sampling_mode not in modes:
+            raise ValueError(
+                f"importance_sampling_mode must be one of {', '.join(modes)}; got {self.importance_sampling_mode!r}"
+            )
+        for name in ("importance_sampling_cap", "vllm_server_timeout", "vllm_request_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
+        if self.staleness not in (0, 1):
+            raise ValueError(f"staleness must be 0 or 1; got {self.staleness}")
+        if self.staleness and not self.importance_sampling_correction:
+            raise ValueError("staleness 1 needs importance_sampling_correction, which corrects for the older weights")
+        self._set_vllm()
         if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss"):
             # There is no evaluation loss.
             self.metric_for_best_model, self.greater_is_better = "reward", True
+
+    def _set_vllm(self) -> None:
+        if self.vllm_server_base_url is not None:
+            if not self.vllm_server_base_url.startswith(("http://", "https://")):
+                raise ValueError(
+                    "vllm_server_base_url must begin with http:// or https://, as in http://localhost:8000; got "
+                    f"{self.vllm_server_base_url!r}"
+                )
+            self.use_vllm = True
+        elif self.use_vllm:
+            self.vllm_server_base_url = "http://localhost:8000"
+        if self.vllm_max_concurrency < 1:
+            raise ValueError(f"vllm_max_concurrency must be at least 1; got {self.vllm_max_concurrency}")
 
 
 @dataclass
@@ -465,24 +541,6 @@ class GRPOConfig(OnlineConfig):
     vespo_lambda_neg: float = field(
         default=2.0, metadata={"help": "Decay of a sequence's weight above 1 in loss_type vespo, advantage negative."}
     )
-    importance_sampling_correction: bool = field(
-        default=False,
-        metadata={
-            "help": "Weight the policy loss by how much likelier a completion is to the trained model than to the "
-            "engine that sampled it, whose log-probabilities the rollouts then hold."
-        },
-    )
-    importance_sampling_mode: str = field(
-        default="sequence_mask",
-        metadata={
-            "help": "Whether that weight is one per token or one per sequence, and whether one above "
-            "importance_sampling_cap is cut to it (truncate) or becomes 0 (mask).",
-            "choices": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
-        },
-    )
-    importance_sampling_cap: float = field(
-        default=3.0, metadata={"help": "The largest weight of importance_sampling_correction."}
-    )
     top_entropy_quantile: float = field(
         default=1.0,
         metadata={
@@ -554,7 +612,7 @@ class GRPOConfig(OnlineConfig):
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
         positive = [name for name in GRPOConfig.__annotations__ if name.startswith(("sapo", "vespo"))]
-        for name in (*positive, "delta", "importance_sampling_cap"):
+        for name in (*positive, "delta"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0; got {value}")

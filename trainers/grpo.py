@@ -1,6 +1,5 @@
 """Group relative policy optimization (DeepSeekMath, arXiv 2402.03300) and its variants by loss type."""
 
-import dataclasses
 import math
 import random
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from . import advantages, objectives, scoring
 from .common import NumberedRows, check_columns, evaluating
 from .configs import OBJECTIVES, GRPOConfig
 from .online import GroupSampler, OnlineTrainer, Samples
-from .packing import IGNORE, Sequence, fill_by_length, shift, split
+from .packing import IGNORE, Sequence, fill_by_length, split
 from .rewards import RewardFunction
 from .rollout import Engine
 
@@ -108,7 +107,6 @@ class GRPOTrainer(OnlineTrainer):
             rollout=rollout,
         )
         self.num_generations_eval = args.num_generations_eval or args.num_generations
-        self.sampling = dataclasses.replace(self.sampling, logprobs=args.importance_sampling_correction)
         # Optimizer steps that one generation batch serves.
         self.steps_per_rollout = args.steps_per_generation * args.num_iterations // self.accumulation_steps
 
@@ -152,10 +150,7 @@ class GRPOTrainer(OnlineTrainer):
         scored = self.accelerator.reduce(torch.tensor(scored, device=rewards.device)).item()
         rollouts.num_tokens = scored / self.accelerator.num_processes
         if args.importance_sampling_correction:
-            rollouts.sampler_logprobs = [
-                shift([[0.0] * len(rollout.prompt_ids) + rollout.logprobs], rewards.device)
-                for rollout in samples.rollouts
-            ]
+            rollouts.sampler_logprobs = self.sampler_logprobs(samples.rollouts)
         if args.beta > 0:
             with self.reference() as reference:
                 rollouts.ref_logprobs = self._score(reference, rollouts, rollouts.in_loss)
@@ -344,6 +339,4 @@ class GRPOTrainer(OnlineTrainer):
         self.metrics.add("entropy", values["entropy"], weight)
         if self.args.beta > 0 and not self.args.kl_in_reward:
             self.metrics.add("kl", values["ref_kl"], weight)
-        if self.args.importance_sampling_correction:
-            self.metrics.add("sampling/importance_sampling_ratio/mean", values["sampler_weight"], weight)
-            self.metrics.add("sampling/importance_sampling_ratio/capped", values["sampler_capped"], weight)
+        self.record_correction(values)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import rlkernels
 
 from . import scoring
-from .configs import OBJECTIVES, GRPOConfig
+from .configs import OBJECTIVES, GRPOConfig, OnlineConfig
 
 
 def policy_loss(model: nn.Module, batch: dict[str, Any], args: GRPOConfig, *, fused: bool) -> tuple[Tensor, Tensor]:
@@ -26,9 +26,7 @@ def policy_loss(model: nn.Module, batch: dict[str, Any], args: GRPOConfig, *, fu
         **clipping(args),
         **{name: getattr(args, name) for name in vars(args) if name.startswith(("sapo_", "vespo_"))},
         "delta": args.delta,
-        "sampler_logprobs": batch.get("sampler_logprobs"),
-        "sampler_correction": args.importance_sampling_mode,
-        "sampler_cap": args.importance_sampling_cap,
+        **correction(batch, args),
         "ref_logprobs": ref,
         "kl_coef": 0.0 if apart or ref is None else args.beta,
         "kl_estimator": "k3+" if args.use_bias_correction_kl else "k3",
@@ -53,6 +51,15 @@ def policy_loss(model: nn.Module, batch: dict[str, Any], args: GRPOConfig, *, fu
     minus_one = -torch.ones_like(logprobs)
     kl, _ = rlkernels.policy_loss(penalty, None, minus_one, mask, objective="reinforce", **layout, **aggregate)
     return loss + args.beta * kl, metrics
+
+
+def correction(batch: dict[str, Any], args: OnlineConfig) -> dict[str, Any]:
+    """For how the weights that the engine sampled by differ from those of now."""
+    return {
+        "sampler_logprobs": batch.get("sampler_logprobs"),
+        "sampler_correction": args.importance_sampling_mode,
+        "sampler_cap": args.importance_sampling_cap,
+    }
 
 
 def clipping(args: GRPOConfig) -> dict[str, float]:

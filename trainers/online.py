@@ -17,12 +17,17 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from .common import BaseTrainer, Metrics, check_columns, load_classifier
+from . import checkpoints
+from .ahead import SampledAhead
+from .common import BaseTrainer, Metrics, NumberedRows, check_columns, load_classifier
 from .configs import OnlineConfig
+from .packing import shift
 from .reporting import CompletionsCallback, plain
 from .reward_model import RewardModel
 from .rewards import RewardFunction, RewardFunctions, RewardSource
 from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, check_rollouts, decode, is_chat
+from .vllm import ServerLost, VLLMEngine
+from .weights import write_weights
 
 logger = logging.get_logger(__name__)
 
@@ -48,16 +53,22 @@ class GroupSampler(Sampler[int]):
         return self.size // self.prompts * self.prompts * self.num_generations * self.repeats
 
     def __iter__(self) -> Iterator[int]:
-        order = list(range(self.size))
-        if self.seed is not None:
-            order = torch.randperm(
-                self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch())
-            ).tolist()
+        order = self._order(self.epoch())
         for start in range(0, self.size - self.prompts + 1, self.prompts):
-            chunk = order[start : start + self.prompts]
-            for _ in range(self.repeats):
-                for index in chunk:
-                    yield from [index] * self.num_generations
+            yield from self._batch(order, start) * self.repeats
+
+    def of_step(self, step: int) -> list[int]:
+        """The indices of one optimizer step of the whole run."""
+        epoch, step = divmod(step, self.size // self.prompts * self.repeats)
+        return self._batch(self._order(epoch), step // self.repeats * self.prompts)
+
+    def _order(self, epoch: int) -> list[int]:
+        if self.seed is None:
+            return list(range(self.size))
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+
+    def _batch(self, order: list[int], start: int) -> list[int]:
+        return [index for index in order[start : start + self.prompts] for _ in range(self.num_generations)]
 
 
 @dataclass
@@ -129,6 +140,8 @@ class OnlineTrainer(BaseTrainer):
             parts = eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]
             for key, part in parts:
                 check_columns(f"eval_dataset['{key}']" if key else "eval_dataset", part, "prompt")
+        if rollout is not None and args.use_vllm:
+            raise ValueError("rollout and use_vllm, which vllm_server_base_url sets, exclude each other; got both")
         super().__init__(model, args, eval_dataset=eval_dataset, **kwargs)
         for function in self.rewards.functions:
             if isinstance(function, RewardModel):
@@ -141,11 +154,19 @@ class OnlineTrainer(BaseTrainer):
         #: The steps that were taken when they were sampled.
         self.completions_step = 0
         self.sampling = SamplingOptions(
-            temperature=args.temperature, max_completion_length=args.max_completion_length, seed=args.seed
+            temperature=args.temperature,
+            max_completion_length=args.max_completion_length,
+            logprobs=args.importance_sampling_correction,
+            seed=args.seed,
         )
-        self.engine = rollout or TransformersEngine(
-            self.generating_model(), self.processing_class, args.chat_template_kwargs
-        )
+        self.engine = self._engine() if rollout is None else rollout
+        self.ahead = SampledAhead()
+        if args.staleness and not self._has_own_weights:
+            raise ValueError(
+                "staleness 1 needs an engine with weights of its own (update_weights), such as that of "
+                f"vllm_server_base_url; got {type(self.engine).__name__}"
+            )
+        self.sent_step: int | None = None  # the step whose weights the engine has
         if args.log_completions:
             self.add_callback(CompletionsCallback(self))
 
@@ -156,10 +177,27 @@ class OnlineTrainer(BaseTrainer):
     def generating_model(self) -> Any:
         return self.model
 
+    def _engine(self) -> Engine:
+        args, model, tokenizer = self.args, self.generating_model(), self.processing_class
+        if not args.use_vllm:
+            return TransformersEngine(model, tokenizer, args.chat_template_kwargs)
+        return VLLMEngine(
+            model,
+            tokenizer,
+            args.vllm_server_base_url,
+            args.vllm_weights_folder or Path(args.output_dir) / "vllm_weights",
+            chat_template_kwargs=args.chat_template_kwargs,
+            timeout=args.vllm_server_timeout,
+            request_timeout=args.vllm_request_timeout,
+            max_concurrency=args.vllm_max_concurrency,
+        )
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.ahead, self.sent_step = SampledAhead(), None
         try:
             return super().train(*args, **kwargs)
         finally:
+            self.sent_step = None  # the best weights may have been loaded
             self.rewards.close()
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> Any:
@@ -202,9 +240,15 @@ class OnlineTrainer(BaseTrainer):
             step=self.state.global_step if step is None else step,
             rows=tuple(self.own_rows(len(inputs)) if rows is None else rows),
         )
-        # One autocast context around all of generate(): inside it each weight is cast to bfloat16 once, not per token.
-        with self.accelerator.autocast():
-            rollouts = check_rollouts(self.engine(prompts, options), prompts, options, self.vocab_size)
+        try:
+            if rows is None:
+                rollouts = self._complete_batch([row.get("_row_id") for row in inputs], prompts, options)
+            else:
+                self.update_weights()
+                rollouts = self.complete(prompts, options)
+        except ServerLost as error:
+            raise ServerLost(f"{error}. Start it again; {self._kept(options.step)}") from error
+        rollouts = check_rollouts(rollouts, prompts, options, self.vocab_size)
         completion_ids = [rollout.completion_ids for rollout in rollouts]
         completions = decode(self.processing_class, completion_ids, is_chat(prompts[0]))
         extra: dict[str, list] = defaultdict(list)
@@ -216,6 +260,69 @@ class OnlineTrainer(BaseTrainer):
             log_metric=metrics.add,
         )
         return Samples(prompts, rollouts, completions, rewards.to(self.accelerator.device), extra)
+
+    def complete(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
+        # One autocast context around all of generate(): inside it each weight is cast to bfloat16 once, not per token.
+        with self.accelerator.autocast():
+            return self.engine(prompts, options)
+
+    def _complete_batch(self, row_ids: list, prompts: list, options: SamplingOptions) -> list[Rollout]:
+        """The completions of a batch to learn from; with staleness, those of the next one are begun."""
+        rollouts = self.ahead.take(options.step, row_ids, prompts)
+        is_older = rollouts is not None
+        self.update_weights()
+        if rollouts is None:
+            rollouts = self.complete(prompts, options)
+        if self.args.staleness:
+            self.metrics.add("sampling/staleness", is_older)
+        step = options.step + self.steps_per_rollout
+        if self.args.staleness and step < self.state.max_steps:
+            order = self._get_train_sampler(self.train_dataset).of_step(step)
+            dataset = NumberedRows(self.train_dataset)
+            rows = [dataset[order[row]] for row in self.own_rows(len(prompts))]
+            coming = dataclasses.replace(options, step=step)
+            self.ahead.start(self.engine, [row["_row_id"] for row in rows], [row["prompt"] for row in rows], coming)
+        return rollouts
+
+    @property
+    def _has_own_weights(self) -> bool:
+        return getattr(self.engine, "update_weights", None) is not None
+
+    def update_weights(self) -> None:
+        """Gives an engine with weights of its own those of now, unless it has them. Every process calls it."""
+        if not self._has_own_weights or self.sent_step == self.state.global_step:
+            return
+        # What is sampled ahead is by one set of weights, on every process.
+        self.ahead.wait()
+        self.accelerator.wait_for_everyone()
+
+        def save(folder: Path) -> None:
+            write_weights(folder, self.generating_model(), self.model_wrapped, self.accelerator)
+
+        self.engine.update_weights(save, self.state.global_step)  # type: ignore[attr-defined]
+        self.sent_step = self.state.global_step
+
+    def _kept(self, step: int) -> str:
+        """What is left of a run whose engine is gone, and how it goes on."""
+        # Several processes may not have lost it all, and would not save together; evaluation has other random numbers.
+        last = checkpoints.last_checkpoint(Path(self.args.output_dir))
+        is_saved = last is not None and last.name == self.checkpoint_folder().name
+        if self.accelerator.num_processes == 1 and step > 0 and not is_saved:
+            self._save_checkpoint(self.model, trial=None)
+            last = self.checkpoint_folder()
+        return "there is no checkpoint yet" if last is None else f"then --resume_from_checkpoint {last} goes on"
+
+    def sampler_logprobs(self, rollouts: list[Rollout]) -> list[Tensor]:
+        """Laid out and shifted, as in `packing.lay_out`."""
+        device = self.accelerator.device
+        return [shift([[0.0] * len(rollout.prompt_ids) + rollout.logprobs], device) for rollout in rollouts]
+
+    def record_correction(self, values: dict[str, Tensor]) -> None:
+        """Of the metrics of `rlkernels.policy_loss`, means over tokens."""
+        if self.args.importance_sampling_correction:
+            weight = values["num_tokens"]
+            self.metrics.add("sampling/importance_sampling_ratio/mean", values["sampler_weight"], weight)
+            self.metrics.add("sampling/importance_sampling_ratio/capped", values["sampler_capped"], weight)
 
     def gather_outcomes(self, samples: Samples) -> Tensor:
         """Of all processes, [rows, functions + 2]: the rewards, the tokens of the completion that are the model's, and
@@ -296,6 +403,8 @@ class OnlineTrainer(BaseTrainer):
         if self.args.should_save:
             shown = {"step": self.completions_step, "rows": self.completions}
             (Path(output_dir) / COMPLETIONS).write_text(json.dumps(shown, default=str))
+        if ahead := self.ahead.state(self.state.global_step):
+            torch.save(ahead, self._rollouts_file(output_dir, "ahead"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -306,6 +415,8 @@ class OnlineTrainer(BaseTrainer):
                 self.rollouts = self.rollouts_type(**torch.load(file, map_location="cpu", weights_only=True))
             shown = json.loads((Path(checkpoint) / COMPLETIONS).read_text())
             self.completions, self.completions_step = shown["rows"], shown["step"]
+            file = self._rollouts_file(checkpoint, "ahead")
+            self.ahead.load(torch.load(file, weights_only=True) if file.is_file() else [])
 
-    def _rollouts_file(self, folder: str) -> Path:
-        return Path(folder) / f"rollouts_{self.accelerator.process_index}.pth"
+    def _rollouts_file(self, folder: str, name: str = "rollouts") -> Path:
+        return Path(folder) / f"{name}_{self.accelerator.process_index}.pth"

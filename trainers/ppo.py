@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import rlkernels
 
-from . import scoring
+from . import objectives, scoring
 from .common import check_columns, load_classifier
 from .configs import PPOConfig
 from .online import GroupSampler, OnlineTrainer
@@ -41,9 +41,10 @@ class Rollouts:
     advantages: list[Tensor]
     returns: list[Tensor]
     has_value: list[Tensor]  # bool, where a value is learned: at the tokens in the loss, and at where the score is
+    sampler_logprobs: list[Tensor] | None = None  # None: they are not corrected for
 
 
-PER_TOKEN = ("old_logprobs", "old_values", "advantages", "returns", "has_value")
+PER_TOKEN = ("old_logprobs", "old_values", "advantages", "returns", "has_value", "sampler_logprobs")
 
 
 class PPOTrainer(OnlineTrainer):
@@ -169,6 +170,7 @@ class PPOTrainer(OnlineTrainer):
             ended = torch.tensor([rollout.ended for rollout in samples.rollouts], device=scores.device)
             scores = scores - self.args.missing_eos_penalty * ~ended
 
+        corrects = self.args.importance_sampling_correction
         sequences = [rollout.sequence() for rollout in samples.rollouts]
         batch = self.lay_out(sequences)
         mask, cu_seqlens = batch["mask"], batch["cu_seqlens"]
@@ -208,6 +210,7 @@ class PPOTrainer(OnlineTrainer):
             advantages=split(advantages, batch),
             returns=split(returns, batch),
             has_value=split(has_value, batch),
+            sampler_logprobs=self.sampler_logprobs(samples.rollouts) if corrects else None,
         )
 
     @torch.no_grad()
@@ -268,7 +271,7 @@ class PPOTrainer(OnlineTrainer):
     def _lay_out(self, rollouts: Rollouts, rows: list[int]) -> dict[str, Any]:
         device = self.accelerator.device
         batch = self.lay_out([Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows])
-        per_token = {name: getattr(rollouts, name) for name in PER_TOKEN}
+        per_token = {name: known for name in PER_TOKEN if (known := getattr(rollouts, name)) is not None}
         return batch | {name: torch.cat([parts[row] for row in rows]).to(device) for name, parts in per_token.items()}
 
     def compute_loss(
@@ -289,6 +292,7 @@ class PPOTrainer(OnlineTrainer):
             clip_low=args.cliprange,
             clip_high=args.cliprange,
             normalizer=inputs["normalizer"],
+            **objectives.correction(inputs, args),
         )
         value_loss, value = rlkernels.value_loss(
             values,
@@ -317,6 +321,7 @@ class PPOTrainer(OnlineTrainer):
         self.metrics.add("policy/clipfrac_avg", policy["clip_fraction_low"] + policy["clip_fraction_high"], tokens)
         self.metrics.add("policy/entropy_avg", policy["entropy"], tokens)
         self.metrics.add("val/ratio", policy["ratio_mean"], tokens)
+        self.record_correction(policy)
         tokens = value["num_tokens"]
         self.metrics.add("loss/value_avg", value_sum / tokens, tokens)
         self.metrics.add("val/clipfrac_avg", value["clip_fraction"], tokens)

@@ -13,7 +13,8 @@ CONFIGS = [GRPOConfig, RewardConfig, SFTConfig]
 NOT_TRL = {
     *("token_budget", "padding_free", "advantage", "dynamic_sampling_max_rounds"),
     *("overlong_buffer_length", "overlong_penalty"),
-    *("importance_sampling_correction", "importance_sampling_mode", "importance_sampling_cap"),
+    *("importance_sampling_correction", "importance_sampling_mode", "importance_sampling_cap", "staleness"),
+    *("vllm_request_timeout", "vllm_max_concurrency", "vllm_weights_folder"),
     *("reward_timeout", "reward_workers", "on_reward_error"),
 }
 """Fields that TRL's config has not."""

@@ -1,0 +1,340 @@
+"""Completions by a vLLM server, over HTTP. It has weights of its own: those trained are sent to it as a folder of
+safetensors.
+
+A server tells which start of it answers (`instance_id`). One that was started anew has the weights that it was started
+with, so that nothing is taken from it before it has got the current.
+"""
+
+import asyncio
+import contextlib
+import math
+import random
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+import torch.distributed as dist
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .rollout import Rollout, RolloutError, SamplingOptions, encode, end_tokens
+from .sampling import row_seed
+
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
+
+# Seconds before the first further attempt, twice as many before each next one, and at most.
+FIRST_DELAY, LONGEST_DELAY = 0.25, 8.0
+# For a server to accept a connection; a host that is gone does not refuse it.
+CONNECT_TIMEOUT = 10.0
+# vLLM's JSON has this in the place of -inf.
+NO_LOGPROB = -9999.0
+# A lower one it raises to this.
+LOWEST_TEMPERATURE = 0.01
+
+
+class ServerLost(RolloutError):
+    """An inference server did not answer for as long as it was to be waited for."""
+
+
+class Unanswered(Exception):
+    """A request that may be sent again: there was no answer, or one that says nothing about the request."""
+
+
+class VLLMEngine:
+    """Completes prompts on a vLLM server, each prompt a request of its own.
+
+    What was not answered is sent again, and that alone. A server that does not answer is waited for; when it was
+    started anew it is given the current weights first. It must have been started with VLLM_SERVER_DEV_MODE=1 and
+    --logprobs-mode processed_logprobs, and see `weights_folder` under the same path.
+
+    An engine of several turns calls it, then `complete` with all that each row has so far, and passes on
+    `update_weights`.
+
+    Args:
+        model: the trained model; what ends a completion is read from it.
+        tokenizer: its tokenizer. The server gets token ids.
+        base_url: of the server, such as http://127.0.0.1:8000.
+        weights_folder: where weights are written for the server to read; of this run alone.
+        chat_template_kwargs: keyword arguments of `apply_chat_template`, for prompts of messages.
+        timeout: seconds that a server which does not answer is waited for.
+        request_timeout: seconds that one completion may take, the time in which it waits for its turn included.
+        max_concurrency: most requests at a time, of this process.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        base_url: str,
+        weights_folder: str | Path,
+        *,
+        chat_template_kwargs: Any = None,
+        timeout: float = 240.0,
+        request_timeout: float = 600.0,
+        max_concurrency: int = 256,
+    ) -> None:
+        self.tokenizer, self.chat_template_kwargs = tokenizer, chat_template_kwargs
+        self.end_token_ids = end_tokens(model, tokenizer)
+        self.base_url, self.weights_folder = base_url.rstrip("/"), Path(weights_folder).absolute()
+        self.timeout, self.request_timeout, self.max_concurrency = timeout, request_timeout, max_concurrency
+        self._is_main = not (dist.is_initialized() and dist.get_rank())
+        self._folder: Path | None = None  # of the current weights
+        self._loaded: str | None = None  # the start of the server that has them
+        self._instance: str | None = None  # the one that requests may be sent to; None: to be found out
+        self._is_lost = False
+        # Blocks of the server's prefix cache that other weights have computed must not be found.
+        self._salt = uuid.uuid4().hex
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client: httpx2.AsyncClient
+
+    def __call__(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
+        return self.complete(encode(self.tokenizer, prompts, self.chat_template_kwargs), options)
+
+    def complete(self, prompt_ids: list[list[int]], options: SamplingOptions) -> list[Rollout]:
+        """Continues each row of token ids, up to and including the first token that ends it; at most
+        `options.max_completion_length` further tokens."""
+        if options.step > 0 and self._folder is None:
+            raise RolloutError("update_weights was never called: an engine around VLLMEngine must pass it on")
+        if options.temperature < LOWEST_TEMPERATURE:
+            raise RolloutError(
+                f"temperature must be at least {LOWEST_TEMPERATURE} with vLLM, which has no lower one; got "
+                f"{options.temperature}"
+            )
+        requests = [
+            self._request(prompt, seed, options)
+            for prompt, seed in zip(prompt_ids, options.row_seeds(len(prompt_ids)), strict=True)
+        ]
+        answers = self._run(self._answers(requests, options))
+        return [self._rollout(prompt, answer, options) for prompt, answer in zip(prompt_ids, answers, strict=True)]
+
+    def update_weights(self, save: Callable[[Path], None], step: int) -> None:
+        """Sends the server the weights that `save` writes. Every process calls it, and one of them the server; then
+        the folder of the weights before is removed."""
+        folder = self.weights_folder / f"weights-{step}"
+        aside = folder.with_name(f"{folder.name}-unfinished")
+        failure: Exception | None = None
+        if self._is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        try:
+            save(aside)
+            if self._is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+                aside.rename(folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            failure = RolloutError(f"weights_folder {self.weights_folder}: cannot be written to: {error}")
+        self._folder, self._loaded, self._instance, self._salt = folder, None, None, uuid.uuid4().hex
+        if self._is_main and failure is None:
+            try:
+                self._run(self._until_answered(self._connected))
+            except RolloutError as error:
+                failure = error
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            told = [(self._loaded, failure)]
+            dist.broadcast_object_list(told, src=0)
+            self._loaded, failure = told[0]
+        if failure is not None:
+            raise failure
+        if self._is_main:
+            for other in self.weights_folder.glob("weights-*"):
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)
+
+    # What is sent, and what comes back
+
+    def _request(self, prompt: list[int], seed: int, options: SamplingOptions) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "max_tokens": options.max_completion_length,
+            "temperature": options.temperature,
+            # A further turn has the row's seed, too, but not the same random numbers.
+            "seed": row_seed(seed, options.step, len(prompt)),
+            "stop_token_ids": self.end_token_ids,
+            "ignore_eos": True,  # the server's own, which may be another
+            # Whatever the server's defaults are, from the model's generation_config.json or elsewhere.
+            **{"top_p": 1.0, "top_k": 0, "min_p": 0.0},
+            **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+            "return_token_ids": True,
+            **({"logprobs": 0} if options.logprobs else {}),
+        }
+
+    def _rollout(self, prompt: list[int], answer: dict[str, Any], options: SamplingOptions) -> Rollout:
+        try:
+            choice = answer["choices"][0]
+            read, tokens = choice["prompt_token_ids"], choice["token_ids"]
+            logprobs = choice["logprobs"]["token_logprobs"] if options.logprobs else None
+            counts = len(tokens), len(tokens if logprobs is None else logprobs)
+        except (KeyError, IndexError, TypeError) as error:
+            raise self._error(f"an answer without token ids or log-probabilities ({error!r})") from error
+        if read != prompt:
+            raise self._error(f"it read {len(read)} other tokens than the {len(prompt)} of the prompt")
+        ended = bool(tokens) and tokens[-1] in self.end_token_ids
+        if counts[0] != counts[1] or counts[0] > options.max_completion_length:
+            raise self._error(
+                f"got {counts[0]} tokens and {counts[1]} log-probabilities; wanted as many, and at most "
+                f"{options.max_completion_length}"
+            )
+        if not ended and counts[0] < options.max_completion_length:
+            raise self._error(
+                f"a completion stopped after {counts[0]} tokens, at none that ends it ({choice.get('stop_reason')}); "
+                "start the server with --generation-config vllm"
+            )
+        if logprobs is not None:
+            logprobs = [math.nan if value is None or not value > NO_LOGPROB else float(value) for value in logprobs]
+        return Rollout(prompt, tokens, ended=ended, logprobs=logprobs)
+
+    def _error(self, message: str) -> RolloutError:
+        return RolloutError(f"vLLM at {self.base_url}: {message}")
+
+    # Requests run in a loop of their own, so that they may come from any thread, also of one that has a loop.
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.max_concurrency)
+            # A proxy of the environment is meant for the web.
+            self._client = httpx2.AsyncClient(base_url=self.base_url, limits=limits, trust_env=False)
+            self._slots, self._connecting = asyncio.Semaphore(self.max_concurrency), asyncio.Lock()
+            threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C: the server then stops too
+            future.cancel()
+            raise
+
+    async def _answers(self, requests: list[dict[str, Any]], options: SamplingOptions) -> list[dict[str, Any]]:
+        answers: list[Any] = [None] * len(requests)
+        missing = list(range(len(requests)))
+        while missing:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = {row: group.create_task(self._answer(requests[row], options)) for row in missing}
+            except BaseExceptionGroup as error:
+                raise error.exceptions[0] from error.exceptions[0].__cause__
+            served = {row: task.result()[0] for row, task in tasks.items()}
+            answers = [tasks[row].result()[1] if row in tasks else answer for row, answer in enumerate(answers)]
+            # Started anew while no request was under way, it would not have been missed.
+            last = self._instance
+            try:
+                anew = last is not None and await self._instance_id(options.logprobs) != last
+            except Unanswered:  # it is gone now, and so was there until now
+                anew, self._instance = False, None
+            missing = [row for row in missing if anew and served[row] == last]
+            if anew:
+                self._instance = None
+        return answers
+
+    async def _answer(self, request: dict[str, Any], options: SamplingOptions) -> tuple[str, dict[str, Any]]:
+        """Which start of the server has answered, by the current weights; and what."""
+
+        async def ask() -> tuple[str, dict[str, Any]]:
+            async with self._slots:
+                instance = await self._connected(logprobs=options.logprobs)
+                body = {**request, "cache_salt": self._salt}
+                answer = await self._send("POST", "/v1/completions", json=body, timeout=self.request_timeout)
+                reasons = [choice.get("finish_reason") for choice in answer.get("choices", [])]
+                if not set(reasons) <= {"stop", "length"}:
+                    raise Unanswered(f"it broke a completion off ({reasons[0]})")
+                # Another request may have found that the server was gone; this one may be by another start of it.
+                if self._instance != instance and await self._connected() != instance:
+                    raise Unanswered("it was started anew")
+                return instance, answer
+
+        return await self._until_answered(ask)
+
+    async def _until_answered(self, ask: Callable[[], Awaitable[T]]) -> T:
+        since, attempts, instance = time.monotonic(), 0, self._loaded
+        while True:
+            try:
+                return await ask()
+            except Unanswered as error:
+                self._instance = None
+                now = time.monotonic()
+                # One that comes back has all the time again.
+                if attempts == 0 or self._loaded != instance:
+                    since, attempts, instance = now, 0, self._loaded
+                if now - since >= self.timeout:
+                    raise ServerLost(
+                        f"vLLM at {self.base_url} did not answer for {self.timeout:g} s (vllm_server_timeout): {error}"
+                    ) from error
+                if not self._is_lost:
+                    self._is_lost = True
+                    logger.warning(f"vLLM at {self.base_url}: {error}; it is waited for up to {self.timeout:g} s")
+                delay = min(FIRST_DELAY * 2**attempts, LONGEST_DELAY) * random.uniform(0.5, 1.0)
+                attempts += 1
+                await asyncio.sleep(min(delay, since + self.timeout - now))
+
+    async def _connected(self, logprobs: bool = False) -> str:
+        """Which start of the server answers; it has the current weights."""
+        async with self._connecting:
+            if self._instance is None:
+                instance = await self._instance_id(logprobs)
+                if self._folder is not None and self._loaded != instance:
+                    await self._load(self._folder)
+                    if await self._instance_id(logprobs) != instance:
+                        raise Unanswered("it was started anew")
+                    self._loaded = instance
+                self._instance, self._is_lost = instance, False
+            return self._instance
+
+    async def _load(self, folder: Path) -> None:
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        try:
+            await self._send("POST", "/collective_rpc", json=call, timeout=self.request_timeout)
+        except Unanswered as error:
+            with contextlib.suppress(Unanswered):
+                await self._send("GET", "/health")
+                if isinstance(error.__cause__, httpx2.HTTPStatusError):  # it lives, and will say the same again
+                    raise self._error(f"the weights in {folder} were not loaded: {error}") from error
+            raise
+        await self._send("POST", "/reset_prefix_cache")
+
+    async def _instance_id(self, logprobs: bool) -> str:
+        info = await self._send("GET", "/server_info", params={"config_format": "json"}, timeout=60.0)
+        try:
+            config = info["vllm_config"]
+            mode = config["model_config"]["logprobs_mode"]
+            instance = str(config["instance_id"])
+        except (KeyError, TypeError) as error:
+            raise self._error(f"/server_info has no {error}; this is no vLLM that is known here") from error
+        if logprobs and mode != "processed_logprobs":
+            raise self._error(
+                f"its log-probabilities are {mode}, not those of the sampling distribution; start it with "
+                "--logprobs-mode processed_logprobs"
+            )
+        return instance
+
+    async def _send(self, method: str, path: str, timeout: float = 30.0, **options: Any) -> Any:
+        limits = httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT)
+        try:
+            response = await self._client.request(method, path, timeout=limits, **options)
+            response.raise_for_status()
+            return response.json() if response.content else None
+        except httpx2.HTTPStatusError as error:
+            said = _message(error.response)
+            if error.response.status_code == 404 and path in ("/server_info", "/collective_rpc", "/reset_prefix_cache"):
+                raise self._error(f"it has no {path}; start it with VLLM_SERVER_DEV_MODE=1") from error
+            if error.response.status_code < 500:
+                raise self._error(f"{path} was refused ({error.response.status_code}): {said}") from error
+            raise Unanswered(f"{path} failed ({error.response.status_code}): {said}") from error
+        except httpx2.UnsupportedProtocol as error:
+            raise self._error(f"base_url must begin with http:// or https:// ({error})") from error
+        except (httpx2.RequestError, ValueError) as error:  # no answer, or no whole one
+            raise Unanswered(f"{path}: {type(error).__name__} {error}".rstrip()) from error
+
+
+def _message(response: httpx2.Response) -> str:
+    """What the server says of an error, in one line."""
+    try:
+        text = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        text = response.text
+    return " ".join(str(text).split())[:500]
