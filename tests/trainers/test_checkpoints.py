@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -257,6 +258,30 @@ def test_patience_is_kept(make_trainer, tmp_path):
         with pytest.raises(Killed):
             broken.train(resume_from_checkpoint=c.last_checkpoint(Path(broken.args.output_dir)) is not None)
     again = make_trainer(callbacks=[EarlyStoppingCallback(2)], **options)
+    again.train(resume_from_checkpoint=True)
+    assert history(again) == history(whole)
+
+
+class InterruptsEvaluation(TrainerCallback):
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not args.output_dir.endswith("whole") and state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("epoch_ends", [False, True])
+def test_interrupted_in_an_evaluation(make_trainer, tmp_path, epoch_ends):
+    """It is finished, logged and saved; so is what the end of an epoch brings."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 10, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"per_device_eval_batch_size": 4, "logging_strategy": "epoch", "steps_per_generation": 1}
+    options |= {"per_device_train_batch_size": 8} if epoch_ends else {}  # 4 of 9 prompts a step
+    whole = make_trainer(callbacks=[InterruptsEvaluation()], **(options | {"output_dir": str(tmp_path / "whole")}))
+    whole.train()
+    stopped = make_trainer(callbacks=[InterruptsEvaluation()], **options)
+    with pytest.raises(KeyboardInterrupt, match=r"after step 2 of 3; resume_from_checkpoint=.*checkpoint-2 goes"):
+        stopped.train()
+    assert stopped.state.epoch == (1 if epoch_ends else 0.5)
+    assert [folder.name for folder in c.numbered(Path(stopped.args.output_dir))] == ["checkpoint-2"]
+    again = make_trainer(**options)
     again.train(resume_from_checkpoint=True)
     assert history(again) == history(whole)
 
