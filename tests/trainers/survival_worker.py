@@ -49,7 +49,7 @@ METHODS = {
         PROMPTS,
         {
             "save_steps": 1,
-            "logging_steps": 3,
+            "logging_steps": 4,
             "response_length": 6,
             "num_ppo_epochs": 2,
             "num_mini_batches": 2,

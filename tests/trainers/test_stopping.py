@@ -154,9 +154,16 @@ def test_handlers_are_those_of_before():
             assert signal.getsignal(signal.SIGTERM) == own and signal.getsignal(signal.SIGINT) == stop._receive
     finally:
         signal.signal(signal.SIGTERM, before[signal.SIGTERM])
-    thread = threading.Thread(target=lambda: stop.listening().__enter__())
+    entered = []
+
+    def listen():
+        with stop.listening():
+            entered.append(True)
+
+    thread = threading.Thread(target=listen)
     thread.start()
     thread.join()
+    assert entered
     assert {number: signal.getsignal(number) for number in DEFAULTS} == before
 
 
