@@ -28,6 +28,7 @@ from .packing import Sequence, lay_out, prepare_packing
 from .reporting import CurvesCallback
 from .saving import SavingTrainer
 from .scoring import needs_no_logits
+from .sharding import accumulating, load_whole_state_dict, prepare_frozen, reshard
 
 logger = logging.get_logger(__name__)
 
@@ -187,11 +188,12 @@ class NumberedRows(Dataset):
 
 
 class Metrics:
-    """Weighted means of what was recorded since the last log. Values stay on their device until then."""
+    """Weighted means, and extremes, of what was recorded since the last log. Values stay on their device until then."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.sums: dict[str, Tensor] = {}
+        self.highest: dict[str, Tensor] = {}  # of a minimum, its negative
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
         """A NaN value counts for nothing."""
@@ -200,15 +202,37 @@ class Metrics:
         pair = torch.stack([value.nan_to_num(0.0) * weight, weight])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
+    def add_range(self, name: str, values: Tensor) -> None:
+        """Logs the least of all values as min_{name} and the greatest as max_{name}."""
+        pair = torch.stack([-values.min(), values.max()])
+        self.highest[name] = self.highest[name].maximum(pair) if name in self.highest else pair
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What was recorded since the last log, which `load` puts back."""
+        return {"sums": dict(self.sums), "highest": dict(self.highest)}
+
+    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
+        for kind, values in state.items():
+            setattr(self, kind, {name: value.to(self.device) for name, value in values.items()})
+
     def flush(self, accelerator: Any) -> dict[str, float]:
-        """Means over all processes. Names may differ between them: a reward function logs what it likes."""
-        names = sorted(set(gather_object(list(self.sums)))) if accelerator.num_processes > 1 else list(self.sums)
-        if not names:
-            return {}
-        nothing = torch.zeros(2, device=self.device)
-        sums = accelerator.reduce(torch.stack([self.sums.get(name, nothing) for name in names])).tolist()
+        """Over all processes. Names may differ between them: a reward function logs what it likes."""
+        own = list(self.sums), list(self.highest)
+        found = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        means, ranges = (sorted({name for names in parts for name in names}) for parts in zip(*found, strict=True))
+        values: dict[str, float] = {}
+        if means:
+            nothing = torch.zeros(2, device=self.device)
+            sums = accelerator.reduce(torch.stack([self.sums.get(name, nothing) for name in means])).tolist()
+            values |= {name: total / weight for name, (total, weight) in zip(means, sums, strict=True) if weight}
+        if ranges:
+            nothing = torch.full((2,), -math.inf, device=self.device)
+            pairs = torch.stack([self.highest.get(name, nothing) for name in ranges])
+            for name, (least, greatest) in zip(ranges, accelerator.gather(pairs[None]).amax(0).tolist(), strict=True):
+                values |= {f"min_{name}": -least, f"max_{name}": greatest}
         self.sums.clear()
-        return {name: total / weight for name, (total, weight) in zip(names, sums, strict=True) if weight}
+        self.highest.clear()
+        return values
 
 
 class BaseTrainer(SavingTrainer):
@@ -276,7 +300,7 @@ class BaseTrainer(SavingTrainer):
             )
         self.reference_model = None
         if reference is not None:
-            self.reference_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self.reference_model = prepare_frozen(self.accelerator, reference)
         # Now that they are on their device.
         self.padding_free = args.padding_free and all(prepare_packing(each, args.device) for each in models)
         # A model with adapters is not loaded from a folder as the others are: a resumed run is given it again.
@@ -355,18 +379,22 @@ class BaseTrainer(SavingTrainer):
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if last else accumulating(self.accelerator, model):
                 loss = self._counted_loss(model, batch)
+                total += loss.detach()
+                if last:  # before DeepSpeed steps, in its last backward pass
+                    self._agree(total, inputs, restore)
                 self.accelerator.backward(loss)
-            total += loss.detach()
-        # Of any process: they stop together.
+        return total
+
+    def _agree(self, total: Tensor, inputs: list[dict[str, Any]], restore: Callable[[], None]) -> None:
+        """Processes stop together: where the loss of any is not finite, and where any was asked to."""
         asked = torch.full_like(total, self.stop.number)
         found = self.accelerator.gather(torch.stack([total, asked])).view(-1, 2).tolist()
         if not all(math.isfinite(loss) for loss, _ in found):
             restore()
             self._stop(total.item(), inputs)
         self.stop.agreed = int(max(number for _, number in found))
-        return total
 
     def before_step(self) -> Callable[[], None]:
         restore_own, restore_random_state = super().before_step(), random_state(self.accelerator.device)
@@ -388,6 +416,7 @@ class BaseTrainer(SavingTrainer):
         rows = {index for row in inputs for index in np.atleast_1d(row.get("_row_id", ())).tolist()}
         found = gather_object([(loss, rows)]) if self.accelerator.num_processes > 1 else [(loss, rows)]
         if self.saved_step != self.state.global_step:
+            reshard(self.model)
             self._save_checkpoint(self.model, trial=None)
         loss = next(value for value, _ in found if not math.isfinite(value))
         named = ", ".join(map(str, sorted(set().union(*(rows for _, rows in found)))))
@@ -444,7 +473,9 @@ class BaseTrainer(SavingTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Random numbers that reward functions draw in evaluation are a stream of their own, the same each time."""
         with isolated_rng(self.args.seed, self.accelerator.device), self.stop.while_doing("evaluating"):
-            return super().evaluate(*args, **kwargs)
+            found = super().evaluate(*args, **kwargs)
+        reshard(self.model)
+        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log, not an evaluation's or the final summary
@@ -478,8 +509,11 @@ class BaseTrainer(SavingTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self.keeps_reference and self.args.should_save:
-            self.accelerator.unwrap_model(self.reference_model).save_pretrained(Path(output_dir) / "reference")
+        if self.keeps_reference:
+            reference: Any = self.accelerator.unwrap_model(self.reference_model)
+            state_dict = self.accelerator.get_state_dict(reference) if self.accelerator.is_fsdp2 else None
+            if self.args.should_save:
+                reference.save_pretrained(Path(output_dir) / "reference", state_dict=state_dict)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -487,4 +521,4 @@ class BaseTrainer(SavingTrainer):
         if folder is not None and folder.is_dir() and self.keeps_reference:
             reference: Any = self.accelerator.unwrap_model(self.reference_model)
             saved = self.auto_class.from_pretrained(folder, dtype=reference.dtype)
-            reference.load_state_dict(saved.state_dict())
+            load_whole_state_dict(reference, saved.state_dict())

@@ -21,6 +21,7 @@ from .configs import OVER_THE_BATCH, DPOConfig
 from .data import preference_pair, prepare, sequences_of
 from .packing import IGNORE, fill, prepare_packing, shift
 from .reference_cache import cache_file, hash_model, read, write
+from .sharding import reshard
 
 WITHOUT_REFERENCE = {"sft", "simpo", "orpo"}
 METRICS = (
@@ -290,5 +291,6 @@ class SyncReference(TrainerCallback):
     @torch.no_grad()
     def on_step_end(self, args: DPOConfig, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         if state.global_step % args.ref_model_sync_steps == 0:
+            reshard(self.reference)
             for behind, ahead in zip(self.reference.parameters(), model.parameters(), strict=True):
                 behind.lerp_(ahead, args.ref_model_mixup_alpha)

@@ -196,7 +196,7 @@ class GRPOTrainer(OnlineTrainer):
                 numbers = [first + row + rounds * total for row in rows]
                 samples.replace(rows, self.sample(drawn, self.metrics, numbers))
             else:  # a sharded model must generate on every process
-                self.engine([inputs[0]["prompt"]], self.sampling)
+                self.complete([inputs[0]["prompt"]], self.sampling)
             self.count_tokens([samples.rollouts[row] for row in rows])
         self.record_outcomes(outcomes, self.metrics)
         self.metrics.add("frac_reward_zero_std", 1 - signal.float().mean())

@@ -26,6 +26,7 @@ from .reporting import CompletionsCallback, plain
 from .reward_model import RewardModel
 from .rewards import RewardFunction, RewardFunctions, RewardSource
 from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, check_rollouts, decode, is_chat
+from .sharding import gathered_once
 from .vllm import ServerLost, VLLMEngine
 from .weights import write_weights
 
@@ -263,8 +264,11 @@ class OnlineTrainer(BaseTrainer):
 
     def complete(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
         # One autocast context around all of generate(): inside it each weight is cast to bfloat16 once, not per token.
-        with self.accelerator.autocast():
-            return self.engine(prompts, options)
+        with self.accelerator.autocast(), gathered_once(self.accelerator, self.model):
+            return self.run_engine(prompts, options)
+
+    def run_engine(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
+        return self.engine(prompts, options)
 
     def _complete_batch(self, row_ids: list, prompts: list, options: SamplingOptions) -> list[Rollout]:
         """The completions of a batch to learn from; with staleness, those of the next one are begun."""

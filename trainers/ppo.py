@@ -1,9 +1,9 @@
 """Proximal policy optimization (arXiv 1707.06347) of a language model, as in InstructGPT (arXiv 2203.02155): per-token
 rewards with a KL penalty, a learned value function, generalised advantages, clipped policy and value losses."""
 
-import contextlib
 import copy
 import json
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .configs import PPOConfig
 from .online import GroupSampler, OnlineTrainer
 from .packing import Sequence, fill_by_length, prepare_packing, split
 from .rewards import RewardSource
-from .rollout import Engine
+from .rollout import Engine, Rollout, SamplingOptions
 from .value import PolicyAndValue
 
 # In a checkpoint.
@@ -122,8 +122,6 @@ class PPOTrainer(OnlineTrainer):
             optimizers=optimizers,
             rollout=rollout,
         )
-        if self.is_fsdp_enabled:
-            raise ValueError("fsdp is not supported yet by PPOTrainer, whose policy and value are saved apart")
         if self.value_model is not None:
             self.padding_free = self.padding_free and prepare_packing(self.value_model, args.device)
             if self.value_model.config.pad_token_id is None:
@@ -138,10 +136,8 @@ class PPOTrainer(OnlineTrainer):
     def generating_model(self) -> Any:
         return self.model.policy
 
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[nn.Module]:
-        with super().reference() as model:
-            yield model if self.reference_model is not None else self.accelerator.unwrap_model(model).policy
+    def run_engine(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
+        return self.model.generate(self.engine, prompts, options)
 
     # Data: a batch of the dataloader is the prompts of a batch of completions, repeated for each step it serves.
 
@@ -196,15 +192,14 @@ class PPOTrainer(OnlineTrainer):
             rewards, values, has_value, gamma=self.args.gamma, lam=self.args.lam, cu_seqlens=cu_seqlens
         )
         advantages = rlkernels.masked_whiten(advantages, mask, group=group)
-        _, metrics = rlkernels.value_loss(values, None, returns, has_value, clip=None, cu_seqlens=cu_seqlens)
-        explained = metrics[rlkernels.value_loss.metrics.index("explained_variance")]  # type: ignore[attr-defined]
-        self._record_rollouts(scores, logprobs, ref_logprobs, explained)
+        self._record_rollouts(scores, logprobs, ref_logprobs)
+        self.metrics.add("val/explained_variance", self._explained_variance(values, returns, has_value))
         counts = scoring.sequence_sums(mask.float(), batch).clamp(min=1)
         self.completions = self.table(samples, (scoring.sequence_sums(advantages, batch) / counts).tolist())
         return Rollouts(
             input_ids=[sequence.input_ids for sequence in sequences],
             labels=[sequence.labels for sequence in sequences],
-            order=[torch.randperm(len(sequences)).tolist() for _ in range(self.args.num_ppo_epochs)],
+            order=[self._draw_order(len(sequences), epoch) for epoch in range(self.args.num_ppo_epochs)],
             old_logprobs=split(logprobs, batch),
             old_values=split(values, batch),
             advantages=split(advantages, batch),
@@ -227,13 +222,34 @@ class PPOTrainer(OnlineTrainer):
             ref_logprobs = logprobs
             if self.has_reference:
                 with self.accelerator.autocast(), self.reference() as reference:
-                    ref_logprobs = scoring.token_logprobs(reference, batch, **options)
+                    if self.reference_model is None:
+                        ref_logprobs, _ = reference(scoring.token_logprobs, batch, **options)
+                    else:
+                        ref_logprobs = scoring.token_logprobs(reference, batch, **options)
             parts = (split(each, batch) for each in (logprobs, values, ref_logprobs))
             for row, *each in zip(chunk, *parts, strict=True):
                 found[row] = each
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
-    def _record_rollouts(self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, explained: Tensor) -> None:
+    def _draw_order(self, count: int, epoch: int) -> list[int]:
+        """This process's rows, minibatch after minibatch. Of each num_mini_batches rows in a row every minibatch gets
+        one, drawn by the number of the first among the rows of all processes: however many processes there are, a
+        minibatch holds the same rows, and as many of each process."""
+        parts, drawn = self.args.num_mini_batches, []
+        for start, number in zip(range(0, count, parts), self.own_rows(count)[::parts], strict=True):
+            rows = list(range(start, start + parts))
+            random.Random(f"{self.args.seed} {self.state.global_step} {epoch} {number}").shuffle(rows)
+            drawn.append(rows)
+        return [row for minibatch in zip(*drawn, strict=True) for row in minibatch]
+
+    def _explained_variance(self, values: Tensor, returns: Tensor, has_value: Tensor) -> Tensor:
+        """Over all processes."""
+        own = torch.stack([values, returns, has_value.to(values.dtype)], 1)
+        values, returns, known = self.accelerator.gather(self.accelerator.pad_across_processes(own)).T.unsqueeze(1)
+        _, metrics = rlkernels.value_loss(values, None, returns, known.bool(), clip=None)
+        return metrics[rlkernels.value_loss.metrics.index("explained_variance")]  # type: ignore[attr-defined]
+
+    def _record_rollouts(self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> None:
         """Means over completions of sums over tokens, as in TRL; and the next batch's KL coefficient."""
         rows = len(scores)
         kl = rlkernels.kl_penalty(logprobs, ref_logprobs, estimator=self.args.kl_estimator).sum() / rows
@@ -247,7 +263,6 @@ class PPOTrainer(OnlineTrainer):
             self.metrics.add("objective/kl", kl)
             self.metrics.add("objective/kl_coef", self.kl_coef)
             self.metrics.add("objective/non_score_reward", -self.kl_coef * kl)
-        self.metrics.add("val/explained_variance", explained)
         if self.args.adap_kl_ctrl:  # Ziegler et al. 2019 (arXiv 1909.08593, section 2.2)
             error = min(max(kl / self.args.target_kl - 1, -0.2), 0.2)
             self.kl_coef *= 1 + error * rows * self.accelerator.num_processes / self.args.horizon
@@ -328,30 +343,40 @@ class PPOTrainer(OnlineTrainer):
 
     # The policy is saved as any model, and what says its value, with the same tokenizer, in a folder in it.
 
-    def _each_part(self, folder: str) -> Iterator[str]:
-        """The folder of the policy, then that of the value, while either is `self.model`."""
+    def _each_part(self, folder: str) -> Iterator[tuple[str, str]]:
+        """Name and folder of the policy, then those of the value, while either is `self.model`."""
         both = self.model
         try:
             self.model = both.policy
-            yield folder
+            yield "policy", folder
             self.model = both.value
-            yield str(Path(folder) / VALUE)
+            yield "value", str(Path(folder) / VALUE)
         finally:
             self.model = both
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        for folder in self._each_part(self.args.output_dir if output_dir is None else output_dir):
-            super()._save(folder)
+        for name, folder in self._each_part(self.args.output_dir if output_dir is None else output_dir):
+            part = None
+            if state_dict is not None:
+                named = ((key.partition("."), tensor) for key, tensor in state_dict.items())
+                part = {key: tensor for (first, _, key), tensor in named if first == name}
+            super()._save(folder, part)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        for folder in self._each_part(resume_from_checkpoint):
+        if self.is_fsdp_enabled:  # whose checkpoints hold both in one
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        for _, folder in self._each_part(resume_from_checkpoint):
             super()._load_from_checkpoint(folder)
         if VALUE in getattr(self.model.policy, "peft_config", {}):
             # The Trainer takes a folder with adapters in it, those of the value, for one more adapter of the policy.
             self.model.policy.delete_adapter(VALUE)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def before_step(self) -> Callable[[], None]:
         restore_others, kl_coef = super().before_step(), self.kl_coef

@@ -31,7 +31,7 @@ class RewardTrainer(BaseTrainer):
 
     The score of a sequence is that of its last token. Chosen and rejected sequences of a micro-batch run as one packed
     batch. Logged, of the evaluation set too: `accuracy` (the share of pairs whose chosen one scores higher), `margin`
-    (chosen - rejected), and `min_reward`, `mean_reward` and `max_reward`, of the scores of a micro-batch.
+    (chosen - rejected), and `min_reward`, `mean_reward` and `max_reward`, of all scores.
 
     Args:
         model: a folder, the name of a model in the local Hugging Face cache, or a model in memory: a classifier. Of a
@@ -134,7 +134,8 @@ class RewardTrainer(BaseTrainer):
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * (chosen + rejected).square().mean()
         scores = scores.detach()
-        names = (*rlkernels.reward_pair_loss.metrics, "min_reward", "mean_reward", "max_reward")  # type: ignore[attr-defined]
-        for name, value in zip(names, (*values, scores.min(), scores.mean(), scores.max()), strict=True):
+        names = (*rlkernels.reward_pair_loss.metrics, "mean_reward")  # type: ignore[attr-defined]
+        for name, value in zip(names, (*values, scores.mean()), strict=True):
             self.metrics.add(name, value, len(chosen))
+        self.metrics.add_range("reward", scores)
         return loss * (len(chosen) / inputs["normalizer"])

@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
 from .interrupts import StopRequest, stopped_by
+from .sharding import keeps_shards
 
 
 class SavingTrainer(Trainer):
@@ -93,10 +94,11 @@ class SavingTrainer(Trainer):
 
     def before_step(self) -> Callable[[], None]:
         """Remembers what a step changes before its loss is known; calling the result puts it back."""
-        seen, sums = self.state.num_input_tokens_seen, dict(self.metrics.sums)
+        seen, metrics = self.state.num_input_tokens_seen, self.metrics.state()
 
         def restore() -> None:
-            self.state.num_input_tokens_seen, self.metrics.sums = seen, sums
+            self.state.num_input_tokens_seen = seen
+            self.metrics.load(metrics)
 
         return restore
 
@@ -108,7 +110,7 @@ class SavingTrainer(Trainer):
             "loss": self._tr_loss,
             "logged_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "metrics": self.metrics.sums,
+            "metrics": self.metrics.state(),
         }
         torch.save(unlogged, self._unlogged_file(output_dir))
 
@@ -120,7 +122,7 @@ class SavingTrainer(Trainer):
             unlogged = torch.load(file, map_location="cpu", weights_only=True)
             self._tr_loss, self._total_loss_scalar = unlogged["loss"].to(self.args.device), unlogged["logged_loss"]
             self._globalstep_last_logged = unlogged["last_logged"]
-            self.metrics.sums = {name: value.to(self.metrics.device) for name, value in unlogged["metrics"].items()}
+            self.metrics.load(unlogged["metrics"])
 
     def _unlogged_file(self, folder: str) -> Path:
         return Path(folder) / f"unlogged_{self.args.process_index}.pth"
@@ -164,13 +166,18 @@ class SavingTrainer(Trainer):
         """As `transformers.Trainer.save_model`, whole or not at all: see `checkpoints.write_model`."""
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if checkpoints.is_hidden(folder):
-            super().save_model(str(folder), _internal_call=True)
+            self._save_whole(str(folder))
             return
-        save = super().save_model
         with self.stop.finishing(f"the model in {folder}"):
-            checkpoints.write_model(folder, lambda aside: save(aside, _internal_call=True))
+            checkpoints.write_model(folder, self._save_whole)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_whole(self, folder: str) -> None:
+        if keeps_shards(self.accelerator):  # the Trainer would save nothing
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(folder, _internal_call=True)
 
 
 def settle(args: Any) -> None:

@@ -21,7 +21,7 @@ class ValueHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.float())
+            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
 
 
 class PolicyAndValue(nn.Module):
@@ -33,6 +33,9 @@ class PolicyAndValue(nn.Module):
         self.policy: Any = policy
         self.value: Any = ValueHead(policy) if value is None else value
         self.config = policy.config
+        # For FSDP: what is sharded by itself.
+        parts = [getattr(model, "_no_split_modules", None) or [] for model in (self.policy, self.value)]
+        self._no_split_modules = list(dict.fromkeys(name for names in parts for name in names))
         disable_dropout(self)  # which would make another policy of the one that sampled
 
     def forward(self, function: Callable[..., Any], batch: dict[str, Any], *args: Any, **options: Any) -> tuple:
@@ -52,6 +55,17 @@ class PolicyAndValue(nn.Module):
         for model in (self.policy, self.value):
             if not isinstance(model, ValueHead):
                 model.activation_checkpointing_enable(**options)
+
+    def generate(self, engine: Callable[..., Any], *args: Any) -> Any:
+        """What an engine makes of them that runs the policy. Under this name FSDP2 takes it for a forward pass of the
+        whole module, of which alone it knows."""
+        return engine(*args)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.policy.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.policy.get_output_embeddings()
 
     def disable_adapter(self) -> Any:
         return self.policy.disable_adapter()
