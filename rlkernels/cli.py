@@ -6,14 +6,18 @@ import importlib
 import importlib.metadata
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 import rlkernels
-from rlkernels.cli_train import COMMANDS, BadValue, Stopped, train
+from rlkernels.cli_train import COMMANDS, BadValue, Stopped, local_rank, train
 from rlkernels.ops import _registry
+
+# How much later than the first another process on the machine may come to an error that both have.
+SECONDS_ALONE = 10
 
 # Each op with the backends that have kernels for it; the others are plain PyTorch.
 OPS: dict[str, tuple[str, ...]] = {
@@ -96,6 +100,14 @@ def bench(arguments: list[str]) -> int:
     return module.main(arguments)
 
 
+def tell(message: str) -> None:
+    """An error, once: of several processes on a machine each has most of them. The first tells it, upon which the
+    launcher ends the others, unless the error is another's alone."""
+    if local_rank() > 0:
+        time.sleep(SECONDS_ALONE)
+    print(message, file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rlkernels", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"rlkernels {rlkernels.__version__}")
@@ -123,13 +135,13 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             info()
     except BadValue as error:
-        print(f"rlkernels{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(f"rlkernels{command}: error: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"rlkernels{command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        tell(f"rlkernels{command}: {str(interrupt) or 'interrupted'}")
         return 130
     except Stopped as stopped:
         line, code = stopped.args
-        print(f"rlkernels{command}: {line}", file=sys.stderr)
+        tell(f"rlkernels{command}: {line}")
         return code
     return 0

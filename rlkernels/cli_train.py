@@ -4,10 +4,12 @@ import argparse
 import difflib
 import importlib
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +24,11 @@ class BadValue(Exception):
 
 class Stopped(Exception):
     """SIGTERM, as which Ctrl-C is a KeyboardInterrupt: a line, and an exit code."""
+
+
+def local_rank() -> int:
+    """Of this process on its machine, under torchrun and accelerate."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def show(error: BaseException) -> str:
@@ -267,6 +274,8 @@ def checkpoint_to_resume(config: Any) -> str | None:
 
 def make_folder(folder: Path) -> list[Path]:
     """Those of the folder and the ones above it that were not there, once it is known that it can be written to."""
+    if local_rank() > 0:  # its first process makes it, and takes it away
+        return []
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -308,6 +317,8 @@ def train(name: str, arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         raise BadValue(f"{error.name} is not installed; install rlkernels[trainers]") from error
 
+    if local_rank() > 0:
+        silence()
     command = COMMANDS[name]
     run, config = parse_run(name, getattr(trainers, f"{command.method}Config"), arguments)
     checkpoint = checkpoint_to_resume(config)
@@ -347,6 +358,18 @@ def train(name: str, arguments: list[str]) -> None:
         raise
     if trainer.is_world_process_zero():
         print(f"saved in {config.output_dir}")
+
+
+def silence() -> None:
+    """What the first process of the machine says, too, this one does not."""
+    import datasets
+    import transformers
+
+    for library in (transformers, datasets):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    logging.getLogger("rlkernels").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def first_step() -> Any:

@@ -28,7 +28,7 @@ from .packing import Sequence, lay_out, prepare_packing
 from .reporting import CurvesCallback
 from .saving import SavingTrainer
 from .scoring import needs_no_logits
-from .sharding import accumulating, load_whole_state_dict, prepare_frozen, reshard
+from .sharding import accumulating, load_whole_state_dict, prepare_frozen, refuse_zero3, reshard
 
 logger = logging.get_logger(__name__)
 
@@ -277,6 +277,7 @@ class BaseTrainer(SavingTrainer):
         self.has_own_reference = needs_reference and (ref_model is not None or peft_config is None)
         reference = None
         if self.has_own_reference:
+            refuse_zero3("a reference model")
             reference = copy.deepcopy(model) if ref_model is None else self.load(ref_model, args)
             reference.eval().requires_grad_(False)
         if peft_config is not None:

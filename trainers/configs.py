@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import disable_fsdp_ram_efficient_loading
 from transformers import TrainingArguments
 
 import rlkernels
@@ -83,12 +84,18 @@ class BaseConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.deepspeed is not None:  # its engine would divide each micro-batch's loss by the number of them
+            raise ValueError("deepspeed is set up by accelerate launch alone: see examples/accelerate/zero3.yaml")
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _computes_bf16(self.use_cpu)
         super().__post_init__()
+        # It would leave a reference model, a copy of the model, without weights on all processes but the first.
+        disable_fsdp_ram_efficient_loading()
+        if self.fsdp_plugin_args is not None:
+            self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
         if self.token_budget < 1:
             raise ValueError(f"token_budget must be at least 1; got {self.token_budget}")
         if self.per_device_train_batch_size < 1:
@@ -98,8 +105,6 @@ class BaseConfig(TrainingArguments):
         for name in self._VALID_DICT_FIELDS:
             if name.endswith("_kwargs") and not isinstance(getattr(self, name), dict | None):
                 raise ValueError(f"{name} must be a mapping (JSON on the command line); got {getattr(self, name)!r}")
-        if self.deepspeed is not None:
-            raise ValueError("deepspeed is not supported yet: its engine would step once per micro-batch")
         for name in ("label_smoothing_factor", "torch_empty_cache_steps", "bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):  # of the Trainer's own steps and evaluation, which are others here
                 raise ValueError(f"{name} is not supported; got {getattr(self, name)}")

@@ -21,7 +21,7 @@ from .configs import OVER_THE_BATCH, DPOConfig
 from .data import preference_pair, prepare, sequences_of
 from .packing import IGNORE, fill, prepare_packing, shift
 from .reference_cache import cache_file, hash_model, read, write
-from .sharding import reshard
+from .sharding import refuse_zero3, reshard
 
 WITHOUT_REFERENCE = {"sft", "simpo", "orpo"}
 METRICS = (
@@ -78,6 +78,8 @@ class DPOTrainer(BaseTrainer):
         if args.sync_ref_model and (peft_config is not None or not self.has_reference):
             reason = "a reference, which these losses have not" if peft_config is None else "a reference of its own"
             raise ValueError(f"sync_ref_model needs {reason}")
+        if self.has_reference:
+            refuse_zero3("a reference model")
         precompute = self.has_reference and args.precompute_ref_log_probs
         # All this before the Trainer, which makes the output folder.
         model = self.load(model, args)

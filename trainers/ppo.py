@@ -22,6 +22,7 @@ from .online import GroupSampler, OnlineTrainer
 from .packing import Sequence, fill_by_length, prepare_packing, split
 from .rewards import RewardSource
 from .rollout import Engine, Rollout, SamplingOptions
+from .sharding import refuse_zero3
 from .value import PolicyAndValue
 
 # In a checkpoint.
@@ -94,6 +95,7 @@ class PPOTrainer(OnlineTrainer):
         args = PPOConfig() if args is None else copy.copy(args)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
+        refuse_zero3("PPO")
         check_columns("train_dataset", train_dataset, "prompt")
         if len(train_dataset) < args.rollout_batch_size:
             raise ValueError(

@@ -9,6 +9,7 @@ from accelerate.utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, StateDictType
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def head_unit(model: Any) -> FSDPModule:
@@ -63,6 +64,11 @@ def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(model, evaluation_mode=True)
     return fsdp2_prepare_model(accelerator, model)
+
+
+def refuse_zero3(name: str) -> None:
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(f"{name} is not supported under DeepSpeed ZeRO-3: use FSDP2, or ZeRO-2")
 
 
 def keeps_shards(accelerator: Accelerator) -> bool:

@@ -107,6 +107,7 @@ class Observer(TrainerCallback):
         weight = None if head is None else head.weight
         self.steps.append(
             {
+                "engine": type(self.trainer.model_wrapped).__name__,
                 "sharded": all(isinstance(parameter, DTensor) for parameter in model.parameters()),
                 "micro_batches": self.micro_batches,
                 "reductions": self.reductions,
@@ -132,6 +133,11 @@ def record_gathers() -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
+    if hasattr(tensor, "ds_id"):  # of DeepSpeed
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().flatten().clone()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().flatten().clone()
 
 
@@ -240,9 +246,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     record_gathers()
     results: dict[Any, Any] = {}
-    for kind, cases in (("ddp", OF_DDP), ("fsdp2", CASES)):
+    for kind in sys.argv[2:]:
         shard_on_cpu(kind == "fsdp2")
-        for case in cases:
+        for case in CASES if kind == "fsdp2" else OF_DDP:
             results[kind, case] = run(f"{folder}/{kind}/{case}", case, processes=2, resumes=kind == "fsdp2")
         results[kind, "stop"] = stop(f"{folder}/{kind}/stop")
     torch.save(results, f"{folder}/{os.environ['RANK']}.pt")

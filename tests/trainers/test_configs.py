@@ -1,6 +1,7 @@
 """Config fields: TRL's names and defaults, a help sentence each, usable from the command line."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -144,3 +145,15 @@ def test_read_back(tmp_path):
 def test_bad_values(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_every_process_of_fsdp_reads_the_weights(monkeypatch):
+    """Else all but the first would copy a reference model that has none."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    SFTConfig(use_cpu=True, report_to="none")
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "False"
+
+
+def test_deepspeed_is_for_the_launcher():
+    with pytest.raises(ValueError, match="deepspeed is set up by accelerate launch alone: see examples/accelerate"):
+        SFTConfig(deepspeed={"zero_optimization": {"stage": 2}}, use_cpu=True, report_to="none")

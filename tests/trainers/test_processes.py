@@ -1,17 +1,23 @@
 """Two processes, under DDP and under FSDP2 (gloo, on the CPU), give what one gives."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM
+
+from rlkernels import cli
 
 WORKER = Path(__file__).with_name("processes_worker.py")
 sys.path.insert(0, str(WORKER.parent))
-from processes_worker import CASES, OF_DDP, run  # noqa: E402
+from processes_worker import CASES, OF_DDP, TEXTS, build_model, build_tokenizer, run  # noqa: E402
 
 RUNS = [("ddp", case) for case in OF_DDP] + [("fsdp2", case) for case in CASES]
 RESUMED = [("fsdp2", case) for case, (_, options) in CASES.items() if "save_steps" in options]
@@ -26,7 +32,7 @@ def folder(tmp_path_factory):
 def results(folder) -> list[dict]:
     """What each of two processes saw."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(folder)]
+    command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(folder), "ddp", "fsdp2"]
     path = os.pathsep.join([str(WORKER.parent), *sys.path])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -106,3 +112,65 @@ def test_both_stop_where_one_meets_a_loss_that_is_not_finite(results, kind, fold
     assert first == second and first.startswith("step 3: the loss is nan, on rows ")
     assert len(first.partition("rows ")[2].partition(" of")[0].split(", ")) == 8  # of both
     assert (folder / kind / "stop" / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+# Commands
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_accelerate_knows_every_option_of_the_configs(file):
+    config = load_config_from_file(str(file))  # refuses a key that it does not know
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED") and config.num_processes == 8
+    known = vars(launch_command_parser().parse_args(["script"]))
+    assert set(config.fsdp_config) | set(config.deepspeed_config) <= set(known)
+    assert f"--config_file examples/accelerate/{file.name} " in file.read_text()
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What a launcher of two processes of a command ends with: exit code, what was printed, and its folder."""
+    folder = tmp_path_factory.mktemp("commands")
+    build_model().save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+    (folder / "rows.json").write_text(json.dumps(TEXTS))
+
+    def launch(launcher: list[str], *arguments: str) -> tuple[int, str, Path]:
+        command = [sys.executable, "-m", *launcher, "-m", "rlkernels", "sft", "--model", "model", "--max_steps", "2"]
+        command += ["--output_dir", "out", "--report_to", "none", "--bf16", "False", *arguments]
+        path = os.pathsep.join(map(os.path.abspath, sys.path))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr, folder
+
+    return launch
+
+
+def test_a_command_in_two_processes_says_all_once(launched):
+    # Without a GPU the processes of this config train on the CPU.
+    accelerate = ["accelerate.commands.launch", "--config_file", str(CONFIGS[0]), "--num_processes", "2"]
+    code, printed, folder = launched(accelerate, "--dataset", "rows.json", "--padding_free", "False")
+    assert code == 0, printed
+    assert printed.count("saved in out") == printed.count("'train_runtime'") == 1
+    state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["train_batch_size"] == 8 and state["epoch"] == pytest.approx(2 / 3)  # of 48 rows, 16 in a step
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "out", "rows.json"]
+
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    code, printed, _ = launched(torchrun, "--dataset", "rows.json")
+    assert code == 1
+    assert printed.count("rlkernels sft: error:") == 1
+    assert "--output_dir out: holds checkpoint-2 of an earlier run" in printed
+
+
+@pytest.mark.parametrize("rank, seconds", [("0", []), ("1", [cli.SECONDS_ALONE])])
+def test_an_error_of_one_process_alone_is_told(monkeypatch, capsys, rank, seconds):
+    """By another than the first once that had time to tell it, and the launcher to end the others."""
+    slept: list[float] = []
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert cli.main(["sfft"]) == 2
+    assert slept == seconds
+    assert "sfft" in capsys.readouterr().err
