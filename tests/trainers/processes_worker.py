@@ -77,7 +77,7 @@ def trainer_of(name: str, args: dict[str, Any], sampled: bool) -> Any:
 
 class Observer(TrainerCallback):
     """Of each step: whether the weights were spread over the processes; how many micro-batches there were; how often
-    gradients were added up, and the head of the trained model was gathered."""
+    gradients were added up, and the head and the first layer of the trained model were gathered."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.steps = trainer, []
@@ -105,13 +105,14 @@ class Observer(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         head = getattr(model, "policy", model).get_output_embeddings()
         weight = None if head is None else head.weight
+        layer = next(parameter for name, parameter in model.named_parameters() if ".layers.0." in name)
         self.steps.append(
             {
-                "engine": type(self.trainer.model_wrapped).__name__,
                 "sharded": all(isinstance(parameter, DTensor) for parameter in model.parameters()),
                 "micro_batches": self.micro_batches,
                 "reductions": self.reductions,
                 "gathers": sum(each is weight for each in GATHERED),
+                "layer_gathers": sum(each is layer for each in GATHERED),
             }
         )
         self.reductions = 0

@@ -87,6 +87,14 @@ def test_the_head_is_gathered_once_a_step(results, case):
         assert gathers == [1 + evaluation for evaluation in evaluations]
 
 
+def test_a_layer_is_gathered_once_to_sample(results):
+    """Not for each token; and for each micro-batch twice, forward and backward."""
+    for rank in range(2):
+        steps = results[rank]["fsdp2", "grpo, sampled"]["steps"]
+        for step in (steps[0], steps[1], steps[3]):  # the others come after an evaluation, which samples too
+            assert step["layer_gathers"] == 1 + 2 * step["micro_batches"]
+
+
 @pytest.mark.parametrize("kind, case", RESUMED)
 def test_a_sharded_run_goes_on_from_its_checkpoint(results, kind, case):
     """Bit for bit."""
