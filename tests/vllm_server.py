@@ -78,6 +78,7 @@ class FakeServer:
 
         self.httpd = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.httpd.daemon_threads = True
+        self.httpd.handle_error = lambda *args: None  # who asked is gone
         self.port = self.httpd.server_port
         threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 

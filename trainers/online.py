@@ -248,7 +248,7 @@ class OnlineTrainer(BaseTrainer):
                 self.update_weights()
                 rollouts = self.complete(prompts, options)
         except ServerLost as error:
-            raise ServerLost(f"{error}. Start it again; {self._kept(options.step)}") from error
+            raise ServerLost(f"{error}. {self._kept(options.step)}") from error
         rollouts = check_rollouts(rollouts, prompts, options, self.vocab_size)
         completion_ids = [rollout.completion_ids for rollout in rollouts]
         completions = decode(self.processing_class, completion_ids, is_chat(prompts[0]))
@@ -314,7 +314,9 @@ class OnlineTrainer(BaseTrainer):
         if self.accelerator.num_processes == 1 and step > 0 and not is_saved:
             self._save_checkpoint(self.model, trial=None)
             last = self.checkpoint_folder()
-        return "there is no checkpoint yet" if last is None else f"then --resume_from_checkpoint {last} goes on"
+        if last is None:
+            return "There is no checkpoint yet"
+        return f"Start it again, and --resume_from_checkpoint {last} goes on"
 
     def sampler_logprobs(self, rollouts: list[Rollout]) -> list[Tensor]:
         """Laid out and shifted, as in `packing.lay_out`."""
