@@ -89,6 +89,7 @@ class VLLMEngine:
         self._loaded: str | None = None  # the start of the server that has them
         self._instance: str | None = None  # the one that requests may be sent to; None: to be found out
         self._is_lost = False
+        self._failure: Unanswered | None = None  # of the latest attempt to connect
         # Blocks of the server's prefix cache that other weights have computed must not be found.
         self._salt = uuid.uuid4().hex
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -274,16 +275,28 @@ class VLLMEngine:
 
     async def _connected(self, logprobs: bool = False) -> str:
         """Which start of the server answers; it has the current weights."""
+        earlier = self._failure
         async with self._connecting:
-            if self._instance is None:
-                instance = await self._instance_id(logprobs)
-                if self._folder is not None and self._loaded != instance:
-                    await self._load(self._folder)
-                    if await self._instance_id(logprobs) != instance:
-                        raise Unanswered("it was started anew")
-                    self._loaded = instance
-                self._instance, self._is_lost = instance, False
-            return self._instance
+            # Where connecting takes long to fail, all that wait here would fail one after another.
+            if self._failure is not earlier and self._instance is None:
+                raise Unanswered(str(self._failure)) from self._failure
+            try:
+                if self._instance is None:
+                    self._instance = await self._connect(logprobs)
+                    self._is_lost = False
+                return self._instance
+            except Unanswered as error:
+                self._failure = error
+                raise
+
+    async def _connect(self, logprobs: bool) -> str:
+        instance = await self._instance_id(logprobs)
+        if self._folder is not None and self._loaded != instance:
+            await self._load(self._folder)
+            if await self._instance_id(logprobs) != instance:
+                raise Unanswered("it was started anew")
+            self._loaded = instance
+        return instance
 
     async def _load(self, folder: Path) -> None:
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}

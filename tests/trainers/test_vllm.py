@@ -1,6 +1,7 @@
 """VLLMEngine against a server that fails in every way: what is sent, what is sent again, and by which weights it
 answers."""
 
+import asyncio
 import json
 import math
 import shutil
@@ -175,6 +176,21 @@ def test_a_server_that_is_not_there(server, make_engine):
     server.fail = lambda count: 500
     with pytest.raises(ServerLost, match=r"/v1/completions failed \(500\): no luck with \d+$"):
         texts(make_engine(timeout=0.5))
+
+
+def test_a_server_that_hangs_is_given_up_once_for_all_requests(make_engine, monkeypatch):
+    """Each attempt to connect takes long to fail, as with a host that is gone."""
+    attempts = []
+
+    async def hangs(self, logprobs):
+        attempts.append(logprobs)
+        await asyncio.sleep(0.3)
+        raise vllm.Unanswered("no answer")
+
+    monkeypatch.setattr(VLLMEngine, "_instance_id", hangs)
+    with pytest.raises(ServerLost, match=r"did not answer for 0.5 s \(vllm_server_timeout\): no answer$"):
+        texts(make_engine(timeout=0.5, max_concurrency=12))
+    assert len(attempts) <= 4
 
 
 # Weights
