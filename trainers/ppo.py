@@ -19,7 +19,7 @@ from . import objectives, scoring
 from .common import check_columns, load_classifier
 from .configs import PPOConfig
 from .online import GroupSampler, OnlineTrainer
-from .packing import Sequence, fill_by_length, prepare_packing, split
+from .packing import IGNORE, Sequence, fill_by_length, prepare_packing, split
 from .rewards import RewardSource
 from .rollout import Engine, Rollout, SamplingOptions
 from .sharding import refuse_zero3
@@ -55,7 +55,8 @@ class PPOTrainer(OnlineTrainer):
     at its end, and at each token a penalty for the divergence from the reference model (`rlkernels.shaped_rewards`).
     Advantages are `rlkernels.gae`'s, whitened over the batch, which then serves `num_ppo_epochs` x `num_mini_batches`
     optimizer steps of `rlkernels.policy_loss` + vf_coef x `rlkernels.value_loss`, means over the tokens of a minibatch.
-    A rollout's tokens that are not the model's own, but a tool's, are in neither; advantages carry over them.
+    A rollout's tokens that are not the model's own, but a tool's, are in neither; advantages carry over them. Nor are
+    those of a completion without any reward.
 
     Args:
         model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
@@ -163,13 +164,15 @@ class PPOTrainer(OnlineTrainer):
         self.record_outcomes(outcomes, self.metrics)
         self.metrics.add("val/num_eos_tokens", outcomes[:, -1].sum())
         self.count_tokens(samples.rollouts)
-        scores = (samples.rewards * self.reward_weights).nansum(1)
+        scores, is_scored = (samples.rewards * self.reward_weights).nansum(1), ~samples.rewards.isnan().all(1)
         if self.args.missing_eos_penalty is not None:
             ended = torch.tensor([rollout.ended for rollout in samples.rollouts], device=scores.device)
             scores = scores - self.args.missing_eos_penalty * ~ended
 
         corrects = self.args.importance_sampling_correction
         sequences = [rollout.sequence() for rollout in samples.rollouts]
+        for row in (~is_scored).nonzero().flatten().tolist():
+            sequences[row].labels = [IGNORE] * len(sequences[row])
         batch = self.lay_out(sequences)
         mask, cu_seqlens = batch["mask"], batch["cu_seqlens"]
         logprobs, values, ref_logprobs = self._score(sequences)
@@ -177,7 +180,7 @@ class PPOTrainer(OnlineTrainer):
         has_value = mask.clone()
         if self.args.score_at == "after_last":
             lengths = torch.tensor([len(rollout.completion_ids) for rollout in samples.rollouts], device=mask.device)
-            has_value[cu_seqlens[1:].long() - 1] = lengths < self.args.response_length
+            has_value[cu_seqlens[1:].long() - 1] = is_scored & (lengths < self.args.response_length)
         rewards = rlkernels.shaped_rewards(
             scores,
             logprobs,
@@ -194,7 +197,7 @@ class PPOTrainer(OnlineTrainer):
             rewards, values, has_value, gamma=self.args.gamma, lam=self.args.lam, cu_seqlens=cu_seqlens
         )
         advantages = rlkernels.masked_whiten(advantages, mask, group=group)
-        self._record_rollouts(scores, logprobs, ref_logprobs)
+        self._record_rollouts(scores[is_scored], logprobs, ref_logprobs)
         self.metrics.add("val/explained_variance", self._explained_variance(values, returns, has_value))
         counts = scoring.sequence_sums(mask.float(), batch).clamp(min=1)
         self.completions = self.table(samples, (scoring.sequence_sums(advantages, batch) / counts).tolist())
@@ -252,22 +255,22 @@ class PPOTrainer(OnlineTrainer):
         return metrics[rlkernels.value_loss.metrics.index("explained_variance")]  # type: ignore[attr-defined]
 
     def _record_rollouts(self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> None:
-        """Means over completions of sums over tokens, as in TRL; and the next batch's KL coefficient."""
-        rows = len(scores)
-        kl = rlkernels.kl_penalty(logprobs, ref_logprobs, estimator=self.args.kl_estimator).sum() / rows
-        kl, score = (
-            self.accelerator.reduce(torch.stack([kl, scores.mean()])) / self.accelerator.num_processes
-        ).tolist()
-        self.metrics.add("objective/entropy", -logprobs.sum() / rows)
-        self.metrics.add("objective/scores", score)
-        self.metrics.add("objective/rlhf_reward", score - self.kl_coef * kl)
+        """Means over the completions that have a score of sums over tokens, as in TRL; and the next batch's KL
+        coefficient."""
+        kl = rlkernels.kl_penalty(logprobs, ref_logprobs, estimator=self.args.kl_estimator)
+        sums = torch.stack([kl.sum(), -logprobs.sum(), scores.sum(), scores.new_tensor(len(scores))])
+        *sums, rows = self.accelerator.reduce(sums).tolist()
+        kl, entropy, score = (each / max(rows, 1) for each in sums)
+        self.metrics.add("objective/entropy", entropy, rows)
+        self.metrics.add("objective/scores", score, rows)
+        self.metrics.add("objective/rlhf_reward", score - self.kl_coef * kl, rows)
         if self.has_reference:
-            self.metrics.add("objective/kl", kl)
+            self.metrics.add("objective/kl", kl, rows)
             self.metrics.add("objective/kl_coef", self.kl_coef)
-            self.metrics.add("objective/non_score_reward", -self.kl_coef * kl)
+            self.metrics.add("objective/non_score_reward", -self.kl_coef * kl, rows)
         if self.args.adap_kl_ctrl:  # Ziegler et al. 2019 (arXiv 1909.08593, section 2.2)
             error = min(max(kl / self.args.target_kl - 1, -0.2), 0.2)
-            self.kl_coef *= 1 + error * rows * self.accelerator.num_processes / self.args.horizon
+            self.kl_coef *= 1 + error * rows / self.args.horizon
 
     # The optimizer step
 

@@ -285,6 +285,32 @@ def test_score_at(make_trainer):
             assert places.tolist() == [False] + [True] * len(completion) + [has_room]
 
 
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+def test_completions_without_any_reward(make_trainer, make_model, whiten_rewards):
+    """The batch is what it would be without them, at which nothing is learned."""
+    completions = [[5, 6, 0], [7, 8, 9, 10], [11, 12, 13, 14, 15, 16], [0]]
+
+    def run(rows, reward):
+        def engine(prompts, options):
+            return [Rollout([1, 2], completions[row], completions[row][-1] == 0) for row in rows]
+
+        options = {"missing_eos_penalty": 1.0, "adap_kl_ctrl": True, "whiten_rewards": whiten_rewards, "max_steps": 1}
+        options |= {"num_mini_batches": 1, "num_ppo_epochs": 1, "per_device_train_batch_size": len(rows)}
+        trainer = make_trainer(reward, rollout=engine, ref_model=make_model(1), **options)
+        trainer.train()
+        return trainer
+
+    some = run(range(4), lambda completions, **columns: [None, 2.0, None, 1.0])
+    others = run([1, 3], lambda completions, **columns: [2.0, 1.0])
+    logs, expected = history(some)[0], history(others)[0]
+    for name in logs:
+        if not name.startswith(("completions/", "val/num_eos_tokens", "num_tokens", "epoch")):
+            assert logs[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert some.kl_coef == pytest.approx(others.kl_coef, rel=1e-6) != 0.05
+    torch.testing.assert_close(weights(some.model), weights(others.model))
+    assert [row["advantage"] for row in some.completions][::2] == [0.0, 0.0]
+
+
 def test_missing_eos_penalty(make_trainer):
     trainer = make_trainer(lambda completions, **kwargs: [2.0] * len(completions), missing_eos_penalty=3.0, max_steps=1)
     trainer.train()

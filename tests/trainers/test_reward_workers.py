@@ -488,9 +488,9 @@ def test_a_run_that_fails_leaves_no_workers(trained):
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
 def test_a_run_without_any_reward(trained, method, warned):
-    """Trains on, where it learns from what else there is: PPO from the KL penalty and the values."""
+    """Nothing is learned, and the run goes on."""
     trainer, logs = trained(method, functions.short, on_reward_error="none")
-    assert len(logs) == 2
+    assert [log["grad_norm"] for log in logs] == [0.0, 0.0]
     assert all(math.isfinite(log["loss"]) and log["rewards/short/failed"] == 1.0 for log in logs)
     assert all("reward" not in log for log in logs)
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
