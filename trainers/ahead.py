@@ -3,10 +3,12 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .rollout import Engine, Rollout, RolloutError, SamplingOptions
+
+VALUES = [field.name for field in fields(Rollout)]  # an engine may note further ones
 
 
 @dataclass
@@ -66,7 +68,7 @@ class SampledAhead:
                 "step": number,
                 "row_ids": batch.row_ids,
                 "prompts": batch.prompts,
-                "rollouts": [vars(rollout) for rollout in batch.rollouts.result()],
+                "rollouts": [{name: getattr(each, name) for name in VALUES} for each in batch.rollouts.result()],
             }
             for number, batch in self.batches.items()
             if number >= step and batch.rollouts.exception() is None

@@ -1,6 +1,7 @@
 """What PPO and GRPO share: completions of the model itself, and their rewards."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections import defaultdict
@@ -249,7 +250,6 @@ class OnlineTrainer(BaseTrainer):
                 rollouts = self.complete(prompts, options)
         except ServerLost as error:
             raise ServerLost(f"{error}. {self._kept(options.step)}") from error
-        rollouts = check_rollouts(rollouts, prompts, options, self.vocab_size)
         completion_ids = [rollout.completion_ids for rollout in rollouts]
         completions = decode(self.processing_class, completion_ids, is_chat(prompts[0]))
         extra: dict[str, list] = defaultdict(list)
@@ -265,7 +265,10 @@ class OnlineTrainer(BaseTrainer):
     def complete(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
         # One autocast context around all of generate(): inside it each weight is cast to bfloat16 once, not per token.
         with self.accelerator.autocast(), gathered_once(self.accelerator, self.model):
-            return self.run_engine(prompts, options)
+            return self._checked(self.run_engine, prompts, options)
+
+    def _checked(self, engine: Engine, prompts: list, options: SamplingOptions) -> list[Rollout]:
+        return check_rollouts(engine(prompts, options), prompts, options, self.vocab_size)
 
     def run_engine(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
         return self.engine(prompts, options)
@@ -285,7 +288,8 @@ class OnlineTrainer(BaseTrainer):
             dataset = NumberedRows(self.train_dataset)
             rows = [dataset[order[row]] for row in self.own_rows(len(prompts))]
             coming = dataclasses.replace(options, step=step)
-            self.ahead.start(self.engine, [row["_row_id"] for row in rows], [row["prompt"] for row in rows], coming)
+            engine = functools.partial(self._checked, self.engine)
+            self.ahead.start(engine, [row["_row_id"] for row in rows], [row["prompt"] for row in rows], coming)
         return rollouts
 
     @property

@@ -83,7 +83,7 @@ Engine = Callable[[list, SamplingOptions], list[Rollout]]
 
 
 def check_rollouts(rollouts: Any, prompts: list, options: SamplingOptions, vocab_size: int) -> list[Rollout]:
-    """What an engine returned, with token ids as ints, or a RolloutError that names what was wrong with it."""
+    """What an engine returned, with numbers of Python's own, or a RolloutError that names what was wrong with it."""
     if not isinstance(rollouts, list | tuple):
         raise RolloutError(f"rollout must return a list of Rollout; got {type(rollouts).__name__}")
     if len(rollouts) != len(prompts):
@@ -125,6 +125,8 @@ def _check(rollout: Rollout, options: SamplingOptions, vocab_size: int) -> None:
     for value in rollout.logprobs or []:
         if not isinstance(value, numbers.Real) or math.isinf(value):
             raise ValueError(f"logprobs must be finite numbers, or NaN where the sampler had none; got {value!r}")
+    if rollout.logprobs is not None:
+        rollout.logprobs = [float(value) for value in rollout.logprobs]
     for value in rollout.mask or []:
         if not isinstance(value, bool):
             raise ValueError(f"mask must hold bools; got {value!r}")

@@ -3,6 +3,7 @@
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -138,6 +139,39 @@ def test_resuming_gives_the_same(method, step, make_trainer, tmp_path):
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert min(resumed.engine.weights_of) == (4 if step == 2 else 6)
+
+
+def test_what_an_engine_returns_is_saved_as_plain_numbers(make_trainer, tmp_path):
+    def numpy_of(rollouts):
+        for rollout in rollouts:
+            rollout.completion_ids = np.array(rollout.completion_ids)
+            rollout.logprobs = list(np.array(rollout.logprobs, dtype=np.float32))
+            rollout.note = object()
+        return rollouts
+
+    class OfNumpy(Apart):
+        def __call__(self, prompts, options):
+            return numpy_of(super().__call__(prompts, options))
+
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **options)
+    whole.engine.__class__ = OfNumpy
+    whole.train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert logged(resumed) == logged(whole) and not resumed.engine.weights_of
+
+
+def test_what_is_wrong_with_the_next_batch_is_told_when_it_is_needed(make_trainer, tmp_path):
+    class Nothing(Apart):
+        def __call__(self, prompts, options):
+            return None if options.step else super().__call__(prompts, options)
+
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    trainer.engine.__class__ = Nothing
+    with pytest.raises(RolloutError, match=r"^rollout must return a list of Rollout; got NoneType$"):
+        trainer.train()
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
 
 def test_a_checkpoint_of_a_run_without_it_and_the_other_way_round(make_trainer, tmp_path):
