@@ -169,6 +169,7 @@ class OnlineTrainer(BaseTrainer):
                 f"vllm_server_base_url; got {type(self.engine).__name__}"
             )
         self.sent_step: int | None = None  # the step whose weights the engine has
+        self.undo_step: Callable[[], None] = lambda: None
         if args.log_completions:
             self.add_callback(CompletionsCallback(self))
 
@@ -224,6 +225,7 @@ class OnlineTrainer(BaseTrainer):
             restore_others()
             self.rollouts, self.completions, self.completions_step = rollouts, completions, step
 
+        self.undo_step = restore
         return restore
 
     def own_rows(self, count: int) -> range:
@@ -316,6 +318,7 @@ class OnlineTrainer(BaseTrainer):
         last = checkpoints.last_checkpoint(Path(self.args.output_dir))
         is_saved = last is not None and last.name == self.checkpoint_folder().name
         if self.accelerator.num_processes == 1 and step > 0 and not is_saved:
+            self.undo_step()  # of which some completions may have been rewarded already
             self._save_checkpoint(self.model, trial=None)
             last = self.checkpoint_folder()
         if last is None:

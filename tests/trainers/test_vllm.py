@@ -4,6 +4,8 @@ answers."""
 import asyncio
 import json
 import math
+import random
+import re
 import shutil
 import threading
 import time
@@ -330,7 +332,7 @@ def vowels(completions, **kwargs):
 
 @pytest.fixture
 def make_trainer(server, make_model, tokenizer, run_options):
-    def make(model=None, method="grpo", eval_dataset=None, peft_config=None, **options):
+    def make(model=None, method="grpo", reward=vowels, eval_dataset=None, peft_config=None, **options):
         shared = {**run_options, "learning_rate": 1e-2, "max_steps": 4, "vllm_server_base_url": server.url}
         shared |= {"per_device_train_batch_size": 4, "importance_sampling_correction": True}
         own = {
@@ -341,7 +343,7 @@ def make_trainer(server, make_model, tokenizer, run_options):
         args = config(**shared | own[method] | options)
         rows = [{"prompt": prompt} for prompt in PROMPTS]
         model = make_model() if model is None else model
-        return trainer(model, vowels, args, rows, eval_dataset, tokenizer, peft_config=peft_config)
+        return trainer(model, reward, args, rows, eval_dataset, tokenizer, peft_config=peft_config)
 
     return make
 
@@ -425,6 +427,27 @@ def test_a_server_that_stays_away_ends_the_run_and_it_goes_on(server, make_train
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed) == losses(whole)
+
+
+def test_a_server_lost_in_a_further_round_of_dynamic_sampling(server, make_trainer):
+    """What is saved is the state before the first round."""
+
+    def drawn(completions, **columns):
+        return [random.randrange(2)] * len(completions)
+
+    options = {"reward": drawn, "dynamic_sampling_max_rounds": 1, "max_steps": 3, "logging_steps": 3}
+    options |= {"vllm_server_timeout": 0.3}
+    whole = make_trainer(**options)
+    whole.train()
+    server.fail = lambda count: server.stop if count == 24 + 8 + 6 else None
+    lost = make_trainer(**options)
+    with pytest.raises(ServerLost, match=r"--resume_from_checkpoint \S+checkpoint-1 goes on") as error:
+        lost.train()
+    server.fail = lambda count: None
+    server.start()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=re.search(r"\S+checkpoint-1", str(error.value))[0])
+    assert resumed.state.log_history[0] == whole.state.log_history[0]
 
 
 def test_without_checkpoints_it_saves_where_it_stops(server, make_trainer, tmp_path):
