@@ -239,20 +239,24 @@ def reason(error: Exception, folder: Path) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def write_model(output_dir: Path, save: Callable[[str], Any]) -> None:
+def write_model(output_dir: Path, save: Callable[[str], Any], writes: bool) -> None:
     """Writes a model aside and moves it into a folder that may hold other things, a file at a time; its config comes
     last, and an older one's goes first. So a folder with a config always holds one whole model; a process killed while
-    it moves leaves one without, and the checkpoints."""
+    it moves leaves one without, and the checkpoints.
+
+    Every process calls it, since `save` may be collective; one that does not write leaves the folders alone."""
     unfinished = output_dir / f".model.{UNFINISHED}"
+    if not writes:
+        save(str(unfinished))
+        return
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         save(str(unfinished))
-        # Only the processes that write have one.
         files = [path for path in unfinished.rglob("*") if path.is_file()]
         for file in files:
             sync(file)
         is_config = {file: file.parent == unfinished and file.name in CONFIGS for file in files}
-        for name in CONFIGS if files else ():
+        for name in CONFIGS:
             (output_dir / name).unlink(missing_ok=True)
         for file in sorted(files, key=is_config.__getitem__):
             target = output_dir / file.relative_to(unfinished)

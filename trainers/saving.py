@@ -169,7 +169,7 @@ class SavingTrainer(Trainer):
             self._save_whole(str(folder))
             return
         with self.stop.finishing(f"the model in {folder}"):
-            checkpoints.write_model(folder, self._save_whole)
+            checkpoints.write_model(folder, self._save_whole, self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -56,6 +56,26 @@ def results(trainer: GRPOTrainer) -> tuple[torch.Tensor, list]:
     return weights, logs
 
 
+def save_model(trainer: GRPOTrainer, folder: Path) -> list[str]:
+    """What is in it, where the second process comes while the first is writing."""
+    save = trainer._save_whole
+
+    def waiting(aside: str) -> None:
+        save(aside)
+        torch.distributed.barrier()
+        torch.distributed.barrier()
+
+    if SECOND:
+        torch.distributed.barrier()
+        trainer.save_model(str(folder))
+        torch.distributed.barrier()
+    else:
+        trainer._save_whole = waiting
+        trainer.save_model(str(folder))
+    torch.distributed.barrier()
+    return [path.name for path in folder.iterdir()]
+
+
 def main(folder: Path) -> None:
     found: dict = {"logs": {}}
     trainer = build(folder / "whole")
@@ -84,7 +104,7 @@ def main(folder: Path) -> None:
         trainer.train()
     except CheckpointError as error:
         found["full"] = str(error)
-    torch.distributed.barrier()
+    found["model"] = save_model(trainer, folder / "model")
     found["left"] = [path.name for path in (folder / "full").iterdir() if "checkpoint" in path.name]
     torch.save(found, folder / f"{os.environ['RANK']}.pt")
 

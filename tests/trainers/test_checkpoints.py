@@ -134,7 +134,7 @@ def test_a_model_is_that_of_before_or_the_new_one_or_none(tmp_path):
             for name in ("config.json", "model.safetensors", "value/config.json", "value/model.safetensors"):
                 (Path(aside) / name).write_text(text)
 
-        c.write_model(tmp_path, save)
+        c.write_model(tmp_path, save, writes=True)
 
     def save_new():
         return save("new")
@@ -169,7 +169,7 @@ def test_what_cannot_be_written_says_why_and_leaves_nothing(tmp_path, save):
     messages = []
     for attempt in (
         lambda: c.write(tmp_path / "checkpoint-2", [save], ARGS),
-        lambda: c.write_model(tmp_path, lambda aside: (os.mkdir(aside), save(aside))),
+        lambda: c.write_model(tmp_path, lambda aside: (os.mkdir(aside), save(aside)), writes=True),
     ):
         with pytest.raises(CheckpointError) as error:
             try:

@@ -224,3 +224,10 @@ def test_one_of_two_processes_cannot_write(ranks):
             "full/checkpoint-2 could not be written: No space left on device; there is no checkpoint"
         )
         assert rank["left"] == []
+
+
+def test_a_model_is_saved_while_another_process_comes_late(ranks):
+    """Which touches nothing of what the first writes."""
+    for rank in ranks:
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(rank["model"])
+        assert ".model.unfinished" not in rank["model"]
