@@ -215,6 +215,10 @@ class Metrics:
         for kind, values in state.items():
             setattr(self, kind, {name: value.to(self.device) for name, value in values.items()})
 
+    def clear(self) -> None:
+        self.sums.clear()
+        self.highest.clear()
+
     def flush(self, accelerator: Any) -> dict[str, float]:
         """Over all processes. Names may differ between them: a reward function logs what it likes."""
         own = list(self.sums), list(self.highest)
@@ -230,8 +234,7 @@ class Metrics:
             pairs = torch.stack([self.highest.get(name, nothing) for name in ranges])
             for name, (least, greatest) in zip(ranges, accelerator.gather(pairs[None]).amax(0).tolist(), strict=True):
                 values |= {f"min_{name}": -least, f"max_{name}": greatest}
-        self.sums.clear()
-        self.highest.clear()
+        self.clear()
         return values
 
 

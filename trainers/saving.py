@@ -40,6 +40,7 @@ class SavingTrainer(Trainer):
         output_dir = Path(self.args.output_dir)
         settle(self.args)
         self.saved_step = self.resumed_from = None
+        self.metrics.clear()  # of a run of this trainer before
         if resume_from_checkpoint is True:
             last = checkpoints.last_checkpoint(output_dir)
             if last is None:
@@ -217,8 +218,10 @@ class SavesAndStops(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_step = self.is_held = False
-        if self.trainer.resumed_from is not None and Path(self.trainer.resumed_from).parent == Path(args.output_dir):
-            self.trainer.rotate(Path(self.trainer.resumed_from))  # the run before may not have come to it
+        resumed = self.trainer.resumed_from
+        # The run before may not have come to it. One of its later ones stays until this run has saved.
+        if resumed is not None and checkpoints.whole_checkpoints(Path(args.output_dir))[-1:] == [Path(resumed)]:
+            self.trainer.rotate(Path(resumed))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size == 1:

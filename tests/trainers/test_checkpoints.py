@@ -228,6 +228,33 @@ def test_what_is_finished_takes_no_further_step(make_trainer):
     assert "train_loss" in history(again)[-1]
 
 
+def test_a_second_run_logs_its_own_metrics_alone(make_trainer):
+    """Not what the first did after its last log, too. Both have the same weights."""
+    trainer, logs = make_trainer(max_steps=3, logging_steps=2, learning_rate=0.0), []
+    for _ in range(2):
+        trainer.train()
+        assert trainer.metrics.sums
+        logs.append(history(trainer)[0])
+    assert logs[0] == logs[1]
+
+
+def test_a_run_that_goes_on_from_an_earlier_one_removes_none_before_it_has_saved(make_trainer):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    first = make_trainer(**options)
+    first.train()
+    folders = c.numbered(Path(first.args.output_dir))
+
+    def breaks(*args):
+        raise Killed
+
+    for resumed, left in ((folders[0], folders), (folders[2], folders[2:])):
+        again = make_trainer(**options | {"max_steps": 4}, save_total_limit=1)
+        again.training_step = breaks
+        with pytest.raises(Killed):
+            again.train(resume_from_checkpoint=str(resumed))
+        assert c.numbered(Path(first.args.output_dir)) == left
+
+
 class Breaks(TrainerCallback):
     """As a kill would, once a checkpoint is there."""
 
