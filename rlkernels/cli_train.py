@@ -264,7 +264,7 @@ def checkpoint_to_resume(config: Any) -> str | None:
         last = checkpoints.last_checkpoint(output_dir)
         if last is None:
             raise BadValue(f"--resume_from_checkpoint True: no whole checkpoint in --output_dir {output_dir}")
-        return str(last)
+        given = str(last)
     try:
         checkpoints.check(Path(given))
     except ValueError as error:

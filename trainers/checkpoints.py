@@ -77,6 +77,11 @@ def step_of(folder: Path) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
+def unlogged_file(folder: Path, process: int) -> Path:
+    """What a process has not logged yet: in each checkpoint, unless save_only_model wants the model alone."""
+    return folder / f"unlogged_{process}.pth"
+
+
 def whole_checkpoints(output_dir: Path) -> list[Path]:
     return [folder for folder in numbered(output_dir) if is_whole(folder)]
 
@@ -97,8 +102,10 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def check(folder: Path) -> None:
-    """A ValueError of one line if it is not a whole checkpoint."""
+    """A ValueError of one line if it is not a whole checkpoint, or one that no run can go on from."""
     why = fault(folder)
+    if why is None and not unlogged_file(folder, process=0).is_file():
+        raise ValueError(f"resume_from_checkpoint {folder}: holds the model alone (save_only_model): give it as model")
     if why is not None:
         others = [other for other in whole_checkpoints(folder.parent) if other != folder]
         last = f"; the last whole one is {others[-1]}" if others else ""

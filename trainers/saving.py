@@ -47,12 +47,24 @@ class SavingTrainer(Trainer):
                 raise ValueError(f"resume_from_checkpoint True: there is no whole checkpoint in {output_dir}")
             self.resumed_from = str(last)
         elif resume_from_checkpoint:
-            checkpoints.check(Path(resume_from_checkpoint))
             self.resumed_from = str(resume_from_checkpoint)
+        if self.resumed_from is not None:
+            checkpoints.check(Path(self.resumed_from))
         if self.args.save_strategy == "no":
             return super().train(self.resumed_from, *args, **kwargs)
         with self.stop.listening(tells=self.args.local_process_index == 0):
-            return super().train(self.resumed_from, *args, **kwargs)
+            output = super().train(self.resumed_from, *args, **kwargs)
+            self.agree()
+            if self.stop.agreed:  # too late to stop it, but not what comes after it
+                raise stopped_by(self.stop.agreed, f"stopped after step {self.state.global_step}, the last")
+            return output
+
+    def agree(self) -> None:
+        """Whether any process was asked to stop. All come here together."""
+        self.stop.agreed = self.stop.number
+        if self.args.world_size > 1:
+            number = torch.tensor([self.stop.number], device=self.args.device)
+            self.stop.agreed = int(self.accelerator.gather(number).max())
 
     # A run that goes on
 
@@ -113,20 +125,17 @@ class SavingTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "metrics": self.metrics.state(),
         }
-        torch.save(unlogged, self._unlogged_file(output_dir))
+        torch.save(unlogged, checkpoints.unlogged_file(Path(output_dir), self.args.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        file = None if checkpoint is None else self._unlogged_file(checkpoint)
+        file = None if checkpoint is None else checkpoints.unlogged_file(Path(checkpoint), self.args.process_index)
         if file is not None and file.is_file():
             # Not by the name of the device: of "cpu:0", which a process of several has, torch does not know.
             unlogged = torch.load(file, map_location="cpu", weights_only=True)
             self._tr_loss, self._total_loss_scalar = unlogged["loss"].to(self.args.device), unlogged["logged_loss"]
             self._globalstep_last_logged = unlogged["last_logged"]
             self.metrics.load(unlogged["metrics"])
-
-    def _unlogged_file(self, folder: str) -> Path:
-        return Path(folder) / f"unlogged_{self.args.process_index}.pth"
 
     def checkpoint_folder(self) -> Path:
         return Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
@@ -138,7 +147,7 @@ class SavingTrainer(Trainer):
         if self.state.best_global_step and (best == folder or checkpoints.is_whole(best)):
             self.state.best_model_checkpoint = str(best)
         parts: list[Callable[[str], Any]] = [self._save_weights]
-        if not self.args.save_only_model:
+        if not self.args.save_only_model or self.stop.agreed:  # what was asked to stop can go on
             parts += [self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state]
         parts.append(self._save_state)
         with self.stop.finishing(str(folder)):
@@ -207,15 +216,6 @@ class SavesAndStops(TrainerCallback):
         if state.epoch == int(state.epoch) or control.should_training_stop or control.should_epoch_stop:
             control.should_save, self.is_held = False, True
 
-    def _agree(self) -> None:
-        """All processes come here together."""
-        stop = self.trainer.stop
-        if self.trainer.args.world_size > 1:
-            number = torch.tensor([stop.number], device=self.trainer.args.device)
-            stop.agreed = int(self.trainer.accelerator.gather(number).max())
-        else:
-            stop.agreed = stop.number
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_step = self.is_held = False
         resumed = self.trainer.resumed_from
@@ -225,13 +225,13 @@ class SavesAndStops(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size == 1:
-            self._agree()
+            self.trainer.agree()
         self.in_step = True
         self._decide(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.stop.listens:
-            self._agree()
+            self.trainer.agree()
             self._decide(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -241,7 +241,7 @@ class SavesAndStops(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.stop.listens:
             return
-        self._agree()
+        self.trainer.agree()
         if self.trainer.stop.agreed:
             folder = self.trainer.checkpoint_folder()
             raise stopped_by(

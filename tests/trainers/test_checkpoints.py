@@ -255,6 +255,34 @@ def test_a_run_that_goes_on_from_an_earlier_one_removes_none_before_it_has_saved
         assert c.numbered(Path(first.args.output_dir)) == left
 
 
+def test_weights_alone_are_refused(make_trainer):
+    """With save_only_model, but for the checkpoint of a run that was asked to stop."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    make_trainer(**options).train()
+    message = "checkpoint-4: holds the model alone .save_only_model.: give it as model$"
+    for checkpoint in (True, c.last_checkpoint(Path(make_trainer(**options).args.output_dir))):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(**options).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(callbacks=[Interrupts("on_step_begin")], **options).train()
+    again = make_trainer(**options)
+    again.train(resume_from_checkpoint=str(Path(again.args.output_dir) / "checkpoint-1"))
+    assert again.state.global_step == 4
+
+
+class Interrupts(TrainerCallback):
+    def __init__(self, event):
+        setattr(self, event, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+
+
+def test_interrupted_when_all_steps_are_done(make_trainer):
+    """What a program would do after the run is not done."""
+    trainer = make_trainer(max_steps=2, save_strategy="steps", callbacks=[Interrupts("on_train_end")])
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped after step 2, the last$"):
+        trainer.train()
+    assert c.last_checkpoint(Path(trainer.args.output_dir)).name == "checkpoint-2"
+
+
 class Breaks(TrainerCallback):
     """As a kill would, once a checkpoint is there."""
 
