@@ -82,6 +82,11 @@ def unlogged_file(folder: Path, process: int) -> Path:
     return folder / f"unlogged_{process}.pth"
 
 
+def processes(folder: Path) -> int:
+    """How many wrote a checkpoint."""
+    return len(list(folder.glob("unlogged_*.pth")))
+
+
 def whole_checkpoints(output_dir: Path) -> list[Path]:
     return [folder for folder in numbered(output_dir) if is_whole(folder)]
 

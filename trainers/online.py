@@ -212,7 +212,9 @@ class OnlineTrainer(BaseTrainer):
         step = self.state.global_step % self.steps_per_rollout
         if step == 0 or self.rollouts is None:
             if step:
-                logger.warning("The checkpoint holds no rollouts: this step's prompts are completed anew.")
+                logger.warning(
+                    "The checkpoint holds no rollouts of as many processes: this step's prompts are completed anew."
+                )
             with self.stop.while_doing("sampling completions and their rewards"):
                 self.rollouts, self.completions_step = self.roll_out(inputs), self.state.global_step
         return self.rollouts, step
@@ -422,14 +424,16 @@ class OnlineTrainer(BaseTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
+            # Those of another number of processes are of other rows, and some processes might have none.
+            is_ours = checkpoints.processes(Path(checkpoint)) == self.accelerator.num_processes
             file = self._rollouts_file(checkpoint)
             self.rollouts = None
-            if file.is_file():
+            if is_ours and file.is_file():
                 self.rollouts = self.rollouts_type(**torch.load(file, map_location="cpu", weights_only=True))
             shown = json.loads((Path(checkpoint) / COMPLETIONS).read_text())
             self.completions, self.completions_step = shown["rows"], shown["step"]
             file = self._rollouts_file(checkpoint, "ahead")
-            self.ahead.load(torch.load(file, weights_only=True) if file.is_file() else [])
+            self.ahead.load(torch.load(file, weights_only=True) if is_ours and file.is_file() else [])
 
     def _rollouts_file(self, folder: str, name: str = "rollouts") -> Path:
         return Path(folder) / f"{name}_{self.accelerator.process_index}.pth"

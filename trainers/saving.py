@@ -129,8 +129,10 @@ class SavingTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        file = None if checkpoint is None else checkpoints.unlogged_file(Path(checkpoint), self.args.process_index)
-        if file is not None and file.is_file():
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            # Of fewer processes, another's: its loss is theirs all the same.
+            file = checkpoints.unlogged_file(folder, self.args.process_index % checkpoints.processes(folder))
             # Not by the name of the device: of "cpu:0", which a process of several has, torch does not know.
             unlogged = torch.load(file, map_location="cpu", weights_only=True)
             self._tr_loss, self._total_loss_scalar = unlogged["loss"].to(self.args.device), unlogged["logged_loss"]

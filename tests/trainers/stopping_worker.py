@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -9,14 +10,14 @@ from pathlib import Path
 import torch
 
 from conftest import build_model, build_tokenizer
-from rlkernels.trainers import CheckpointError, GRPOConfig, GRPOTrainer, Terminated
+from rlkernels.trainers import CheckpointError, GRPOConfig, GRPOTrainer, Terminated, checkpoints
 
 RUNTIME = ("_runtime", "_per_second")
 SECOND = os.environ["RANK"] == "1"
 STOPS: list = []
 
 
-def build(folder: Path) -> GRPOTrainer:
+def build(folder: Path, max_steps: int = 5) -> GRPOTrainer:
     args = GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=2,
@@ -24,7 +25,7 @@ def build(folder: Path) -> GRPOTrainer:
         steps_per_generation=2,
         max_completion_length=6,
         learning_rate=3e-3,
-        max_steps=5,
+        max_steps=max_steps,
         logging_steps=3,
         save_steps=2,
         eval_strategy="steps",
@@ -54,6 +55,12 @@ def results(trainer: GRPOTrainer) -> tuple[torch.Tensor, list]:
         {name: value for name, value in log.items() if not name.endswith(RUNTIME)} for log in trainer.state.log_history
     ]
     return weights, logs
+
+
+def checkpoint_of_one(folder: Path, copy: Path) -> None:
+    """As if the first process had been alone."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*_1.pth", checkpoints.MANIFEST))
+    checkpoints.seal(copy)
 
 
 def save_model(trainer: GRPOTrainer, folder: Path) -> list[str]:
@@ -92,6 +99,12 @@ def main(folder: Path) -> None:
     trainer = build(folder / "stopped")
     trainer.train(resume_from_checkpoint=True)
     found["resumed"], found["logs"]["resumed"] = results(trainer)
+
+    if not SECOND:
+        checkpoint_of_one(folder / "whole" / "checkpoint-5", folder / "of_one" / "checkpoint-5")
+    trainer = build(folder / "of_one", max_steps=7)
+    trainer.train(resume_from_checkpoint=True)
+    found["of_one"] = [(log["step"], log["loss"]) for log in results(trainer)[1] if "loss" in log]
 
     trainer = build(folder / "full")
     if SECOND:

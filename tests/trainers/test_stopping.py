@@ -231,3 +231,9 @@ def test_a_model_is_saved_while_another_process_comes_late(ranks):
     for rank in ranks:
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(rank["model"])
         assert ".model.unfinished" not in rank["model"]
+
+
+def test_two_processes_go_on_from_a_checkpoint_of_one(ranks):
+    """Which holds the rollouts of one alone, in the midst of the steps that learn from them."""
+    for rank in ranks:
+        assert [step for step, _ in rank["of_one"]] == [3, 6]
