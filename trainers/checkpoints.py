@@ -48,7 +48,7 @@ def fault(folder: Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = dict(json.loads((folder / MANIFEST).read_text())["files"])
     except FileNotFoundError:
         return f"it has no {MANIFEST}, which is written last"
     except (OSError, ValueError, KeyError, TypeError) as error:

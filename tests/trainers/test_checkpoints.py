@@ -39,6 +39,7 @@ def content(folder: Path) -> str:
         (lambda folder: (folder / "within" / "model").write_text("xx"), "within/model has 2 bytes, not 1"),
         (lambda folder: (folder / "manifest.json").write_text('{"fi'), "its manifest.json cannot be read"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "its manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text('{"files": 3}'), "its manifest.json cannot be read"),
     ],
 )
 def test_a_torn_one_is_recognised_and_passed_over(tmp_path, monkeypatch, tear, why):
