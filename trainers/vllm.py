@@ -33,6 +33,8 @@ T = TypeVar("T")
 FIRST_DELAY, LONGEST_DELAY = 0.25, 8.0
 # For a server to accept a connection; a host that is gone does not refuse it.
 CONNECT_TIMEOUT = 10.0
+# Of a server that dies at the same request each time.
+MOST_STARTS = 5
 # vLLM's JSON has this in the place of -inf.
 NO_LOGPROB = -9999.0
 # A lower one it raises to this.
@@ -252,7 +254,7 @@ class VLLMEngine:
         return await self._until_answered(ask)
 
     async def _until_answered(self, ask: Callable[[], Awaitable[T]]) -> T:
-        since, attempts, instance = time.monotonic(), 0, self._loaded
+        since, attempts, starts, instance = time.monotonic(), 0, 0, self._loaded
         while True:
             try:
                 return await ask()
@@ -261,7 +263,13 @@ class VLLMEngine:
                 now = time.monotonic()
                 # One that comes back has all the time again.
                 if attempts == 0 or self._loaded != instance:
+                    starts += attempts > 0
                     since, attempts, instance = now, 0, self._loaded
+                if starts == MOST_STARTS:
+                    raise ServerLost(
+                        f"vLLM at {self.base_url} was started anew {starts} times, and never answered this request: "
+                        f"{error}"
+                    ) from error
                 if now - since >= self.timeout:
                     raise ServerLost(
                         f"vLLM at {self.base_url} did not answer for {self.timeout:g} s (vllm_server_timeout): {error}"

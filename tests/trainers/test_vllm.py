@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -260,6 +261,21 @@ def test_killed_amid_requests_nothing_is_lost(server, make_engine, update, expec
     # What was answered before is kept: at most the three that were under way are asked for twice.
     assert 0 < len(first) + len(second) - len(PROMPTS) <= 3
     assert server.starts == 2 and len(server.loads) == 2
+
+
+def test_a_request_that_kills_each_start_of_the_server_is_given_up(server, make_engine, update):
+    """Though each has all the time again: else the run would wait for ever."""
+    engine = make_engine(max_concurrency=1)
+    update(engine, 1, step=1)
+
+    def die():
+        server.stop()
+        threading.Timer(0.05, server.start).start()
+
+    server.fail = lambda count: die
+    with pytest.raises(ServerLost, match="was started anew 5 times, and never answered this request"):
+        engine.complete([[3, 4]], replace(OPTIONS, step=1))
+    assert len(server.of("/v1/completions")) == 6
 
 
 def test_answers_of_other_weights_are_not_taken(server, make_engine, update, expected):
