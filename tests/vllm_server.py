@@ -90,6 +90,10 @@ class FakeServer:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
+    def restart(self, after: float) -> None:
+        self.stop()
+        threading.Timer(after, self.start).start()
+
     def of(self, path: str) -> list[Any]:
         return [body for _, called, body in self.calls if called == path]
 

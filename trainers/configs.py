@@ -111,6 +111,12 @@ class BaseConfig(TrainingArguments):
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size is not supported: micro-batches are filled by token_budget")
 
+    def _check_choices(self, *names: str) -> None:
+        for name in names:
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+
 
 @dataclass
 class RewardConfig(BaseConfig):
@@ -258,13 +264,7 @@ class OnlineConfig(BaseConfig):
             raise ValueError(f"reward_timeout must be a number of seconds above 0, or None; got {self.reward_timeout}")
         if self.reward_workers < 0:
             raise ValueError(f"reward_workers must be at least 0; got {self.reward_workers}")
-        if self.on_reward_error not in ("raise", "none"):
-            raise ValueError(f"on_reward_error must be one of raise, none; got {self.on_reward_error!r}")
-        modes = self.__dataclass_fields__["importance_sampling_mode"].metadata["choices"]
-        if self.importance_sampling_mode not in modes:
-            raise ValueError(
-                f"importance_sampling_mode must be one of {', '.join(modes)}; got {self.importance_sampling_mode!r}"
-            )
+        self._check_choices("on_reward_error", "importance_sampling_mode")
         for name in ("importance_sampling_cap", "vllm_server_timeout", "vllm_request_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
@@ -338,10 +338,7 @@ class SFTConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("truncation_mode", "loss_type"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        self._check_choices("truncation_mode", "loss_type")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, to have a token to predict; got {self.max_length}")
         if self.packing and self.max_length is None:
@@ -420,10 +417,7 @@ class PPOConfig(OnlineConfig):
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         self.max_completion_length = self.response_length
         super().__post_init__()
-        for name in ("score_at", "kl_estimator"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        self._check_choices("score_at", "kl_estimator")
         for name in ("missing_eos_penalty", "kl_coef", "cliprange", "vf_coef", "cliprange_value"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
@@ -604,10 +598,8 @@ class GRPOConfig(OnlineConfig):
         super().__post_init__()
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        for name in GRPOConfig.__annotations__:
-            choices = self.__dataclass_fields__[name].metadata.get("choices")
-            if choices and getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        fields = self.__dataclass_fields__
+        self._check_choices(*[name for name in GRPOConfig.__annotations__ if "choices" in fields[name].metadata])
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations must be at least 1; got {self.num_iterations}")
         if self.num_generations < (1 if self.advantage == "reinforce_plus_plus" else 2):

@@ -7,9 +7,9 @@ import math
 import random
 import re
 import shutil
-import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -249,10 +249,7 @@ def test_killed_amid_requests_nothing_is_lost(server, make_engine, update, expec
     update(engine, 1, step=1)
     before = len(server.of("/v1/completions"))
 
-    def die():
-        server.stop()
-        threading.Timer(0.3, server.start).start()
-
+    die = partial(server.restart, 0.3)
     server.fail = lambda count: die if count == before + 5 else None
     server.delay = 0.01
     assert texts(engine) == said
@@ -268,10 +265,7 @@ def test_a_request_that_kills_each_start_of_the_server_is_given_up(server, make_
     engine = make_engine(max_concurrency=1)
     update(engine, 1, step=1)
 
-    def die():
-        server.stop()
-        threading.Timer(0.05, server.start).start()
-
+    die = partial(server.restart, 0.05)
     server.fail = lambda count: die
     with pytest.raises(ServerLost, match="was started anew 5 times, and never answered this request"):
         engine.complete([[3, 4]], replace(OPTIONS, step=1))
