@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "rlkernels/lm_head.py": {"rlkernels.ops", "rlkernels.causal_lm"},
     "rlkernels/__init__.py": {"rlkernels.ops", "rlkernels.lm_head"},
     "trainers/*.py": {"rlkernels.trainers"},
+    "rlkernels/integrations/*.py": {"rlkernels.integrations", "rlkernels.trainers"},
     # `rlkernels info` reports on the registry and the extension themselves.
     "rlkernels/cli.py": {"rlkernels.cli_train", "rlkernels.ops._registry", "rlkernels._C"},
     "rlkernels/cli_*.py": {"rlkernels.trainers", "rlkernels.cli_data"},
@@ -71,7 +72,7 @@ def is_public(name: str) -> bool:
 def test_dependencies_point_one_way(pattern):
     files = sorted(ROOT.glob(pattern))
     assert files, f"no file matches {pattern}"
-    above_the_ops = pattern.startswith(("trainers", "rlkernels/cli", "examples"))
+    above_the_ops = pattern.startswith(("trainers", "rlkernels/integrations", "rlkernels/cli", "examples"))
     wrong = []
     for path in files:
         for name in imported_from_rlkernels(path):

@@ -1,0 +1,239 @@
+"""Another project's functions replaced by ours: all of a table's or none, and put back again."""
+
+import importlib
+import importlib.metadata
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+_ABSENT = object()
+
+
+class PatchError(RuntimeError):
+    """The installed version is not one that the table was written for. Nothing was replaced."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A row of the table.
+
+    target: where the function is defined, "package.module:function" or "package.module:Class.method".
+    ours: what takes its place, a function of the same parameters.
+    signature: the parameters that the installed one must have, with their defaults, without annotations:
+        "(logits, index, temperature=1.0)".
+    signature_of: the name in the same module that has this signature, where it is not the target: the forward of an
+        autograd.Function whose apply is replaced.
+    versions: the versions of the package that have this row, all by default.
+    """
+
+    target: str
+    ours: Callable
+    signature: str
+    signature_of: str | None = None
+    versions: str = ""
+
+
+@dataclass
+class _Found:
+    """A row's function as it is installed."""
+
+    row: Replacement
+    owner: Any
+    """The module or class that has it."""
+    name: str
+    original: Any
+    """As one calls it."""
+    held: Any
+    """What the owner itself holds, which of a class may be a staticmethod; absent where it inherits it."""
+    ours: Any
+
+
+class Patch:
+    """A table for one package, and whether it is in force.
+
+    A function is replaced where it is defined and wherever a module of its package holds the same object, under any
+    name or in a dict of its own (a registry), whether it was imported before or comes to be imported later. What other
+    modules than the package's have imported by name stays as it is.
+    """
+
+    def __init__(self, package: str, versions: str, rows: tuple[Replacement, ...]):
+        self.package = package
+        self.versions = versions
+        self.rows = rows
+        self._lock = threading.RLock()
+        self._found: list[_Found] = []
+        self._reasons: dict[str, str] = {}
+        self._kept = False
+        self._blocks = 0
+
+    def patch(self, verbose: bool = False) -> None:
+        """Replace every function of the table, until `unpatch`. A second call changes nothing.
+
+        The installed version and every signature are checked first. A row whose module asks for another package that
+        is not installed is left out: nobody can have imported that module.
+
+        Args:
+            verbose: print a table of what was replaced.
+
+        Raises:
+            ImportError: the package, or what all of its modules need, is not installed.
+            PatchError: its version or one of the signatures is another than the table's. Nothing has changed.
+        """
+        with self._lock:
+            self._begin()
+            self._kept = True
+            if verbose:
+                print(self.table())
+
+    def unpatch(self) -> None:
+        """Undo `patch`. Open blocks of `patched` keep the functions replaced until they end."""
+        with self._lock:
+            self._kept = False
+            self._end()
+
+    @contextmanager
+    def patched(self, verbose: bool = False) -> Iterator[None]:
+        """`patch` for a block: afterwards all is as it was before, replaced still if `patch` had been called."""
+        with self._lock:
+            self._begin()
+            self._blocks += 1
+            if verbose:
+                print(self.table())
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                self._end()
+
+    def original(self, target: str) -> Any:
+        """What the table's function replaces, whether it does at present or not."""
+        with self._lock:
+            for found in self._found:
+                if found.row.target == target:
+                    return found.original
+            module, _, path = target.partition(":")
+            return getattr(*_owner(importlib.import_module(module), path))
+
+    def table(self) -> str:
+        """What is replaced at present, and what could not be."""
+        with self._lock:
+            lines = [(found.row.target, _name(found.row.ours)) for found in self._found]
+            lines += [(target, f"left as it is: {reason}") for target, reason in self._reasons.items()]
+            width = max((len(target) for target, _ in lines), default=0)
+            version = importlib.metadata.version(self.package)
+            heading = f"{self.package} {version}: {len(self._found)} functions replaced by rlkernels"
+            return "\n".join([heading, *(f"  {target:{width}}  {text}" for target, text in lines)])
+
+    def _begin(self) -> None:
+        if self._found:
+            return
+        found = self._check()
+        try:
+            for each in found:
+                setattr(each.owner, each.name, each.ours)
+            self._exchange({id(each.held): each.ours for each in found if each.held is not _ABSENT})
+        except BaseException:
+            self._restore(found)
+            raise
+        self._found = found
+
+    def _end(self) -> None:
+        if self._found and not self._kept and self._blocks == 0:
+            self._restore(self._found)
+            self._found, self._reasons = [], {}
+
+    def _restore(self, found: list[_Found]) -> None:
+        for each in found:
+            if each.held is not _ABSENT:
+                setattr(each.owner, each.name, each.held)
+            elif each.name in vars(each.owner):
+                delattr(each.owner, each.name)
+        self._exchange({id(each.ours): each.held for each in found if each.held is not _ABSENT})
+
+    def _check(self) -> list[_Found]:
+        """Every row of the installed version, looked up; PatchError names all that differ."""
+        try:
+            version = importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            raise ModuleNotFoundError(f"{self.package} is not installed", name=self.package) from None
+        if version not in SpecifierSet(self.versions, prereleases=True):
+            raise PatchError(
+                f"{self.package} {version} is installed, and rlkernels knows {self.package}{self.versions}; "
+                "nothing was replaced"
+            )
+        found: list[_Found] = []
+        wrong: list[str] = []
+        self._reasons = {}
+        missing = None
+        for row in self.rows:
+            if version not in SpecifierSet(row.versions, prereleases=True):
+                continue
+            module_name, _, path = row.target.partition(":")
+            try:
+                module = importlib.import_module(module_name)
+            except ModuleNotFoundError as error:
+                if error.name is None or error.name.split(".")[0] == self.package:
+                    wrong.append(f"{row.target} is not there ({error})")
+                else:
+                    missing = error
+                    self._reasons[row.target] = f"{error.name} is not installed"
+                continue
+            try:
+                owner, name = _owner(module, path)
+                signature = _signature(*_owner(module, row.signature_of or path))
+            except AttributeError as error:
+                wrong.append(f"{row.target} is not there ({error})")
+                continue
+            if signature != row.signature:
+                where = f"{module_name}:{row.signature_of or path}"
+                wrong.append(f"{where} has the signature {signature}, where {row.signature} was expected")
+                continue
+            held = vars(owner).get(name, _ABSENT)
+            # Of what a class holds, only a plain function is called with the instance.
+            static = isinstance(owner, type) and not isinstance(held, FunctionType)
+            ours = staticmethod(row.ours) if static else row.ours
+            found.append(_Found(row, owner, name, getattr(owner, name), held, ours))
+        if wrong:
+            raise PatchError(
+                f"{self.package} {version} is not as rlkernels knows it, and nothing was replaced: {'; '.join(wrong)}"
+            )
+        if not found and missing is not None:
+            raise missing
+        return found
+
+    def _exchange(self, others: dict[int, Any]) -> None:
+        """Put others[id(value)] in the place of value, in every module of the package and every dict that one holds."""
+        for name, module in list(sys.modules.items()):
+            if not isinstance(module, ModuleType) or name.split(".")[0] != self.package:
+                continue
+            for holder in (vars(module), *(value for value in list(vars(module).values()) if type(value) is dict)):
+                for key, value in list(holder.items()):
+                    if id(value) in others:
+                        holder[key] = others[id(value)]
+
+
+def _owner(module: ModuleType, path: str) -> tuple[Any, str]:
+    """The module or class that has what `path` names, and its name there."""
+    *classes, name = path.split(".")
+    owner: Any = module
+    for each in classes:
+        owner = getattr(owner, each)
+    getattr(owner, name)
+    return owner, name
+
+
+def _signature(owner: Any, name: str) -> str:
+    parameters = inspect.signature(getattr(owner, name)).parameters.values()
+    return str(inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters]))
+
+
+def _name(function: Callable) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
