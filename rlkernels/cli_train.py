@@ -346,6 +346,7 @@ def train(name: str, arguments: list[str]) -> None:
             raise
         if isinstance(error, KeyboardInterrupt | trainers.Terminated):
             close_progress_bars(trainer)
+            leave_process_group()
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"interrupted {progress(trainer)}") from error
             raise Stopped(f"terminated {progress(trainer)}", error.code) from error
@@ -358,6 +359,15 @@ def train(name: str, arguments: list[str]) -> None:
         raise
     if trainer.is_world_process_zero():
         print(f"saved in {config.output_dir}")
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Where all processes end together. Its threads would go on while Python shuts down, and could abort it."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def silence() -> None:

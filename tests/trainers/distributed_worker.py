@@ -109,3 +109,4 @@ if __name__ == "__main__":
     folder, runs = sys.argv[1], json.loads(sys.argv[2])
     results = [*(train(folder, options) for options in runs), fine_tune(folder, processes=2)]
     torch.save(results, Path(folder) / f"{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()

@@ -253,3 +253,4 @@ if __name__ == "__main__":
             results[kind, case] = run(f"{folder}/{kind}/{case}", case, processes=2, resumes=kind == "fsdp2")
         results[kind, "stop"] = stop(f"{folder}/{kind}/stop")
     torch.save(results, f"{folder}/{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()

@@ -120,6 +120,7 @@ def main(folder: Path) -> None:
     found["model"] = save_model(trainer, folder / "model")
     found["left"] = [path.name for path in (folder / "full").iterdir() if "checkpoint" in path.name]
     torch.save(found, folder / f"{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
