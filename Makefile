@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo examples bench bench-results bench-steps bench-logging bench-rollouts evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers test-vllm vllm-cpu
+.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers test-vllm vllm-cpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ bench-results: test-setup $(STAMPS)/peers ## the same; keeps the results and dra
 # make -s bench-steps > docs/steps.md; make bench-steps STEPS="--only dpo"
 bench-steps: test-setup $(STAMPS)/trl-ppo ## time whole optimizer steps beside TRL's trainers
 	@$(BIN)/python benchmarks/steps.py $(STEPS)
+
+bench-drop-in: test-setup $(STAMPS)/peers ## time TRL, verl and OpenRLHF beside themselves on our kernels
+	@$(PEERS)/python benchmarks/drop_in.py
 
 bench-logging: test-setup ## time what logging takes of a step
 	@$(BIN)/python benchmarks/logging_share.py
@@ -94,8 +97,9 @@ test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, un
 	@PYTHONPATH=$(CURDIR)/.venv/triton-next $(MAKE) --no-print-directory test-triton test-compile REPORTS=$(REPORTS)/triton-next
 
 test-peers: private BIN := $(PEERS)
-test-peers: test-setup $(STAMPS)/peers ## ours beside verl's and OpenRLHF's own functions, in an environment of its own
-	@$(PYTEST) tests/peers; $(COUNT)
+test-peers: export OMP_NUM_THREADS := 1
+test-peers: test-setup $(STAMPS)/peers ## verl's and OpenRLHF's own tests and TRL's trainers on ours, in an environment of its own
+	@$(PYTEST) -n 2 tests/peers; $(COUNT)
 
 test-vllm: test-setup $(STAMPS)/vllm-cpu ## the trainers beside a real vLLM server, which has an environment of its own
 	@$(PYTEST) tests/vllm_cpu; $(COUNT)

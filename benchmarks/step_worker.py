@@ -358,10 +358,22 @@ def ppo_ours(job: Job, watch: Stopwatch, batch: Batch, folder: str) -> None:
     watch.start(trainer, models["model"], models["value_model"], trainer.reference_model, models["reward_model"])
 
 
+def patched(side: Callable[..., None]) -> Callable[..., None]:
+    def run_patched(*args: Any) -> None:
+        from rlkernels.integrations import trl
+
+        trl.patch()
+        side(*args)
+
+    return run_patched
+
+
 SIDES = {
     ("grpo", "TRL"): grpo_trl,
+    ("grpo", "TRL, patched"): patched(grpo_trl),
     ("grpo", "rlkernels"): grpo_ours,
     ("dpo", "TRL"): dpo_trl,
+    ("dpo", "TRL, patched"): patched(dpo_trl),
     ("dpo", "rlkernels"): dpo_ours,
     ("ppo", "TRL"): ppo_trl,
     ("ppo", "rlkernels"): ppo_ours,

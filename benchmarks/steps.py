@@ -51,6 +51,9 @@ TOLERANCE = 1e-3
 FURTHER = 1.1
 """How many times as far from float32 as TRL's our gradient in bfloat16 may be."""
 
+PATCHED = "TRL, patched"
+"""TRL's trainer, whose arithmetic rlkernels.integrations.trl has replaced."""
+
 Step = dict[str, float]
 
 
@@ -66,7 +69,7 @@ class Method:
     """A folder with a TRL of its own."""
 
     def environment(self, side: str) -> dict[str, str]:
-        paths = [str(self.trl)] if side == "TRL" and self.trl else []
+        paths = [str(self.trl)] if side != "rlkernels" and self.trl else []
         return os.environ | {"PYTHONPATH": os.pathsep.join([*paths, str(ROOT)])}
 
     def label(self, side: str) -> str:
@@ -150,15 +153,17 @@ def loss_and_gradient(job: Job, method: Method) -> tuple[float, Tensor]:
         return torch.load(file)
 
 
-def disagreement(exact: dict[str, tuple[float, Tensor]], rounded: dict[str, tuple[float, Tensor]]) -> str | None:
+def disagreement(
+    exact: dict[str, tuple[float, Tensor]], rounded: dict[str, tuple[float, Tensor]], side: str = "rlkernels"
+) -> str | None:
     """How ours differs from TRL's by more than rounding, in float32 and in bfloat16."""
-    (our_loss, ours), (their_loss, theirs) = exact["rlkernels"], exact["TRL"]
+    (our_loss, ours), (their_loss, theirs) = exact[side], exact["TRL"]
     if not abs(our_loss - their_loss) <= TOLERANCE * abs(their_loss):
         return f"the losses are {our_loss:.7g} and {their_loss:.7g}"
     distance = (ours - theirs).norm() / theirs.norm()
     if not distance <= TOLERANCE:
         return f"the gradients differ by {distance:.3g} of their norm"
-    our_error, their_error = ((rounded[name][1] - theirs).norm() / theirs.norm() for name in ("rlkernels", "TRL"))
+    our_error, their_error = ((rounded[name][1] - theirs).norm() / theirs.norm() for name in (side, "TRL"))
     if not min(our_error, their_error) > TOLERANCE:
         return f"one of both is not in bfloat16: {our_error:.3g} and TRL's {their_error:.3g} from float32"
     if not our_error <= FURTHER * their_error:
@@ -166,26 +171,22 @@ def disagreement(exact: dict[str, tuple[float, Tensor]], rounded: dict[str, tupl
     return None
 
 
-def check(job: Job, method: Method) -> None:
-    """Raises SystemExit where the two do not compute the same."""
+def check(job: Job, method: Method, side: str = "rlkernels") -> None:
+    """Raises SystemExit where that side and TRL do not compute the same."""
     exact, rounded = (
-        {
-            side: loss_and_gradient(Job(**asdict(job) | {"side": side, "bf16": bf16}), method)
-            for side in ("rlkernels", "TRL")
-        }
+        {name: loss_and_gradient(Job(**asdict(job) | {"side": name, "bf16": bf16}), method) for name in (side, "TRL")}
         for bf16 in (False, True)
     )
-    if difference := disagreement(exact, rounded):
+    if difference := disagreement(exact, rounded, side):
         raise SystemExit(f"error: {job.method}: {difference}: nothing was timed")
 
 
-def measure(job: Job, method: Method, rounds: int) -> dict[str, Step]:
-    """Of each side the medians of the seconds and the peaks in bytes."""
+def measure(job: Job, method: Method, rounds: int, side: str = "rlkernels") -> dict[str, Step]:
+    """Of that side and of TRL the medians of the seconds and the peaks in bytes."""
     steps: dict[str, list[Step]] = {}
     with ExitStack() as stack:
         sides = {
-            side: stack.enter_context(started(Job(**asdict(job) | {"side": side}), method))
-            for side in ("rlkernels", "TRL")
+            name: stack.enter_context(started(Job(**asdict(job) | {"side": name}), method)) for name in (side, "TRL")
         }
         for side in sides.values():
             side()
