@@ -6,23 +6,23 @@
 
 Its trainers need no other change, not even those that exist already. Replaced, in TRL 1.13 and later:
 
-- `_ChunkedLogProbFunction`, the log-probabilities of the fused LM head, on which SFT, DPO, KTO, GRPO and RLOO train since
-  1.15 (some of GRPO before): by `rlkernels.linear_token_logprobs`.
+- `_ChunkedLogProbFunction`, the log-probabilities of the fused LM head, on which SFT, DPO, KTO, GRPO and RLOO train
+  since 1.15 (some of GRPO before): by `rlkernels.linear_token_logprobs`.
 - `selective_log_softmax`, `entropy_from_logits` and `selective_log_softmax_and_entropy`, for wherever logits exist: by
   `rlkernels.token_logprobs`.
 - `_chunked_divergence_loss`, the loss of the distillation trainer: by `rlkernels.linear_kl_divergence`.
 
 Left as it is: what is written out in the trainers and is no function, that is the advantages, ratios and losses of GRPO
-and RLOO, the losses of DPO and KTO, and SFT's own chunked cross-entropy before 1.15; `nanstd`, a function of few numbers
-a step; and the Reward trainer, which calls none of the above.
+and RLOO, the losses of DPO and KTO, and SFT's own chunked cross-entropy before 1.15; `nanstd`, a function of few
+numbers a step; and the Reward trainer, which calls none of the above.
 
 What differs from TRL:
 
 - An id outside of the vocabulary raises ValueError on a CPU and gives NaN on a GPU (there: RuntimeError, or as if its
   logit were 0), but for -100 given to the fused head, whose row is 0 throughout.
 - A logit of -inf adds 0 to the entropy (there: NaN). No rows are no error. There is no second derivative.
-- The fused head takes no temperature of 0 or below, and chooses the sizes of its tiles itself. A weight of another dtype
-  than that of the products gets a gradient rounded to the latter, as by torch.nn.Linear under autocast.
+- The fused head takes no temperature of 0 or below, and chooses the sizes of its tiles itself. A weight of another
+  dtype than that of the products gets a gradient rounded to the latter, as by torch.nn.Linear under autocast.
 """
 
 import torch
