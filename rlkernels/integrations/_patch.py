@@ -1,8 +1,10 @@
 """Another project's functions replaced by ours: all of a table's or none, and put back again."""
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +16,17 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 _ABSENT = object()
+_lock = threading.RLock()
+
+
+def _new_lock() -> None:
+    """A thread that is not in the child may hold the parent's."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 class PatchError(RuntimeError):
@@ -67,9 +80,9 @@ class Patch:
         self.package = package
         self.versions = versions
         self.rows = rows
-        self._lock = threading.RLock()
         self._found: list[_Found] = []
         self._reasons: dict[str, str] = {}
+        self._theirs: set[tuple[int, Any]] = set()
         self._kept = False
         self._blocks = 0
 
@@ -86,7 +99,7 @@ class Patch:
             ImportError: the package, or what all of its modules need, is not installed.
             PatchError: its version or one of the signatures is another than the table's. Nothing has changed.
         """
-        with self._lock:
+        with _lock:
             self._begin()
             self._kept = True
             if verbose:
@@ -94,14 +107,14 @@ class Patch:
 
     def unpatch(self) -> None:
         """Undo `patch`. Open blocks of `patched` keep the functions replaced until they end."""
-        with self._lock:
+        with _lock:
             self._kept = False
             self._end()
 
     @contextmanager
     def patched(self, verbose: bool = False) -> Iterator[None]:
         """`patch` for a block: afterwards all is as it was before, replaced still if `patch` had been called."""
-        with self._lock:
+        with _lock:
             self._begin()
             self._blocks += 1
             if verbose:
@@ -109,13 +122,13 @@ class Patch:
         try:
             yield
         finally:
-            with self._lock:
+            with _lock:
                 self._blocks -= 1
                 self._end()
 
     def original(self, target: str) -> Any:
         """What the table's function replaces, whether it does at present or not."""
-        with self._lock:
+        with _lock:
             for found in self._found:
                 if found.row.target == target:
                     return found.original
@@ -124,7 +137,7 @@ class Patch:
 
     def table(self) -> str:
         """What is replaced at present, and what could not be."""
-        with self._lock:
+        with _lock:
             lines = [(found.row.target, _name(found.row.ours)) for found in self._found]
             lines += [(target, f"left as it is: {reason}") for target, reason in self._reasons.items()]
             width = max((len(target) for target, _ in lines), default=0)
@@ -136,6 +149,8 @@ class Patch:
         if self._found:
             return
         found = self._check()
+        ours = {id(each.ours) for each in found}
+        self._theirs = {(id(holder), key) for holder, key, value in self._held() if id(value) in ours}
         try:
             for each in found:
                 setattr(each.owner, each.name, each.ours)
@@ -198,8 +213,10 @@ class Patch:
                 continue
             held = vars(owner).get(name, _ABSENT)
             # Of what a class holds, only a plain function is called with the instance.
-            static = isinstance(owner, type) and not isinstance(held, FunctionType)
+            static = isinstance(owner, type) and not isinstance(inspect.getattr_static(owner, name), FunctionType)
             ours = staticmethod(row.ours) if static else row.ours
+            if any(each.ours is ours for each in found):
+                ours = _another(ours)
             found.append(_Found(row, owner, name, getattr(owner, name), held, ours))
         if wrong:
             raise PatchError(
@@ -210,14 +227,29 @@ class Patch:
         return found
 
     def _exchange(self, others: dict[int, Any]) -> None:
-        """Put others[id(value)] in the place of value, in every module of the package and every dict that one holds."""
+        """Put others[id(value)] in the place of value, but where a function of ours stood before it replaced any."""
+        for holder, key, value in self._held():
+            if id(value) in others and (id(holder), key) not in self._theirs:
+                holder[key] = others[id(value)]
+
+    def _held(self) -> Iterator[tuple[dict, Any, Any]]:
+        """What every module of the package holds, and every dict that one holds."""
         for name, module in list(sys.modules.items()):
             if not isinstance(module, ModuleType) or name.split(".")[0] != self.package:
                 continue
             for holder in (vars(module), *(value for value in list(vars(module).values()) if type(value) is dict)):
                 for key, value in list(holder.items()):
-                    if id(value) in others:
-                        holder[key] = others[id(value)]
+                    yield holder, key, value
+
+
+def _another(function: Callable) -> Callable:
+    """The same under an identity of its own, by which it is found again when it is to give up its place."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _owner(module: ModuleType, path: str) -> tuple[Any, str]:

@@ -2,11 +2,14 @@
 
 import importlib
 import inspect
+import os
+import signal
 import sys
 import threading
 
 import pytest
 
+from rlkernels.integrations import _patch
 from rlkernels.integrations._patch import Patch, PatchError, Replacement
 
 FILES = {
@@ -43,6 +46,12 @@ FILES = {
 
         def step(x):
             return scale(_shift(_Function.apply(x, 1.0)))
+    """,
+    "inherited.py": """
+        from .losses import Loss
+
+        class Weighted(Loss):
+            pass
     """,
     "late.py": "from .losses import scale",
     "serving.py": "import a_package_that_nobody_has",
@@ -194,6 +203,59 @@ def test_blocks_of_many_threads(peer, losses):
         sys.setswitchinterval(interval)
     assert not wrong
     assert state(peer) == before
+
+
+def test_inherited_method(peer, losses):
+    inherited = importlib.import_module("peer.inherited")
+    patch = Patch("peer", ">=1,<2", (Replacement("peer.inherited:Weighted.forward", forward, "(self, x)"),))
+    with patch.patched():
+        assert inherited.Weighted(7).forward(1) == ("forward", 7, 1)
+        assert losses.Loss(7).forward(1) == 7
+    assert inherited.Weighted(7).forward(1) == 7
+    assert "forward" not in vars(inherited.Weighted)
+
+
+def test_one_function_for_two(peer, losses):
+    late = importlib.import_module("peer.late")
+    patch = Patch("peer", ">=1,<2", (SCALE, Replacement("peer.losses:Loss.forward", scale, "(self, x)")))
+    before = state(peer)
+    with patch.patched():
+        assert late.scale(1) == ("scale", 1, 2.0)
+        assert losses.Loss(7).forward(1)[2] == 1
+    assert state(peer) == before
+
+
+def test_what_the_project_had_of_ours_stays(peer, losses):
+    """As in a registry of plugins, under a name of its own."""
+    losses.REGISTRY["ours"] = scale
+    patch = Patch("peer", ">=1,<2", ROWS)
+    before = state(peer)
+    with patch.patched():
+        assert losses.REGISTRY["scale"] is losses.REGISTRY["ours"] is scale
+    assert state(peer) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_child_of_a_process_that_was_patching(peer, losses):
+    patch = Patch("peer", ">=1,<2", ROWS)
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with _patch._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        patch.patch()
+        os._exit(losses.scale is not scale)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    done.set()
+    thread.join()
 
 
 @pytest.mark.parametrize(
