@@ -162,6 +162,8 @@ def test_policy_loss_corrected(correction, dtype, token_level, dual_clip, kind):
             assert (results[3] is None) == (kind == "gspo")
             if SINCE_0_11_2 and kind == "ppo":
                 assert 0 < results[4] < 1
+    low = (value.bfloat16() for value in (new, old, advantages))
+    assert_as_theirs(ours, theirs, *low, masks(), rollout.float())
     if kind == "ppo" and token_level:
         assert_as_theirs(ours, theirs, new, old, advantages, None, rollout, slack=near)
     for function in (ours, theirs):
