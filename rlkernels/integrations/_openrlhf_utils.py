@@ -107,7 +107,7 @@ def masked_mean(tensor: Tensor, mask: Tensor | None, dim: int | None = None) -> 
         return theirs("openrlhf.models.utils:masked_mean")(tensor, mask, dim)
     mean = rlkernels.masked_mean(tensor, mask, dim=dim)
     scored = mask.any() if dim is None else mask.any(dim)
-    return torch.where(scored, mean, float("nan")).to(torch.result_type(tensor, mask))
+    return torch.where(scored, mean, float("nan")).to(torch.promote_types(tensor.dtype, mask.dtype))
 
 
 def masked_normalize(tensor: Tensor, mask: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
@@ -118,7 +118,7 @@ def masked_normalize(tensor: Tensor, mask: Tensor, dim: int = 1, eps: float = 1e
     mean = _keepdim(rlkernels.masked_mean(tensor, scored, dim=dim), dim)
     centered = torch.where(scored, tensor.to(mean.dtype) - mean, 0.0)
     variance = _keepdim(rlkernels.masked_mean(centered.square(), scored, dim=dim), dim)
-    return (centered * variance.clamp(min=eps).rsqrt()).to(torch.result_type(tensor, mask))
+    return (centered * variance.clamp(min=eps).rsqrt()).to(torch.promote_types(tensor.dtype, mask.dtype))
 
 
 def _keepdim(reduced: Tensor, dim: int | None) -> Tensor:

@@ -294,3 +294,18 @@ def test_dpo_loss(dtype, beta, smoothing, ipo):
     assert_as_theirs(ours, theirs, *inputs[:3], inputs[3][:1], leaves=(0, 1), slack=near)
     loss, chosen, rejected = ours(*(value.clone().requires_grad_() for value in inputs[:2]), *inputs[2:])
     assert loss.requires_grad and not chosen.requires_grad and not rejected.requires_grad
+
+
+def test_compiled():
+    """In one graph, as theirs are where a caller compiles them."""
+    new, old, advantages, rollout = policies()
+    mask = masks()
+    for name, options, arguments in (
+        ("PolicyLoss", next(corrections()), (new, old, advantages, mask, rollout)),
+        ("PolicyLoss", dict(policy_loss_type="gspo"), (new, old, advantages, mask)),
+        ("ValueLoss", dict(clip_eps=0.2), (new, old, advantages, mask)),
+        ("DPOLoss", dict(beta=0.1), tuple(new[:4])),
+    ):
+        ours, theirs, _ = losses(name, **options)
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*arguments), theirs(*arguments))

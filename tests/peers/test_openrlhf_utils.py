@@ -286,3 +286,18 @@ def test_get_cumulative_returns(dtype, mask_dtype, gamma):
     assert_as_theirs(ours, theirs, None, rewards, mask, gamma, leaves=(1,), slack=8)
     assert_as_theirs(ours, theirs, None, rewards.T, None if mask is None else mask.T, gamma, leaves=(), slack=8)
     assert_as_theirs(ours, theirs, None, rewards[:, :0], None, gamma, leaves=())
+
+
+def test_compiled():
+    """In one graph, as theirs are where a caller compiles them."""
+    x, ones = torch.randn(2, 5, 7), torch.ones(5, 7)
+    for name, arguments in {
+        "log_probs_from_logits": (x, torch.ones(2, 5, dtype=torch.long)),
+        "compute_approx_kl": (x[0], x[1]),
+        "compute_reward": (torch.randn(5), 0.1, x[0], ones),
+        "masked_mean": (x[0], ones, 1),
+        "masked_normalize": (x[0], ones),
+    }.items():
+        ours, theirs = openrlhf_modules.pair(f"utils:{name}")
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*arguments), theirs(*arguments))
