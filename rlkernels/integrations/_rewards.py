@@ -1,0 +1,159 @@
+"""What the reward adapters share: others' functions called for one completion, and ours called by others."""
+
+import asyncio
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def check_callable(argument: str, function: Any) -> None:
+    if not callable(function):
+        raise TypeError(f"{argument} must be a function; got {function!r}")
+
+
+def name_of(function: Any) -> str:
+    while isinstance(function, functools.partial) and not hasattr(function, "__name__"):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def named(made: functools.partial, after: Any) -> Callable:
+    made.__name__ = name_of(after)  # type: ignore[attr-defined]
+    return made
+
+
+def is_async(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def text_of(completion: str | list[dict]) -> str:
+    return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)
+
+
+def column_of(row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        raise ValueError(f"column must be one of the rows', {sorted(row)}; got {column!r}")
+    return row[column]
+
+
+def plain(value: Any) -> Any:
+    """Of tensors, arrays and lists of one: that one, as Python has it."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    while isinstance(value, list | tuple) and len(value) == 1:
+        value = plain(value[0])
+    return value
+
+
+def number_or_none(value: Any) -> float | None:
+    value = plain(value)
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+# Theirs, called by our trainers
+
+
+class PerCompletion:
+    """A reward function of our trainers, that can be pickled.
+
+    call: (prompt, completion, completion ids, row's columns) -> what their function returns for these.
+    read: that -> (reward, entries to log).
+    """
+
+    def __init__(self, call: Callable, read: Callable, name: str) -> None:
+        self.call, self.read, self.__name__ = call, read, name
+
+    def __call__(self, prompts, completions, **kwargs) -> list:
+        return self.rewards([self.call(*each) for each in self._each(prompts, completions, kwargs)], kwargs)
+
+    def _each(self, prompts, completions, kwargs):
+        size = len(prompts)
+        columns = kwargs.keys() - {"completion_ids", "trainer_state", "log_extra", "log_metric"}
+        rows = [{key: kwargs[key][row] for key in columns} for row in range(size)]
+        return list(zip(prompts, completions, kwargs.get("completion_ids") or [None] * size, rows, strict=True))
+
+    def rewards(self, results: list, kwargs: dict[str, Any]) -> list:
+        read = [self.read(result) for result in results]
+        logged: dict[str, list] = {}
+        for row, (_, entries) in enumerate(read):
+            for key, value in entries.items():
+                logged.setdefault(key, [None] * len(read))[row] = plain(value)
+        for key, values in logged.items():
+            if log_extra := kwargs.get("log_extra"):
+                log_extra(f"{self.__name__}/{key}", values)
+            found = [value for value in values if value is not None]
+            if (log_metric := kwargs.get("log_metric")) and found and all(isinstance(x, numbers.Real) for x in found):
+                log_metric(f"{self.__name__}/{key}", sum(found) / len(found))
+        return [plain(reward) for reward, _ in read]
+
+
+class AsyncPerCompletion(PerCompletion):
+    async def __call__(self, prompts, completions, **kwargs) -> list:  # type: ignore[override]
+        calls = [self.call(*each) for each in self._each(prompts, completions, kwargs)]
+        return self.rewards(await asyncio.gather(*calls), kwargs)
+
+
+# Ours, called by them
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A reward function of ours, the keyword under which it takes the ground truth, whether it takes messages, and what
+    its None is worth."""
+
+    reward: Callable
+    column: str
+    chat: bool
+    default: float | None
+
+    def start(self, prompts: list, texts: list[str], columns: dict[str, list], **shared: Any) -> tuple[Any, "Called"]:
+        """What it returns, to be awaited if it is async, and what is to be made of that then."""
+        called = Called(name_of(self.reward), len(texts), self.default)
+        completions = [[{"role": "assistant", "content": text}] for text in texts] if self.chat else texts
+        own: dict[str, Any] = {"prompts": prompts, "completions": completions, "completion_ids": [None] * len(texts)}
+        own |= {"trainer_state": None, "log_extra": called.log_extra, "log_metric": called.log_metric}
+        return self.reward(**{**columns, **shared, **own}), called
+
+
+@dataclass
+class Called:
+    name: str
+    size: int
+    default: float | None
+    columns: dict[str, list] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def log_extra(self, column: str, values: Sequence) -> None:
+        self.columns[column] = [plain(value) for value in values]
+
+    def log_metric(self, name: str, value: Any) -> None:
+        self.metrics[name] = float(value)
+
+    def rewards(self, result: Any) -> list[float]:
+        result = result.tolist() if hasattr(result, "tolist") else result
+        if not isinstance(result, list | tuple) or len(result) != self.size:
+            raise ValueError(f"reward '{self.name}' must give a list of {self.size} numbers; got {result!r}")
+        return [self._number(plain(value)) for value in result]
+
+    def _number(self, value: Any) -> float:
+        if value is None and self.default is None:
+            raise ValueError(f"default must say what reward '{self.name}' is worth where it gives None")
+        value = self.default if value is None else value
+        if not (isinstance(value, numbers.Real) and math.isfinite(value)):
+            raise ValueError(f"reward '{self.name}' must give finite numbers or None; got {value!r}")
+        return float(value)
+
+
+def finished(result: Any) -> Any:
+    """Of a function that may be async: called in a thread without an event loop."""
+
+    async def wait():
+        return await result
+
+    return asyncio.run(wait()) if inspect.isawaitable(result) else result
