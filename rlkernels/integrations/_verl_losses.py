@@ -1,0 +1,312 @@
+"""verl's policy losses on ours, for `rlkernels.integrations.verl`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rlkernels as rk
+from rlkernels.integrations._verl_aggregation import agg_loss, aggregated, loss_type
+
+
+def policy_loss_vanilla(
+    old_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="token-mean",
+    config=None,
+    rollout_is_weights=None,
+):
+    _check(config)
+    clips = _clips(config)
+    bound = config.get("clip_ratio_c", 3.0)
+    assert bound > 1.0, f"clip_ratio_c, the lower bound of dual-clip PPO, must be greater than 1.0, got {bound}"
+    loss, clipped = _policy_loss(
+        (old_log_prob, log_prob, advantages, response_mask),
+        loss_agg_mode,
+        config,
+        rollout_is_weights,
+        objective="ppo",
+        dual_clip=bound,
+        log_ratio_clamp=20.0,
+        **clips,
+    )
+    bounded = (_ratio(old_log_prob, log_prob) > bound) & (advantages < 0)
+    return loss, _metrics(clipped, _kl(old_log_prob, log_prob, response_mask, 20.0), _fraction(bounded, response_mask))
+
+
+def policy_loss_dppo_tv(
+    old_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="token-mean",
+    config=None,
+    rollout_is_weights=None,
+):
+    tokens = old_log_prob, log_prob, advantages, response_mask
+    return _dppo("dppo_tv", tokens, loss_agg_mode, config, rollout_is_weights)
+
+
+def policy_loss_dppo_kl(
+    old_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="token-mean",
+    config=None,
+    rollout_is_weights=None,
+):
+    tokens = old_log_prob, log_prob, advantages, response_mask
+    return _dppo("dppo_kl", tokens, loss_agg_mode, config, rollout_is_weights)
+
+
+def policy_loss_gspo(
+    old_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="seq-mean-token-mean",
+    config=None,
+    rollout_is_weights=None,
+):
+    """The sequence's log-ratio is bounded above alone, at 10."""
+    _check(config, actor=True)
+    loss, clipped = _policy_loss(
+        (old_log_prob, log_prob, advantages, response_mask),
+        loss_agg_mode,
+        config,
+        rollout_is_weights,
+        objective="gspo",
+        delta=float(torch.tensor(10.0).exp()),
+        **_clips(config),
+    )
+    return loss, _metrics(clipped, _kl(old_log_prob, log_prob, response_mask), 0.0)
+
+
+def policy_loss_gspo_0_9_0(
+    old_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="seq-mean-token-mean",
+    config=None,
+    rollout_is_weights=None,
+):
+    """verl 0.9.0 aggregates in one way, whatever it is asked for."""
+    return policy_loss_gspo(
+        old_log_prob, log_prob, advantages, response_mask, "seq-mean-token-mean", config, rollout_is_weights
+    )
+
+
+def policy_loss_sapo(
+    old_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="seq-mean-token-mean",
+    config=None,
+    rollout_is_weights=None,
+):
+    """Aggregated in one way, whatever it is asked for."""
+    _check(config, actor=True)
+    loss, _ = _policy_loss(
+        (old_log_prob, log_prob, advantages, response_mask),
+        "seq-mean-token-mean",
+        config,
+        rollout_is_weights,
+        objective="sapo",
+        sapo_temperature_pos=float(config.tau_pos),
+        sapo_temperature_neg=float(config.tau_neg),
+        log_ratio_clamp=20.0,
+    )
+    return loss, _metrics(0.0, _kl(old_log_prob, log_prob, response_mask, 20.0), 0.0)
+
+
+def policy_loss_cispo(
+    old_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="token-mean",
+    config=None,
+    rollout_is_weights=None,
+):
+    _check(config, actor=True)
+    loss, clipped = _policy_loss(
+        (old_log_prob, log_prob, advantages, response_mask),
+        loss_agg_mode,
+        config,
+        rollout_is_weights,
+        objective="cispo",
+        log_ratio_clamp=20.0,
+        **_clips(config),
+    )
+    return loss, _metrics(clipped, _kl(old_log_prob, log_prob, response_mask, 20.0), 0.0)
+
+
+def policy_loss_gpg(
+    old_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="token-mean",
+    config=None,
+    rollout_is_weights=None,
+):
+    assert config is not None
+    tokens = None, log_prob, advantages, response_mask
+    return _policy_loss(tokens, loss_agg_mode, config, rollout_is_weights, objective="reinforce")[0], {}
+
+
+def policy_loss_reinforce(
+    rollout_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="seq-mean-token-sum",
+    config=None,
+    rollout_is_weights=None,
+):
+    assert config is not None, "REINFORCE needs the actor's config"
+    tokens = None, log_prob, advantages, response_mask
+    loss, _ = _policy_loss(tokens, loss_agg_mode, config, rollout_is_weights, objective="reinforce")
+    return loss, {"actor/ppo_kl": _kl(rollout_log_prob, log_prob, response_mask).item()}
+
+
+def policy_loss_dro(
+    old_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="token-mean",
+    config=None,
+    rollout_is_weights=None,
+):
+    assert config is not None
+    assert config.policy_loss is not None
+    beta = config.policy_loss.dro_beta
+    if beta is None or beta <= 0:
+        raise ValueError(f"policy_loss.dro_beta must be positive, got {beta}")
+    penalty = rk.kl_penalty(log_prob, old_log_prob, estimator="k2")
+    losses = beta * penalty - log_prob * advantages.to(penalty.dtype)
+    dtype = loss_type(loss_agg_mode, log_prob, old_log_prob, advantages, response_mask)
+    if rollout_is_weights is not None:
+        losses = losses * rollout_is_weights
+        dtype = torch.promote_types(dtype, rollout_is_weights.dtype)
+    loss = agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info).to(dtype)
+    return loss, {"actor/ppo_kl": _kl(old_log_prob, log_prob, response_mask).item()}
+
+
+def policy_loss_geo_mean(
+    old_log_prob,
+    log_prob,
+    advantages,
+    response_mask,
+    loss_agg_mode="token-mean",
+    config=None,
+    rollout_is_weights=None,
+):
+    """The mean over all sequences, those without a scored token too, whatever aggregation it is asked for."""
+    _check(config)
+    clips = _clips(config)
+    weighted = torch.broadcast_to(advantages, log_prob.shape)
+    if rollout_is_weights is not None:
+        weights = rk.masked_mean(torch.log(rollout_is_weights + 1e-10), response_mask, dim=1).exp()
+        weighted = weighted * weights.unsqueeze(1)
+    loss, _ = rk.policy_loss(
+        log_prob,
+        old_log_prob,
+        weighted,
+        response_mask,
+        objective="gmpo",
+        aggregation="seq_mean_token_mean",
+        normalizer=float(len(log_prob)),
+        **clips,
+    )
+    log_ratio = (log_prob - old_log_prob).detach()
+    outside = (log_ratio < -clips["clip_low"]) | (log_ratio > clips["clip_high"])
+    dtype = loss_type("seq", log_prob, old_log_prob, advantages, response_mask)
+    return loss.to(dtype), _metrics(
+        _fraction(outside & (advantages > 0), response_mask),
+        _kl(old_log_prob, log_prob, response_mask),
+        _fraction(outside & (advantages < 0), response_mask),
+    )
+
+
+def _policy_loss(
+    tokens: tuple[Tensor | None, Tensor, Tensor, Tensor], mode: str, config: Any, weights: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the fraction of tokens that are clipped."""
+    old, logprobs, advantages, mask = tokens
+    advantages = torch.broadcast_to(advantages, logprobs.shape)
+    weighted = advantages if weights is None else advantages * weights
+
+    def call(**aggregation):
+        return rk.policy_loss(logprobs, old, weighted, mask, **options, **aggregation)
+
+    loss, metrics = aggregated(call, mode, mask, **config.global_batch_info)
+    if weights is not None:
+        # A weight of 0 takes a token out of the loss, and out of the metrics in ours but not in verl's.
+        metrics = rk.policy_loss(logprobs.detach(), old, advantages, mask, **options)[1]
+    dtype = loss_type(mode, logprobs, advantages, mask, *(t for t in (old, weights) if t is not None))
+    return loss.to(dtype), _clipped(metrics)
+
+
+def _dppo(objective: str, tokens: tuple[Tensor, ...], mode: str, config: Any, weights: Tensor | None):
+    _check(config)
+    old, logprobs, advantages, mask = tokens
+    bound = config.get("clip_ratio_c", 20.0)
+    options: dict[str, Any] = dict(objective=objective, delta=bound, log_ratio_clamp=20.0, **_clips(config))
+    # verl's loss is float32 at least, as its mask of trusted tokens is.
+    wide = advantages.to(torch.promote_types(advantages.dtype, torch.float32))
+    loss, _ = _policy_loss((old, logprobs, wide, mask), mode, config, weights, **options)
+
+    # verl counts tokens without an advantage, by the bound of the negative ones.
+    signs = torch.where(advantages > 0, 1.0, -1.0).expand_as(logprobs)
+
+    def untrusted(mask):
+        return _clipped(rk.policy_loss(logprobs.detach(), old, signs, mask, **options)[1])
+
+    far = mask.bool() & (_ratio(old, logprobs) > bound)
+    truncated = _fraction(far, mask) * (1 - untrusted(far))
+    return loss, _metrics(untrusted(mask), _kl(old, logprobs, mask, 20.0), truncated)
+
+
+def _check(config: Any, actor: bool = False) -> None:
+    from verl.trainer.config import AlgoConfig
+    from verl.workers.config import ActorConfig
+
+    assert config is not None
+    assert isinstance(config, ActorConfig) if actor else not isinstance(config, AlgoConfig)
+
+
+def _clips(config: Any) -> dict[str, float]:
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    return dict(
+        clip_low=config.clip_ratio if low is None else low,
+        clip_high=config.clip_ratio if high is None else high,
+    )
+
+
+def _ratio(old: Tensor, logprobs: Tensor) -> Tensor:
+    return (logprobs - old).detach().clamp(-20.0, 20.0).exp()
+
+
+def _kl(old: Tensor, logprobs: Tensor, mask: Tensor, clamp: float | None = None) -> Tensor:
+    return rk.masked_mean(rk.kl_penalty(old, logprobs.detach(), estimator="k1", log_ratio_clamp=clamp), mask)
+
+
+def _clipped(metrics: Tensor) -> Tensor:
+    return metrics[1] + metrics[2]
+
+
+def _fraction(where: Tensor, mask: Tensor) -> Tensor:
+    return rk.masked_mean(where.float(), mask)
+
+
+def _metrics(clipped: Tensor | float, kl: Tensor, clipped_lower: Tensor | float) -> dict[str, float]:
+    """Numbers, as verl logs them, by one transfer from the device in place of three."""
+    values = torch.stack([torch.as_tensor(x, dtype=kl.dtype, device=kl.device) for x in (clipped, kl, clipped_lower)])
+    return dict(zip(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), values.tolist(), strict=True))
