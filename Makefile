@@ -158,12 +158,15 @@ $(STAMPS)/build: $(STAMPS)/install $(if $(wildcard rlkernels/_C.*so),,missing) $
 	@touch $@
 
 # The other projects pin other versions of what ours runs on: .venv stays free of them. Of the same Python as .venv, so that
-# the extensions built there serve here too.
+# the extensions built there serve here too. The older TRLs, each in a folder of its own, are tested beside the pinned one.
+OLDER_TRL := 1.13.0 1.14.1 1.15.0
 $(STAMPS)/peers: requirements/base.txt requirements/demo.txt requirements/test.txt requirements/peers.txt $(STAMPS)/install
 	@echo "making .venv-peers"
 	@$(BIN)/python -m venv --clear .venv-peers
 	@for part in base demo test; do $(PEERS)/pip install -qq --disable-pip-version-check -r requirements/$$part.txt || exit; done
 	@$(PEERS)/pip install -qq --disable-pip-version-check --no-deps -r requirements/peers.txt
+	@for version in $(OLDER_TRL); do \
+	  $(PEERS)/pip install -qq --disable-pip-version-check --no-deps --target .venv-peers/trl/$$version trl==$$version || exit; done
 	@RLKERNELS_BUILD=0 $(PEERS)/pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
