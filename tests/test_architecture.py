@@ -153,11 +153,12 @@ def test_public_api_is_as_recorded():
     assert public_api() == recorded, "meant? then run `python tests/test_architecture.py` and note it in CHANGELOG.md"
 
 
-def test_code_in_the_readme_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/integrations.md"])
+def test_code_in_a_page_runs(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, page, "exec"), {})
 
 
 def test_links_between_pages_resolve():
