@@ -55,14 +55,15 @@ def differentiated(function, inputs, upstream):
     return results, torch.autograd.grad(sum(terms), leaves)
 
 
-def compare(ours, theirs, truth, inputs, upstream, names=("logits",)):
-    """`truth` takes float64 of the inputs."""
+def compare(ours, theirs, truth, inputs, upstream, names=("logits",), of_gradients=None):
+    """`truth` takes float64 of the inputs. `of_gradients` sets their standard instead of theirs."""
     right = differentiated(truth, [value.double() for value in inputs], upstream)
     of_ours, of_theirs = (differentiated(function, inputs, upstream) for function in (ours, theirs))
     for i, results in enumerate(zip(of_ours[0], of_theirs[0], right[0], strict=True)):
         assert_as_near(*results, f"result {i}")
         assert results[0].requires_grad == results[1].requires_grad
-    for name, *gradients in zip(names, of_ours[1], of_theirs[1], right[1], strict=True):
+    standard = of_theirs if of_gradients is None else differentiated(of_gradients, inputs, upstream)
+    for name, *gradients in zip(names, of_ours[1], standard[1], right[1], strict=True):
         assert_as_near(*gradients, f"gradient of {name}")
 
 

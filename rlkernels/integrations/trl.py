@@ -23,6 +23,8 @@ What differs from TRL:
 - A logit of -inf adds 0 to the entropy (there: NaN). No rows are no error. There is no second derivative.
 - The fused head takes no temperature of 0 or below, and chooses the sizes of its tiles itself. A weight of another
   dtype than that of the products gets a gradient rounded to the latter, as by torch.nn.Linear under autocast.
+- Gradients of the fused head in bfloat16 and float16 are those of PyTorch, and of TRL since 1.15, which rounds the
+  gradient of a tile of logits for its products. Before, TRL multiplied them in float32, somewhat nearer the truth.
 """
 
 import torch
@@ -229,7 +231,8 @@ def _scored(logits, index, temperature=1.0, row_mask=None, with_entropy=False):
         logprobs = z[..., 1:] - (z[..., 0] - logprobs).unsqueeze(-1)
         if row_mask is not None:
             logprobs = logprobs.masked_fill(row_mask == 0, 0.0)
-    return logprobs.to(dtype), None if entropy is None else entropy.to(dtype)
+    # Copies, since TRL's trainers change them in place, and ours needs its own for the backward pass.
+    return logprobs.to(dtype, copy=True), None if entropy is None else entropy.to(dtype, copy=True)
 
 
 def _dtype_of_theirs(logits, index, row_mask):

@@ -120,12 +120,11 @@ def test_several_tokens_of_a_row(dtype):
     theirs, ours = pair("selective_log_softmax")
     logits, ids, upstream = random_logits(dtype=dtype, tokens=(6,))
     logits[..., :3] = -torch.inf
-    ids[..., 0], ids[..., 1], ids[..., 4] = logits.argmax(-1), 2, ids[..., 5]
-    upstream[..., 1] = 0.0
+    ids[..., 0], ids[..., 1], ids[..., 4] = 2, logits.argmax(-1), ids[..., 5]
     values = [function(logits, ids) for function in (ours, theirs)]
     assert_as_near(*values, scored(logits.double(), ids)[0], "values")
-    assert (values[0][..., 1] == -torch.inf).all()
-    ids, upstream = ids[..., [0, 2, 3, 4, 5]], upstream[..., [0, 2, 3, 4, 5]]
+    assert (values[0][..., 0] == -torch.inf).all()
+    ids, upstream = ids[..., 1:], upstream[..., 1:]
     compare(lambda z: ours(z, ids), lambda z: theirs(z, ids), lambda z: scored(z, ids)[0], [logits], upstream[:1])
 
 
@@ -202,6 +201,27 @@ def test_logits_are_left_as_they_are():
             assert torch.equal(grown, logits)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["selective_log_softmax", "selective_log_softmax_and_entropy", "entropy_from_logits"])
+def test_results_changed_in_place(dtype, name):
+    """As the trainers do where a token is masked."""
+    theirs, ours = pair(name)
+    logits, ids, _ = random_logits(dtype=dtype)
+    found = []
+    for function in (ours, theirs):
+        leaf = logits.clone().requires_grad_()
+        results = function(leaf) if name == "entropy_from_logits" else function(leaf, ids)
+        results = results if isinstance(results, tuple) else (results,)
+        for result in results:
+            result[ids > VOCAB // 2] = 0.0
+            result *= 2
+        sum(result.sum() for result in results).backward()
+        assert (leaf.grad[ids > VOCAB // 2] == 0).all()
+        found.append(leaf.grad)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-10}.get(dtype, 3e-2)
+    torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_dtypes_under_autocast(dtype):
     logits, ids, _ = random_logits(dtype=dtype)
@@ -225,3 +245,13 @@ def test_float32_where_their_kernel_would_run(monkeypatch):
     mask = torch.ones_like(ids)
     assert ours(logits, ids, row_mask=mask).dtype == torch.float32
     assert all(a is b for a, b in zip(asked[0], (logits, ids, mask), strict=True))
+
+
+def test_dtype_that_autocast_chooses(monkeypatch):
+    """As on a GPU, where autocast has log_softmax of bfloat16 give float32."""
+    _, ours = pair("selective_log_softmax")
+    logits, ids, _ = random_logits(dtype=torch.bfloat16, tokens=(2,))
+    log_softmax = torch.nn.functional.log_softmax
+    assert ours(logits, ids).dtype == torch.bfloat16
+    monkeypatch.setattr(torch.nn.functional, "log_softmax", lambda z, dim: log_softmax(z.float(), dim))
+    assert ours(logits, ids).dtype == torch.float32
