@@ -127,10 +127,13 @@ def test_file_stays_short(name, limit):
 
 def public_api() -> str:
     """One line per public name: parameters, defaults, attributes; for a config, the fields that are ours."""
+    import rlkernels.integrations.rewards
+    import rlkernels.integrations.transformers
     import rlkernels.trainers
 
+    integrations = rlkernels.integrations
     lines = []
-    for module in (rlkernels, rlkernels.trainers):
+    for module in (rlkernels, integrations, integrations.rewards, integrations.transformers, rlkernels.trainers):
         for name in sorted(module.__all__):
             value = getattr(module, name)
             if hasattr(value, "__dataclass_fields__"):

@@ -28,6 +28,8 @@ from rlkernels.integrations._rewards import (
     text_of,
 )
 
+__all__ = ["from_openrlhf", "from_reasoning_gym", "from_verl", "to_openrlhf", "to_reasoning_gym", "to_verl"]
+
 # verl
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from rlkernels import linear_policy_loss, unwrap_lm_head, wrap_lm_head
 
+__all__ = ["apply", "restore"]
+
 IGNORE_INDEX = -100  # of labels, in all of Hugging Face
 _STATE = "_fused_loss"
 """Of an applied model: (its forward under ours, skip_logits)."""
