@@ -117,9 +117,9 @@ class Patch:
         with _lock:
             self._begin()
             self._blocks += 1
+        try:
             if verbose:
                 print(self.table())
-        try:
             yield
         finally:
             with _lock:

@@ -339,3 +339,12 @@ def test_verbose_prints_what_was_replaced(peer, capsys):
     assert capsys.readouterr().out == ""
     patch.patch(verbose=True)
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_table_that_cannot_be_printed_puts_everything_back(peer, monkeypatch):
+    patch = Patch("peer", ">=1,<2", ROWS)
+    before = state(peer)
+    monkeypatch.setattr(patch, "table", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), patch.patched(verbose=True):
+        raise AssertionError("entered")
+    assert state(peer) == before
