@@ -33,7 +33,16 @@ def is_async(function: Any) -> bool:
 
 
 def text_of(completion: str | list[dict]) -> str:
-    return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(_text_of_message(message.get("content")) for message in completion)
+
+
+def _text_of_message(content: str | list[dict] | None) -> str:
+    """Of blocks, that of those that are text; a message that only calls tools has none."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(block.get("text", "") for block in content)
 
 
 def column_of(row: dict[str, Any], column: str) -> Any:
@@ -69,14 +78,15 @@ class PerCompletion:
     def __init__(self, call: Callable, read: Callable, name: str) -> None:
         self.call, self.read, self.__name__ = call, read, name
 
-    def __call__(self, prompts, completions, **kwargs) -> list:
-        return self.rewards([self.call(*each) for each in self._each(prompts, completions, kwargs)], kwargs)
+    def __call__(self, prompts, completions, completion_ids=None, **kwargs) -> list:
+        calls = self._each(prompts, completions, completion_ids, kwargs)
+        return self.rewards([self.call(*each) for each in calls], kwargs)
 
-    def _each(self, prompts, completions, kwargs):
+    def _each(self, prompts, completions, completion_ids, kwargs):
         size = len(prompts)
-        columns = kwargs.keys() - {"completion_ids", "trainer_state", "log_extra", "log_metric"}
+        columns = kwargs.keys() - {"trainer_state", "log_extra", "log_metric"}
         rows = [{key: kwargs[key][row] for key in columns} for row in range(size)]
-        return list(zip(prompts, completions, kwargs.get("completion_ids") or [None] * size, rows, strict=True))
+        return list(zip(prompts, completions, completion_ids or [None] * size, rows, strict=True))
 
     def rewards(self, results: list, kwargs: dict[str, Any]) -> list:
         read = [self.read(result) for result in results]
@@ -94,8 +104,8 @@ class PerCompletion:
 
 
 class AsyncPerCompletion(PerCompletion):
-    async def __call__(self, prompts, completions, **kwargs) -> list:  # type: ignore[override]
-        calls = [self.call(*each) for each in self._each(prompts, completions, kwargs)]
+    async def __call__(self, prompts, completions, completion_ids=None, **kwargs) -> list:  # type: ignore[override]
+        calls = [self.call(*each) for each in self._each(prompts, completions, completion_ids, kwargs)]
         return self.rewards(await asyncio.gather(*calls), kwargs)
 
 
@@ -127,18 +137,29 @@ class Called:
     size: int
     default: float | None
     columns: dict[str, list] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    """Of each metric."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self.values.items()}
 
     def log_extra(self, column: str, values: Sequence) -> None:
-        self.columns[column] = [plain(value) for value in values]
+        self.columns.setdefault(column, []).extend(plain(value) for value in values)
 
     def log_metric(self, name: str, value: Any) -> None:
-        self.metrics[name] = float(value)
+        self.values.setdefault(name, []).append(float(value))
 
     def rewards(self, result: Any) -> list[float]:
         result = result.tolist() if hasattr(result, "tolist") else result
         if not isinstance(result, list | tuple) or len(result) != self.size:
             raise ValueError(f"reward '{self.name}' must give a list of {self.size} numbers; got {result!r}")
+        for column, values in self.columns.items():
+            if len(values) != self.size:
+                raise ValueError(
+                    f"reward '{self.name}' must log {self.size} values as '{column}', one for each completion; "
+                    f"got {len(values)}"
+                )
         return [self._number(plain(value)) for value in result]
 
     def _number(self, value: Any) -> float:

@@ -70,6 +70,18 @@ def test_verl_takes_messages_as_text():
     turns = [{"role": "assistant", "content": "a"}, {"role": "tool", "content": "b"}]
     found, _ = call(from_verl(lambda solution_str, **_: len(solution_str), column="letter"), completions=[turns] * 4)
     assert found == [len("a\nb")] * 4
+    blocks = [{"type": "text", "text": "c"}, {"type": "image", "image": None}, {"type": "text", "text": "d"}]
+    turns = [{"role": "assistant", "tool_calls": []}, {"role": "assistant", "content": None}, *turns]
+    seen = from_verl(lambda solution_str, **_: {"score": 0.0, "seen": solution_str}, column="letter", name="n")
+    _, logs = call(seen, completions=[[*turns, {"role": "assistant", "content": blocks}]] * 4)
+    assert logs.columns == {"n/seen": ["\n\na\nb\ncd"] * 4}
+
+
+@pytest.mark.parametrize("function", [peers.detailed_score, peers.async_score])
+def test_prompts_completions_and_ids_by_position(function):
+    reward = from_verl(function, column="letter")
+    result = reward(["p"], ["a bad"], [[1]], letter=["a"], extra_info=[{"split": "train"}])
+    assert (asyncio.run(result) if inspect.isawaitable(result) else result) == [2.0]
 
 
 @pytest.mark.parametrize("function", [peers.detailed_score, peers.async_score])
@@ -286,6 +298,31 @@ def test_ours_as_openrlhfs(function):
         assert result[key].dtype == torch.float32 and result[key].tolist() == expected
     logs = {key: value.tolist() for key, value in result["extra_logs"].items()}
     assert logs == {"twice": [4.0, 4.0], "tenth": pytest.approx([0.2, 0.2])}  # and not the text
+
+
+def test_logged_in_several_calls():
+    """As our trainers and TRL's take it: the values of a column one after the other, and the mean of a metric."""
+
+    def one_by_one(completions, log_extra, log_metric, **_):
+        for text in completions:
+            log_extra("length", [len(text)])
+            log_metric("mean", len(text))
+        return [0.0] * len(completions)
+
+    logs = to_openrlhf(one_by_one)(["pa", "pabc"], ["p", "p"], [None, None])["extra_logs"]
+    assert {key: value.tolist() for key, value in logs.items()} == {"length": [1, 3], "mean": [2, 2]}
+
+
+def test_columns_of_another_length_are_named():
+    def short(completions, log_extra, **_):
+        log_extra("length", [1, 2, 3])
+        return [0.0] * len(completions)
+
+    message = "reward 'short' must log 1 values as 'length', one for each completion; got 3"
+    with pytest.raises(ValueError, match=message):
+        to_verl(short)("s", "q", "l")
+    with pytest.raises(ValueError, match=message):
+        to_openrlhf(short)(["pq"], ["p"], [None])
 
 
 def test_completion_in_a_query():
