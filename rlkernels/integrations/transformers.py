@@ -53,6 +53,9 @@ def apply(
 
     Differentiable: the loss, once: a second backward pass through it raises RuntimeError. It is float32.
 
+    Not for torch.nn.DataParallel, which raises RuntimeError then. A Trainer that sees several GPUs takes it unless each
+    has a process of its own (torchrun, accelerate launch).
+
     Edge cases: labels that are all -100 give NaN without num_items_in_batch, and 0 with it, as ever.
 
     Raises:
@@ -84,6 +87,7 @@ def apply(
     # On the model, not in the closure, so that a deep copy calls its own.
     setattr(lm, _STATE, (lm.forward, skip_logits))
     lm.forward = types.MethodType(forward, lm)
+    lm._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, lm)
     if scale is None and softcap is None:
         try:
             _compare(lm)
@@ -109,6 +113,7 @@ def restore(model: nn.Module) -> Any:
             f"model: the forward of {type(lm).__name__} was replaced since it got the fused head; undo that first"
         )
     lm.forward, _ = vars(lm).pop(_STATE)
+    del lm._replicate_for_data_parallel
     unwrap_lm_head(lm)
     return model
 
@@ -123,6 +128,14 @@ def _ours(lm: Any) -> Any:
             break
         function = getattr(function, "__wrapped__", None)
     return function
+
+
+def _replicate_for_data_parallel(lm: Any) -> Any:
+    """In place of the module's own: replicas would share the forward and the hooks of the first."""
+    raise RuntimeError(
+        f"{type(lm).__name__} has the fused head in its loss, which torch.nn.DataParallel cannot replicate; start a "
+        "process for each GPU (torchrun, accelerate launch), or undo `apply` with `restore`"
+    )
 
 
 def _gives_loss(lm: Any, kwargs: dict[str, Any]) -> bool:

@@ -230,6 +230,16 @@ def test_restore_under_another_forward():
 # What is refused
 
 
+def test_replicas_of_data_parallel():
+    model = apply(build())
+    message = r"Qwen3ForCausalLM has the fused head in its loss, which torch\.nn\.DataParallel"
+    for each in (model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match=message):
+            each._replicate_for_data_parallel()
+    for each in (restore(model), pickle.loads(pickle.dumps(apply(build())))):
+        assert type(each._replicate_for_data_parallel()) is type(each)
+
+
 class ZLoss(transformers.Qwen3ForCausalLM):
     def forward(self, input_ids=None, labels=None, **kwargs):
         output = super().forward(input_ids, labels=labels, **kwargs)
