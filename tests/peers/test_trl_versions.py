@@ -1,6 +1,6 @@
 """The tests of TRL's functions, of which `make test-cpu` has those of the newest, under the older ones that are known.
 
-1.15's own fused head runs on GPUs alone: what takes its place is compared with the truth there, not with it.
+1.15's own fused head and divergence run on GPUs alone: ours are not compared with them there.
 """
 
 import os
