@@ -30,7 +30,6 @@ Ours differ from verl's in this: a reward that is NaN does not count, where verl
 zeros and ones; advantages, old log-probabilities and returns are data, and one that requires a gradient is refused.
 """
 
-import functools
 import importlib
 import importlib.metadata
 import warnings
@@ -186,18 +185,8 @@ def _register() -> None:
         warnings.warn(f"no estimator and no loss named rk_* was registered with verl: {error}", stacklevel=2)
         return
     gspo = losses.policy_loss_gspo_0_9_0 if version in SpecifierSet("<0.9.1") else losses.policy_loss_gspo
-    estimators.update({name: _own(function) for name, function in ESTIMATORS.items()})
-    policy_losses.update({name: _own(function) for name, function in (LOSSES | {"rk_gspo": gspo}).items()})
-
-
-def _own(function: Callable) -> Callable:
-    """A function apart from that of the table, which `unpatch` would exchange for verl's here too."""
-
-    @functools.wraps(function)
-    def registered(*args, **kwargs):
-        return function(*args, **kwargs)
-
-    return registered
+    estimators.update(ESTIMATORS)
+    policy_losses.update(LOSSES | {"rk_gspo": gspo})
 
 
 _register()
