@@ -189,13 +189,17 @@ def policy_loss_dro(
     beta = config.policy_loss.dro_beta
     if beta is None or beta <= 0:
         raise ValueError(f"policy_loss.dro_beta must be positive, got {beta}")
-    penalty = rk.kl_penalty(log_prob, old_log_prob, estimator="k2")
-    losses = beta * penalty - log_prob * advantages.to(penalty.dtype)
-    dtype = loss_type(loss_agg_mode, log_prob, old_log_prob, advantages, response_mask)
-    if rollout_is_weights is not None:
-        losses = losses * rollout_is_weights
-        dtype = torch.promote_types(dtype, rollout_is_weights.dtype)
-    loss = agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info).to(dtype)
+    if rollout_is_weights is None:
+        tokens = None, log_prob, advantages, response_mask
+        options = dict(objective="reinforce", ref_logprobs=old_log_prob, kl_coef=float(beta), kl_estimator="k2")
+        loss, _ = _policy_loss(tokens, loss_agg_mode, config, None, **options)
+        loss = loss.to(torch.promote_types(loss.dtype, old_log_prob.dtype))
+    else:
+        # Which weights the penalty too.
+        penalty = rk.kl_penalty(log_prob, old_log_prob, estimator="k2")
+        losses = (beta * penalty - log_prob * advantages.to(penalty.dtype)) * rollout_is_weights
+        dtype = loss_type(loss_agg_mode, log_prob, old_log_prob, advantages, response_mask, rollout_is_weights)
+        loss = agg_loss(losses, response_mask, loss_agg_mode, **config.global_batch_info).to(dtype)
     return loss, {"actor/ppo_kl": _kl(old_log_prob, log_prob, response_mask).item()}
 
 
@@ -247,11 +251,11 @@ def _policy_loss(
         return rk.policy_loss(logprobs, old, weighted, mask, **options, **aggregation)
 
     loss, metrics = aggregated(call, mode, mask, **config.global_batch_info)
-    if weights is not None:
+    if weights is not None and options["objective"] not in ("reinforce", "sapo"):
         # A weight of 0 takes a token out of the loss, and out of the metrics in ours but not in verl's.
         metrics = rk.policy_loss(logprobs.detach(), old, advantages, mask, **options)[1]
     dtype = loss_type(mode, logprobs, advantages, mask, *(t for t in (old, weights) if t is not None))
-    return loss.to(dtype), _clipped(metrics)
+    return loss.to(dtype), metrics[1] + metrics[2]
 
 
 def _dppo(objective: str, tokens: tuple[Tensor, ...], mode: str, config: Any, weights: Tensor | None):
@@ -261,17 +265,28 @@ def _dppo(objective: str, tokens: tuple[Tensor, ...], mode: str, config: Any, we
     options: dict[str, Any] = dict(objective=objective, delta=bound, log_ratio_clamp=20.0, **_clips(config))
     # verl's loss is float32 at least, as its mask of trusted tokens is.
     wide = advantages.to(torch.promote_types(advantages.dtype, torch.float32))
-    loss, _ = _policy_loss((old, logprobs, wide, mask), mode, config, weights, **options)
+    loss, clipped = _policy_loss((old, logprobs, wide, mask), mode, config, weights, **options)
 
-    # verl counts tokens without an advantage, by the bound of the negative ones.
-    signs = torch.where(advantages > 0, 1.0, -1.0).expand_as(logprobs)
+    # verl counts tokens without an advantage too, by the bound of the negative ones.
+    scored, wide = mask.bool(), wide.expand_as(logprobs)
+    far = scored & (_ratio(old, logprobs) > bound)
+    chosen = far | (scored & (wide == 0))
+    trusted = _trusted(objective, _wide(logprobs)[chosen], _wide(old)[chosen], wide[chosen] > 0, config)
+    count = scored.sum().clamp(min=1)
+    untrusted = clipped + (~trusted & (wide[chosen] == 0)).sum() / count
+    truncated = (trusted & far[chosen]).sum() / count
+    return loss, _metrics(untrusted, _kl(old, logprobs, mask, 20.0), truncated)
 
-    def untrusted(mask):
-        return _clipped(rk.policy_loss(logprobs.detach(), old, signs, mask, **options)[1])
 
-    far = mask.bool() & (_ratio(old, logprobs) > bound)
-    truncated = _fraction(far, mask) * (1 - untrusted(far))
-    return loss, _metrics(untrusted(mask), _kl(old, logprobs, mask, 20.0), truncated)
+def _trusted(objective: str, logprobs: Tensor, old: Tensor, up: Tensor, config: Any) -> Tensor:
+    clips = _clips(config)
+    p, q = logprobs.exp(), old.exp()
+    moved = torch.where(up, p - q, q - p)
+    bound = torch.where(up, clips["clip_high"], clips["clip_low"])
+    if objective == "dppo_tv":
+        return moved <= bound
+    others = ((1e-8 - torch.expm1(old)) / (1e-8 - torch.expm1(logprobs))).log()
+    return (moved <= 0) | (q * (old - logprobs) + (1 - q) * others <= bound)
 
 
 def _check(config: Any, actor: bool = False) -> None:
@@ -295,15 +310,23 @@ def _ratio(old: Tensor, logprobs: Tensor) -> Tensor:
 
 
 def _kl(old: Tensor, logprobs: Tensor, mask: Tensor, clamp: float | None = None) -> Tensor:
-    return rk.masked_mean(rk.kl_penalty(old, logprobs.detach(), estimator="k1", log_ratio_clamp=clamp), mask)
+    # For the log alone, and of one pass: a kernel of its own would cost more than it saves.
+    difference = _wide(old) - _wide(logprobs)
+    return _mean(difference if clamp is None else difference.clamp(-clamp, clamp), mask)
 
 
-def _clipped(metrics: Tensor) -> Tensor:
-    return metrics[1] + metrics[2]
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    scored = mask.bool()
+    return torch.where(scored, values, 0.0).sum() / scored.sum().clamp(min=1)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _fraction(where: Tensor, mask: Tensor) -> Tensor:
-    return rk.masked_mean(where.float(), mask)
+    scored = mask.bool()
+    return (where & scored).sum() / scored.sum().clamp(min=1)
 
 
 def _metrics(clipped: Tensor | float, kl: Tensor, clipped_lower: Tensor | float) -> dict[str, float]:

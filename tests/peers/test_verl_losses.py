@@ -7,6 +7,7 @@ import torch
 
 import verl_rows
 from beside import assert_as_theirs
+from counting import patched_and_counted
 from verl_rows import DTYPES, MASK_DTYPES, pair, slack
 
 verl_rows.rows()
@@ -146,6 +147,16 @@ def test_clamp_of_vanilla():
     actor = config(clip_ratio_c=1e10, **TIGHT)
     loss, _ = assert_loss_as_theirs("vanilla", (old, logprobs, advantages, mask), "seq-mean-token-mean", actor)
     assert loss > 1e7
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_kernel_a_loss(core_algos, name):
+    """What is for the log alone costs passes over the tokens, and no kernels: these would make ours the slower one."""
+    from rlkernels.integrations.verl import PATCH
+
+    with patched_and_counted(PATCH) as calls:
+        getattr(core_algos, f"compute_policy_loss_{name}")(*inputs(), config=config(**LOSSES[name][0]))
+    assert {kernel: n for kernel, n in calls.items() if "::" in kernel} == {"rlkernels::policy_loss_forward": 1}
 
 
 @pytest.mark.parametrize("name", LOSSES)
