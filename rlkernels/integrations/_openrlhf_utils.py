@@ -105,9 +105,10 @@ def masked_mean(tensor: Tensor, mask: Tensor | None, dim: int | None = None) -> 
     if mask is None or tensor.shape != mask.shape or not tensor.is_floating_point():
         # Their sums of another shape broadcast, and each counts the mask as it is.
         return theirs("openrlhf.models.utils:masked_mean")(tensor, mask, dim)
-    mean = rlkernels.masked_mean(tensor, mask, dim=dim)
-    scored = mask.any() if dim is None else mask.any(dim)
-    return torch.where(scored, mean, float("nan")).to(torch.promote_types(tensor.dtype, mask.dtype))
+    scored = mask.bool()
+    mean = rlkernels.masked_mean(tensor, scored, dim=dim)
+    some = scored.any() if dim is None else scored.any(dim)
+    return torch.where(some, mean, float("nan")).to(torch.promote_types(tensor.dtype, mask.dtype))
 
 
 def masked_normalize(tensor: Tensor, mask: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
@@ -117,7 +118,8 @@ def masked_normalize(tensor: Tensor, mask: Tensor, dim: int = 1, eps: float = 1e
     scored = mask != 0
     mean = _keepdim(rlkernels.masked_mean(tensor, scored, dim=dim), dim)
     centered = torch.where(scored, tensor.to(mean.dtype) - mean, 0.0)
-    variance = _keepdim(rlkernels.masked_mean(centered.square(), scored, dim=dim), dim)
+    dims = tuple(range(tensor.dim())) if dim is None else (dim,)
+    variance = centered.square().sum(dims, keepdim=True) / scored.sum(dims, keepdim=True).clamp(min=1)
     return (centered * variance.clamp(min=eps).rsqrt()).to(torch.promote_types(tensor.dtype, mask.dtype))
 
 
