@@ -136,6 +136,10 @@ def rk_gae(token_level_rewards, response_mask, values=None, gamma=None, lam=None
     """GAE as a registered estimator, with gamma and lam of verl's `algorithm` config."""
     if values is None:
         values = _values_of_trainer()
+    if config is not None and config.get("use_pf_ppo", False):
+        raise ValueError(
+            "algorithm.use_pf_ppo: verl resamples the batch after adv_estimator=gae alone, not after rk_gae"
+        )
     gamma = config.gamma if gamma is None else gamma
     lam = config.lam if lam is None else lam
     return compute_gae_advantage_return(token_level_rewards, values, response_mask, gamma, lam)

@@ -11,6 +11,10 @@ Registered beside verl's own, each as verl's of the same name computes it:
 
 rk_gae needs critic.enable=True beside it: verl starts a critic of its own accord for "gae" alone.
 
+Under the names "gae" and "grpo" alone verl's trainer itself does more: it resamples the batch where use_pf_ppo is set,
+which rk_gae refuses, and of an agent loop's several outputs it compares the last ones, where under rk_grpo it takes
+each for a sample. For both there is patch(). The setting bypass_mode takes the place of any loss_mode.
+
     import rlkernels.integrations.verl as rk;  rk.patch()        # or: with rk.patched(): ...
 
 puts ours in place of verl's under verl's own names, wherever they have been imported: the estimators and losses above
@@ -27,7 +31,8 @@ length), optimal_token_baseline and tir_optimal_token_baseline. Their aggregatio
 losses that bypass_mode calls.
 
 Ours differ from verl's in this: a reward that is NaN does not count, where verl makes its whole group NaN; masks are of
-zeros and ones; advantages, old log-probabilities and returns are data, and one that requires a gradient is refused.
+zeros and ones; gamma and lam lie in [0, 1]; advantages, old log-probabilities and returns are data, and one that
+requires a gradient is refused.
 """
 
 import importlib

@@ -223,6 +223,11 @@ def test_registered_estimators_in_verls_trainer(compute_advantage, name, options
         assert ours.any()
 
 
+def test_rk_gae_refuses_what_verl_does_after_gae_alone(compute_advantage):
+    with pytest.raises(ValueError, match="use_pf_ppo"):
+        compute_advantage("rk_gae", use_pf_ppo=True)
+
+
 def test_rk_gae_without_a_critic(compute_advantage, core_algos):
     with pytest.raises(ValueError, match=r"critic\.enable=True"):
         compute_advantage("rk_gae", without=["values"])
