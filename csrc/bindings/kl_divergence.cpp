@@ -24,7 +24,7 @@ Tensor kl_divergence_part(Tensor student, Tensor teacher, Tensor student_stats, 
   const KlDivergence problem = divergence_problem(student, teacher, student_stats, teacher_stats, kind, beta,
                                                   temperature, teacher_temperature, softcap, teacher_softcap);
   const int64_t rows = student.size(0), blocks = problem.blocks_per_row();
-  Tensor parts = empty_floats({2, rows});
+  Tensor parts = empty_floats({3, rows});
   std::vector<DivergenceSums> sums(rows * blocks);
   with_kernels<KlDivergenceKernels>([&](auto kernels) {
     parallel(rows * blocks, std::min(student.size(1), KlDivergence::kBlock),
@@ -32,13 +32,15 @@ Tensor kl_divergence_part(Tensor student, Tensor teacher, Tensor student_stats, 
   });
   float* const out = parts.mutable_data_ptr<float>();
   for (int64_t row = 0; row < rows; ++row) {
-    DivergenceSums total = {0.0, 0.0};
+    DivergenceSums sum = {0.0, 0.0, 0.0};
     for (int64_t b = 0; b < blocks; ++b) {
-      total.divergence += sums[row * blocks + b].divergence;
-      total.centre += sums[row * blocks + b].centre;
+      sum.divergence += sums[row * blocks + b].divergence;
+      sum.moment += sums[row * blocks + b].moment;
+      sum.total += sums[row * blocks + b].total;
     }
-    out[row] = static_cast<float>(total.divergence);
-    out[rows + row] = static_cast<float>(total.centre);
+    out[row] = static_cast<float>(sum.divergence);
+    out[rows + row] = static_cast<float>(sum.moment);
+    out[2 * rows + row] = static_cast<float>(sum.total);
   }
   return parts;
 }

@@ -36,18 +36,20 @@ TokenPair<Vec> pair_of(const Row& student, const Row& teacher, Vec student_x, Ve
 template <int kKind, typename S, typename T>
 DivergenceSums block_sums(const S* x, const T* teacher_x, int64_t size, const KlDivergence& problem, const Row& student,
                           const Row& teacher) {
-  Sum divergence, centre;
+  Sum divergence, moment, total;
   for_each_vector(0, size, [&](int64_t i, int64_t count) {
     const TokenPair<Vec> pair = pair_of(student, teacher, load(x + i, count), load(teacher_x + i, count));
     DivergenceTerm<Vec> term = divergence_term(kKind, pair, Vec(problem.beta), Vec(problem.one_minus_beta));
     if (count < kLanes) {
       const Mask inside = first_lanes(count);
-      term = {select(inside, term.divergence, Vec(0.0f)), select(inside, term.centre, Vec(0.0f))};
+      term = {select(inside, term.divergence, Vec(0.0f)), select(inside, term.moment, Vec(0.0f)),
+              select(inside, term.total, Vec(0.0f))};
     }
     divergence += term.divergence;
-    centre += term.centre;
+    moment += term.moment;
+    total += term.total;
   });
-  return {divergence.total(), centre.total()};
+  return {divergence.total(), moment.total(), total.total()};
 }
 
 template <int kKind, typename S, typename T>

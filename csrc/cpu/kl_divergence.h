@@ -23,7 +23,7 @@ struct KlDivergence {
 };
 
 struct DivergenceSums {
-  double divergence, centre;
+  double divergence, moment, total;
 };
 
 template <Isa>

@@ -4,10 +4,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import rlkernels.ops.kl_divergence  # noqa: F401
 from rlkernels.ops import _checks, _registry
 from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, scored_rows, start
 from rlkernels.ops._lm_head import Gradients, Head, Rows, nan_if, recycle, slices
+from rlkernels.ops.kl_divergence import divergence_and_centre
 from rlkernels.reference import linear_kl as reference
 from rlkernels.reference.kl_divergence import KINDS
 
@@ -236,8 +236,8 @@ class _Heads:
         total, block = len(self.rows), self.student.block_rows
         step = total if kept is not None else min(max(budget // (block * self._row_bytes), 1) * block, total)
         memory = self.kept(step) if kept is None else kept
-        results = self.student.weight.new_empty(2, total, dtype=torch.float64)
-        stats = results.new_empty(4, total, dtype=torch.float32)
+        sums = self.student.weight.new_empty(3, total, dtype=torch.float64)
+        stats = sums.new_empty(4, total, dtype=torch.float32)
         op = _registry.op("kl_divergence_part", self.student.backend)
         for at in slices(total, max(step, 1)):
             size = (at.stop - at.start) * self.student.weight.shape[0]
@@ -245,13 +245,13 @@ class _Heads:
             logits, teacher_logits = memory[0][:size], memory[1][:size]
             stats[:2, at] = _row_stats(self.student, student, logits)
             stats[2:, at] = _row_stats(self.teacher, teacher, teacher_logits)
-            results[:, at] = 0.0
+            sums[:, at] = 0.0
             tiles = self.student.tiles(logits, student), self.teacher.tiles(teacher_logits, teacher)
             for tile, teacher_tile in zip(*tiles, strict=True):
-                results[:, at] += op(tile, teacher_tile, *_halves(stats, at), *astuple(self.pair))
+                sums[:, at] += op(tile, teacher_tile, *_halves(stats, at), *astuple(self.pair))
         if kept is None:
             recycle(memory[0])
-        return results.float(), stats
+        return divergence_and_centre(sums), stats
 
     def backward(
         self,

@@ -33,15 +33,12 @@ def _token_pair(log_student, log_teacher, d):
     # A token that neither has: the difference of two -inf would be NaN.
     d = tl.where((log_student == float("-inf")) & (log_teacher == float("-inf")), 0.0, d)
     teacher_leads = d >= 0.0
-    # The smaller is made of the larger: their difference keeps its digits where they are nearly equal.
-    larger = tl.exp(tl.where(teacher_leads, log_teacher, log_student))
+    # Each from its logarithm, which has seen fewer roundings than d; their difference from d: they may be nearly equal.
+    student = tl.exp(log_student)
+    teacher = tl.exp(log_teacher)
     ratio = tl.exp(-tl.abs(d))
     less = expm1(-tl.abs(d))
-    smaller = larger * ratio
-    gap = larger * less
-    student = tl.where(teacher_leads, smaller, larger)
-    teacher = tl.where(teacher_leads, larger, smaller)
-    return d, student, teacher, tl.where(teacher_leads, gap, -gap), ratio, less
+    return d, student, teacher, tl.where(teacher_leads, teacher, -student) * less, ratio, less
 
 
 @triton.jit
@@ -78,13 +75,11 @@ def _over_mixture(d, ratio, less, beta, one_minus_beta):
 @triton.jit
 def _jensen_shannon(d, student, teacher, over_student, over_teacher, beta, one_minus_beta):
     """beta p_T log(p_T / m) + (1 - beta) p_S log(p_S / m) >= 0"""
-    student *= one_minus_beta
-    teacher *= beta
     is_near = tl.abs(d) < 1.0
-    near = student * expm1_minus_x(tl.where(is_near, -over_student, 0.0))
-    near += teacher * expm1_minus_x(tl.where(is_near, -over_teacher, 0.0))
-    far = tl.where(student == 0.0, 0.0, student * over_student) + tl.where(teacher == 0.0, 0.0, teacher * over_teacher)
-    return tl.where(is_near, near, far)
+    of_student = tl.where(is_near, expm1_minus_x(tl.where(is_near, -over_student, 0.0)), over_student)
+    of_teacher = tl.where(is_near, expm1_minus_x(tl.where(is_near, -over_teacher, 0.0)), over_teacher)
+    of_student = tl.where(student == 0.0, 0.0, one_minus_beta * student * of_student)
+    return of_student + tl.where(teacher == 0.0, 0.0, beta * teacher * of_teacher)
 
 
 @triton.jit
@@ -92,15 +87,15 @@ def _terms(log_student, log_teacher, d, beta, one_minus_beta, KIND: tl.constexpr
     d, student, teacher, difference, ratio, less = _token_pair(log_student, log_teacher, d)
     if KIND == FORWARD:
         divergence = _excess(teacher, d, difference)
-        centre = difference
+        moment = difference
     elif KIND == REVERSE:
         divergence = _excess(student, -d, -difference)
-        centre = tl.where(student == 0.0, 0.0, student * -d)
+        moment = tl.where(student == 0.0, 0.0, student * -d)
     else:
         over_student, over_teacher = _over_mixture(d, ratio, less, beta, one_minus_beta)
         divergence = _jensen_shannon(d, student, teacher, over_student, over_teacher, beta, one_minus_beta)
-        centre = tl.where(student == 0.0, 0.0, student * over_student)
-    return divergence, centre
+        moment = tl.where(student == 0.0, 0.0, student * over_student)
+    return divergence, moment, student
 
 
 @triton.jit
@@ -162,7 +157,8 @@ def _part_kernel(
 
     # Each element of a block has its own running sums.
     divergence = tl.zeros((BLOCK,), tl.float32)
-    centre = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
     columns = tl.arange(0, BLOCK)
     end = multiple_of_16(vocab_size, ALIGNED)
     for first in range(0, end, BLOCK):
@@ -175,11 +171,13 @@ def _part_kernel(
         d = (t * ratio - s) * inverse - (teacher_log_sum - log_sum)
         log_student = s * inverse - log_sum
         log_teacher = t * teacher_inverse - teacher_log_sum
-        term, centre_term = _terms(log_student, log_teacher, d, beta, one_minus_beta, KIND)
+        term, moment_term, probability = _terms(log_student, log_teacher, d, beta, one_minus_beta, KIND)
         divergence += tl.where(inside, term, 0.0)
-        centre += tl.where(inside, centre_term, 0.0)
+        moment += tl.where(inside, moment_term, 0.0)
+        total += tl.where(inside, probability, 0.0)
     tl.store(parts + row, tl.sum(divergence, 0))
-    tl.store(parts + rows + row, tl.sum(centre, 0))
+    tl.store(parts + rows + row, tl.sum(moment, 0))
+    tl.store(parts + 2 * rows + row, tl.sum(total, 0))
 
 
 @triton.jit(do_not_specialize=_DO_NOT_SPECIALIZE)
@@ -260,7 +258,7 @@ def kl_divergence_part(
     teacher_softcap: float,
 ) -> Tensor:
     rows, vocab_size = student.shape
-    parts = torch.empty(2, rows, dtype=torch.float32, device=student.device)
+    parts = torch.empty(3, rows, dtype=torch.float32, device=student.device)
     aligned = _aligned(student) and _aligned(teacher)
     if rows:
         _part_kernel[(rows,)](

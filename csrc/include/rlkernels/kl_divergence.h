@@ -8,8 +8,8 @@ namespace rlk {
 
 enum KlKind { kForward = 0, kReverse = 1, kJensenShannon = 2 };
 
-// The probabilities of one token, from d = log p_T - log p_S. The larger comes from its logarithm, the smaller as
-// exp(-|d|) times that: their difference keeps its digits where they are nearly equal.
+// The probabilities of one token, each from its logarithm, which has seen fewer roundings than d = log p_T - log p_S;
+// their difference from d, as they may be nearly equal.
 template <class F>
 struct TokenPair {
   F d, student, teacher;
@@ -23,11 +23,10 @@ RLK_HD TokenPair<F> token_pair(F log_student, F log_teacher, F d) {
   // A token that neither has: the difference of two -inf would be NaN.
   d = select((log_student == -infinity) & (log_teacher == -infinity), F(0), d);
   auto teacher_leads = d >= F(0);
-  F larger = exp(select(teacher_leads, log_teacher, log_student));
+  F student = exp(log_student), teacher = exp(log_teacher);
   Exponentials<F> of_distance = exponentials(-abs(d));
-  F smaller = larger * of_distance.exp, gap = larger * of_distance.expm1;
-  return {d, select(teacher_leads, smaller, larger), select(teacher_leads, larger, smaller),
-          select(teacher_leads, gap, -gap), of_distance};
+  F difference = select(teacher_leads, teacher, -student) * of_distance.expm1;
+  return {d, student, teacher, difference, of_distance};
 }
 
 // (exp(x) - 1 - x) / x^2 for |x| <= 1/2: the terms of its series that reach 2^-24 of the sum.
@@ -95,23 +94,24 @@ RLK_HD F student_times(const TokenPair<F>& pair, F l) {
   return select(pair.student == F(0), F(0), pair.student * l);
 }
 
-// A token's part of a row's divergence and of the centre of its gradient: of p_S - p_T (forward), p_S L (else).
+// What a token adds to a row's divergence, to the moment p_S - p_T (forward) or p_S L (else), and to the total of p_S.
 template <class F>
 struct DivergenceTerm {
-  F divergence, centre;
+  F divergence, moment, total;
 };
 
 template <class F>
 RLK_HD DivergenceTerm<F> divergence_term(int kind, const TokenPair<F>& pair, F beta, F one_minus_beta) {
-  if (kind == kForward) return {excess(pair.teacher, pair.d, pair.difference), pair.difference};
-  if (kind == kReverse) return {excess(pair.student, -pair.d, -pair.difference), student_times(pair, -pair.d)};
+  if (kind == kForward) return {excess(pair.teacher, pair.d, pair.difference), pair.difference, pair.student};
+  if (kind == kReverse)
+    return {excess(pair.student, -pair.d, -pair.difference), student_times(pair, -pair.d), pair.student};
   const OverMixture<F> over = over_mixture(pair, beta, one_minus_beta);
-  return {jensen_shannon(pair, over, beta, one_minus_beta), student_times(pair, over.student)};
+  return {jensen_shannon(pair, over, beta, one_minus_beta), student_times(pair, over.student), pair.student};
 }
 
 // d(divergence)/dz_S: p_S - p_T - p_S centre; p_S (log(p_S / p_T) - centre); (1 - beta) p_S (log(p_S / m) - centre).
-// The first centre is 0 but for the rounding of the logarithms of the rows' sums, which it takes out, as do the others:
-// beside nearly equal probabilities it would be seen.
+// The centre is the row's moment over its total. The first is 0 but for the rounding of the logarithms of the rows'
+// sums, which it takes out, as do the others: beside nearly equal probabilities it would be seen.
 template <class F>
 RLK_HD F divergence_gradient(int kind, const TokenPair<F>& pair, F centre, F beta, F one_minus_beta) {
   if (kind == kForward) return pair.difference - pair.student * centre;
