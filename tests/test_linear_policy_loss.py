@@ -304,10 +304,11 @@ def test_upstream_gradient(backend, device):
 
 @kernels_only
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_float16_under_a_gradient_scaler(backend, device, budget):
-    """1/N times a small probability is 0 in float16, but not times the scale of the loss."""
-    problem, token_ids = random_problem((1, 2048), 130, device, torch.float16)
-    arguments = (token_ids, None, torch.full((1,), 1e-3, device=device))
+def test_float16_under_a_gradient_scaler(backend, device, emulated, budget):
+    """An advantage over N times a small probability is 0 in float16, but not times the scale of the loss."""
+    tokens = 64 if emulated else 2048
+    problem, token_ids = random_problem((1, tokens), 130, device, torch.float16)
+    arguments = (token_ids, None, torch.full((1,), tokens / 2048 * 1e-3, device=device))
     options = dict(upstream=65536.0, tile=TILE, logits_budget_mb=BUDGETS[budget])
     got = run(linear_policy_loss, problem, arguments, **options)
     wanted = run(linear_policy_loss, problem.to(torch.float64), arguments, upstream=65536.0)
