@@ -20,7 +20,7 @@ def run():
 
     def run(case, schedule="forward", **options):
         environment = {**os.environ, "CUDA_EMULATION_SCHEDULE": schedule, "ASAN_OPTIONS": "detect_leaks=0"}
-        return subprocess.run([program, case], env=environment, capture_output=True, timeout=60, **options)
+        return subprocess.run([program, case], env=environment, capture_output=True, timeout=300, **options)
 
     return run
 

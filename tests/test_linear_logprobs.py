@@ -725,7 +725,7 @@ def test_vocabulary_shared_by_processes(backend, device, tmp_path, processes):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]

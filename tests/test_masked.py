@@ -291,7 +291,7 @@ def test_whiten_over_a_group_equals_one_process(backend, device, tmp_path, proce
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(tmp_path)]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]

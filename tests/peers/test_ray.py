@@ -17,11 +17,12 @@ def workers(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", "600")  # the hook imports PyTorch, on a busy machine too
 
     def start(hook):
         runtime_env = {"worker_process_setup_hook": hook}
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
-        return lambda function: ray.get(ray.remote(function).remote(), timeout=120)
+        return lambda function: ray.get(ray.remote(function).remote(), timeout=600)
 
     yield start
     ray.shutdown()

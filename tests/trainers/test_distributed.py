@@ -48,7 +48,7 @@ def results(tmp_path_factory) -> list[list[dict]]:
     command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(folder), runs]
     path = os.pathsep.join([str(WORKER.parent), *sys.path])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
     return [list(run) for run in zip(*ranks, strict=True)]

@@ -35,7 +35,7 @@ def results(folder) -> list[dict]:
     command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(folder), "ddp", "fsdp2"]
     path = os.pathsep.join([str(WORKER.parent), *sys.path])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -150,7 +150,7 @@ def launched(tmp_path_factory):
         command += ["--output_dir", "out", "--report_to", "none", "--bf16", "False", *arguments]
         path = os.pathsep.join(map(os.path.abspath, sys.path))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         return done.returncode, done.stdout + done.stderr, folder
 
     return launch
