@@ -186,10 +186,10 @@ def test_rows_match_reference(
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pair_of_rows(backend, device, emulated, kind, dtype):
     """Each by itself, so that none hides behind another; emulated, where that takes too long, together."""
-    for whats in [FINITE] if emulated else [[what] * 240 for what in FINITE]:
+    for whats in [FINITE] if emulated else [[what] * rows for what in FINITE for rows in (60, 240)]:
         for vocab_size in (5, 129) if emulated else (1, 2, 5, 63, 129, 5000):
-            if vocab_size == 5000:
-                whats = whats[:60]
+            if len(whats) * vocab_size > 500_000:
+                continue
             student, teacher = (rows.to(device, dtype) for rows in random_pairs(whats, vocab_size, seed=1))
             assert_rows_match(backend, student, teacher, options_of(kind))
 
