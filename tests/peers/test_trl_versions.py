@@ -22,7 +22,7 @@ def test_functions_of_an_older_trl(version):
     assert TESTS
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(VERSIONS / version), str(ROOT)])}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     code = "import importlib.metadata; print(importlib.metadata.version('trl'))"
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -35,7 +35,7 @@ def results(folder) -> list[dict]:
     command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(folder), "ddp", "fsdp2"]
     path = os.pathsep.join([str(WORKER.parent), *sys.path])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 

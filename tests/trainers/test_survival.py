@@ -21,5 +21,5 @@ def test_killed_at_20_moments_is_uninterrupted(method, tmp_path):
         "PYTHONPATH": os.pathsep.join([str(WORKER.parent), *sys.path]),
     }
     command = [sys.executable, str(WORKER), method, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
