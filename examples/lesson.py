@@ -151,9 +151,10 @@ def learn(run: Run, trainer: BaseTrainer, measure: Callable[[], dict[str, float]
     after = measure()
     trainer.save_model(str(run.folder / "model"))
     seconds = round(time.perf_counter() - run.start, 1)
-    result = {"seed": run.seed, "steps": run.steps, "seconds": seconds, "before": before, "after": after}
+    steps = trainer.state.global_step
+    result = {"seed": run.seed, "steps": steps, "seconds": seconds, "before": before, "after": after}
     (run.folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     table = Table("held out", "before", "after")
     for name in before:
         table.add_row(name, f"{before[name]:.3f}", f"{after[name]:.3f}")
-    return [table, f"{run.steps} steps, {seconds:.0f} s; everything is in {run.output_dir}"]
+    return [table, f"{steps} steps, {seconds:.0f} s; everything is in {run.output_dir}"]

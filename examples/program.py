@@ -1,15 +1,18 @@
-"""The command line of an example, and an output folder that a broken-off run leaves as it was.
+"""The command line of an example, and an output folder that holds what a run has learned, or is left as it was.
 
 Nothing here takes long to import: what does is imported by the examples where they need it, so that --help and a wrong
 option need not wait.
 """
 
 import argparse
+import contextlib
+import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +42,48 @@ def parse(description: str, steps: int, folder: str, arguments: list[str] | None
     return options
 
 
+# With what Python does of itself; a program that handles them in a way of its own keeps it.
+DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+class Stop:
+    """Ctrl-C and SIGTERM. The first that comes when training has begun lets the run finish its optimizer step and keep
+    what it has learned; any other ends it at once, and nothing is kept."""
+
+    def __init__(self) -> None:
+        self.number = 0  # the signal that came; 0: none
+        self.step = 0  # the last optimizer step
+        self.keeps = False  # whether there is something to keep
+        self.is_over = False  # what is left takes no time, and is not broken off
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        earlier = {number: signal.getsignal(number) for number in DEFAULTS}
+        mine = [number for number, handler in earlier.items() if handler == DEFAULTS[number]]
+        for number in mine:
+            signal.signal(number, self._receive)
+        try:
+            yield
+        finally:
+            for number in mine:
+                signal.signal(number, earlier[number])
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.is_over:
+            return
+        is_first, self.number = not self.number, number
+        if not (is_first and self.keeps):
+            raise KeyboardInterrupt
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        line = f"{name}: the run ends after this step and keeps what it has learned; once more ends it at once"
+        # The signal may have come amid a write to sys.stderr, which cannot be entered twice.
+        os.write(2, f"\n{line}\n".encode())
+
+    @property
+    def word(self) -> str:
+        return "terminated" if self.number == signal.SIGTERM else "interrupted"
+
+
 @dataclass(frozen=True)
 class Run:
     folder: Path  # where results are written; what is there at the end is moved to output_dir
@@ -46,6 +91,7 @@ class Run:
     seed: int
     steps: int
     console: Console
+    stop: Stop
     start: float = field(default_factory=time.perf_counter)
 
 
@@ -67,22 +113,29 @@ def main(
     example's docstring, of which --help shows the first paragraph."""
     options = parse(description, steps, folder, arguments)
     output_dir: Path = options.output_dir
-    console = Console()
+    console, stop = Console(), Stop()
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        # Made aside and moved when complete, so that an interrupted run leaves the last one as it was.
-        aside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output_dir))
-        try:
-            shown = train(Run(aside, output_dir, options.seed, options.steps, console))
-            for made in aside.iterdir():
-                replace(made, output_dir / made.name)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-            if not any(output_dir.iterdir()):
-                output_dir.rmdir()
+        with stop.listening():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            # Made aside and moved when complete, so that a run that ends at once leaves the last one as it was.
+            aside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output_dir))
+            try:
+                shown = train(Run(aside, output_dir, options.seed, options.steps, console, stop))
+                stop.is_over = True
+                for made in aside.iterdir():
+                    replace(made, output_dir / made.name)
+            finally:
+                stop.is_over = True
+                shutil.rmtree(aside, ignore_errors=True)
+                if not any(output_dir.iterdir()):
+                    output_dir.rmdir()
     except KeyboardInterrupt:
-        print(f"interrupted; {output_dir} is as it was before", file=sys.stderr)
-        return 130
+        print(f"{stop.word}; {output_dir} is as it was before", file=sys.stderr)
+        return 128 + (stop.number or signal.SIGINT)
     for part in shown:
         console.print(part)
+    if stop.number:
+        told = f"{stop.word} after step {stop.step} of {options.steps}; what it has learned is in {output_dir}"
+        print(told, file=sys.stderr)
+        return 128 + stop.number
     return 0

@@ -1,5 +1,6 @@
-"""A bar on the terminal while a trainer runs."""
+"""What is shown of a trainer while it runs."""
 
+import time
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,10 +10,11 @@ from program import Run
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with some of what is logged and the time left. `shown`: what the bar calls a logged value, and its name."""
+    """A bar with some of what is logged and the time left, or a line a step where there is no terminal. Ends a run that
+    was asked to stop. `shown`: what a logged value is called, and its name."""
 
     def __init__(self, run: Run, shown: dict[str, str]) -> None:
-        self.shown = shown
+        self.run, self.shown = run, shown
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -21,10 +23,25 @@ class ProgressCallback(TrainerCallback):
             TimeRemainingColumn(),
             TextColumn("left"),
             console=run.console,
+            disable=not run.console.is_interactive,
         )
         self.task = self.bar.add_task("", total=run.steps, **dict.fromkeys(shown, "-"))
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.run.stop.keeps = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.run.stop.step = state.global_step
+        control.should_training_stop |= bool(self.run.stop.number)
+
+    on_evaluate = on_step_end
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         values = {name: f"{logs[key]:.2f}" for name, key in self.shown.items() if key in logs}
-        if values:
-            self.bar.update(self.task, completed=state.global_step, **values)
+        if not values:
+            return
+        self.bar.update(self.task, completed=state.global_step, **values)
+        if self.bar.disable:
+            told = "  ".join(f"{name} {value}" for name, value in values.items())
+            seconds = time.perf_counter() - self.run.start
+            self.run.console.print(f"step {state.global_step:3d} of {state.max_steps}  {told}  {seconds:.0f} s")

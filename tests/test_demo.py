@@ -241,8 +241,9 @@ def test_demo_writes_its_results(small_run, tmp_path, capsys):
     assert "held-out accuracy" in capsys.readouterr().out
 
 
-def test_interrupted_demo_leaves_the_last_results(tmp_path):
-    smollm2.model_folder()  # what is interrupted is the run, not the conversion
+@pytest.mark.parametrize(("number", "word", "code"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)])
+def test_demo_that_ends_at_once_leaves_the_last_results(tmp_path, number, word, code):
+    """While it still imports what it needs; once it trains, see trainers/test_examples.py."""
     output = tmp_path / "runs" / "demo"
     output.mkdir(parents=True)
     (output / "result.json").write_text("of the last run")
@@ -250,9 +251,9 @@ def test_interrupted_demo_leaves_the_last_results(tmp_path):
     deadline = time.monotonic() + 300
     while not list(output.glob(".unfinished-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, number))
     _, error = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert error == "interrupted; runs/demo is as it was before\n"
+    assert process.returncode == code
+    assert error == f"{word}; runs/demo is as it was before\n"
     assert [entry.name for entry in output.iterdir()] == ["result.json"]
     assert (output / "result.json").read_text() == "of the last run"

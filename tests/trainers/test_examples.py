@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,14 +117,69 @@ def test_wrong_option_ends_in_one_line(name, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_interrupted_run_leaves_the_last_results(tmp_path, capsys):
+SIGNALS = [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+
+
+@pytest.mark.parametrize(("number", "word", "code"), SIGNALS)
+@pytest.mark.parametrize("times", [1, 2], ids=["before the first step", "twice"])
+def test_run_that_ends_at_once_leaves_the_last_results(tmp_path, capfd, number, word, code, times):
     def interrupted(run: program.Run) -> list:
         (run.folder / "result.json").touch()
-        raise KeyboardInterrupt
+        run.stop.keeps = times > 1
+        for _ in range(times):
+            signal.raise_signal(number)
+        pytest.fail("went on")
 
     (tmp_path / "result.json").write_text("of the last run")
+    before = {each: signal.getsignal(each) for each in program.DEFAULTS}
     arguments = ["--output_dir", str(tmp_path)]
-    assert program.main("An example.", interrupted, steps=1, folder="unused", arguments=arguments) == 130
+    assert program.main("An example.", interrupted, steps=1, folder="unused", arguments=arguments) == code
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
     assert (tmp_path / "result.json").read_text() == "of the last run"
-    assert "is as it was before" in capsys.readouterr().err
+    assert capfd.readouterr().err.splitlines()[-1] == f"{word}; {tmp_path} is as it was before"
+    assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_results_are_put_in_place_together(tmp_path, monkeypatch):
+    def make(run: program.Run) -> list:
+        for name in "abc":
+            (run.folder / name).touch()
+        return []
+
+    def replace(source: Path, target: Path) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        source.replace(target)
+
+    monkeypatch.setattr(program, "replace", replace)
+    assert program.main("An example.", make, steps=1, folder=str(tmp_path), arguments=[]) == 0
+    assert {entry.name for entry in tmp_path.iterdir()} == set("abc")
+
+
+def test_demo_that_is_stopped_keeps_what_it_has_learned(make_model, tokenizer, tmp_path):
+    """Where there is no terminal it tells of each step as it is done."""
+    for part in (make_model(), tokenizer):
+        part.save_pretrained(tmp_path / "rlkernels" / "SmolLM2-135M-Instruct")
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "demo.py"), "--steps", "1000", "--output_dir", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    told = (line for line in process.stdout if " of 1000 " in line)
+    for step in (1, 2):
+        assert re.fullmatch(rf"step   {step} of 1000  reward \d\.\d\d  length \d+\.\d\d  \d+ s\n", next(told))
+    process.send_signal(signal.SIGTERM)
+    out, error = process.stdout.read(), process.stderr.read()
+    assert process.wait() == 143
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    steps = result["steps"]
+    assert 2 <= steps < 1000 and f"{steps} of 1000 " in out and "everything is in out" in out
+    assert "\nSIGTERM: the run ends after this step and keeps what it has learned; once more ends it at once\n" in error
+    assert error.splitlines()[-1] == f"terminated after step {steps} of 1000; what it has learned is in out"
+    made = {"result.json", "curves.png", "completions.jsonl", "model"}
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == made
+    records = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    measured = [record["correct"] for record in records if (record["split"], record["step"]) == ("held_out", steps)]
+    assert result["accuracy_after"] == sum(measured) / len(measured)
