@@ -5,6 +5,7 @@ interpreter. Property tests are the same on every run; `--hypothesis-profile=fuz
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -35,6 +36,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Where a shell runs the tests in the background they inherit that Ctrl-C is ignored, and so would what they start.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "gpu: runs on a GPU; skipped, and counted, where there is none")
     for name in config.getoption("backend") or ():
         if name not in _registry.BACKENDS:
