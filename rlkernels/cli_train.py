@@ -314,8 +314,8 @@ def train(name: str, arguments: list[str]) -> None:
     """Runs a command of the table. Nothing is written before all that was given has been looked at."""
     try:
         import rlkernels.trainers as trainers
-    except ModuleNotFoundError as error:
-        raise BadValue(f"{error.name} is not installed; install rlkernels[trainers]") from error
+    except ImportError as error:
+        raise BadValue(str(error)) from error
 
     if local_rank() > 0:
         silence()

@@ -37,6 +37,38 @@ def test_no_library_is_loaded_before_a_command_needs_it():
     assert done.stdout == "[2, 2] set()\n"
 
 
+MISSING = """
+import os, sys
+from importlib.machinery import PathFinder
+from rlkernels import cli
+
+class WithoutIt(PathFinder):
+    @staticmethod
+    def find_spec(name, *args):
+        return None if name == missing else PathFinder.find_spec(name, *args)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutIt
+for missing in sys.argv[1:]:
+    if not os.fork():
+        try:
+            from rlkernels.trainers import GRPOTrainer
+        except ImportError as error:
+            print(error, flush=True)
+        os._exit(cli.main(["grpo"]) if missing == "accelerate" else 0)
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    print(code, flush=True)
+"""
+
+
+def test_what_the_trainers_need_is_told():
+    """The first that they import is left out for the command line, too."""
+    names = ["transformers", "datasets", "accelerate"]
+    done = subprocess.run([sys.executable, "-c", MISSING, *names], capture_output=True, text=True)
+    told = [f"{name} is not installed; pip install rlkernels[trainers]" for name in names]
+    assert done.stdout.splitlines() == [part for line, code in zip(told, "002", strict=True) for part in (line, code)]
+    assert done.stderr == f"rlkernels grpo: error: {told[-1]}\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["absent"], ["info", "--absent"], ["--absent", "info"]])
 def test_bad_command(capsys, arguments):
     assert cli.main(arguments) == 2

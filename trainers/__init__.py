@@ -1,17 +1,21 @@
 """Trainers on `transformers.Trainer`: thin clients of the public functions of `rlkernels`."""
 
-from .checkpoints import CheckpointError
-from .common import NonFiniteLoss
-from .configs import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
-from .dpo import DPOTrainer
-from .grpo import GRPOTrainer
-from .interrupts import Terminated
-from .ppo import PPOTrainer
-from .reward import RewardTrainer
-from .rewards import RewardError
-from .rollout import Rollout, RolloutError, SamplingOptions, TransformersEngine
-from .sft import SFTTrainer
-from .vllm import ServerLost, VLLMEngine
+try:
+    from .checkpoints import CheckpointError
+    from .common import NonFiniteLoss
+    from .configs import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+    from .dpo import DPOTrainer
+    from .grpo import GRPOTrainer
+    from .interrupts import Terminated
+    from .ppo import PPOTrainer
+    from .reward import RewardTrainer
+    from .rewards import RewardError
+    from .rollout import Rollout, RolloutError, SamplingOptions, TransformersEngine
+    from .sft import SFTTrainer
+    from .vllm import ServerLost, VLLMEngine
+except ModuleNotFoundError as error:
+    missing = f"{error.name} is not installed" if error.name else str(error)
+    raise ModuleNotFoundError(f"{missing}; pip install rlkernels[trainers]", name=error.name) from error
 
 __all__ = [
     "CheckpointError",
