@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers test-vllm vllm-cpu
+.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers test-vllm mutants vllm-cpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -104,6 +104,10 @@ test-peers: test-setup $(STAMPS)/peers ## verl's and OpenRLHF's own tests and TR
 
 test-vllm: test-setup $(STAMPS)/vllm-cpu ## the trainers beside a real vLLM server, which has an environment of its own
 	@$(PYTEST) tests/vllm_cpu; $(COUNT)
+
+# make mutants MUTANTS="--tree ../other some-name"
+mutants: test-setup $(STAMPS)/peers ## break the sources in 80 known ways: tests must see each; takes hours, goes on where it was stopped
+	@$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 # ---- set-up: each stamp is remade when what it was made from changes
 

@@ -1,0 +1,226 @@
+"""Shows that the tests find faults: makes each mutation in a scratch copy of the tree, and runs tests until one fails.
+
+    python tests/mutants/run.py                      all that have no result yet, two at a time
+    python tests/mutants/run.py NAME ...             these, whether they have one or not
+    python tests/mutants/run.py --tree DIR NAME ...  in another checkout, by its own tests
+
+First come the tests that a mutation names, then the parts of `make test` that hold the file it is in. Results are kept
+in build/mutants of the tree; a run that was stopped goes on where it was. The exit status is 1 if a mutation survives
+that is not said to be equivalent, and 2 if the tests fail on the tree as it is.
+"""
+
+import argparse
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mutations import ROOT, Mutation, mutations, source_files
+
+WORKERS = 2
+# Seconds that a command may take, which then has found the fault. Far more than any does: each test has its own limit.
+LIMIT = 2 * 3600
+# What holds a file: parts of `make test`. The named tests are run as those of the first part are.
+PARTS = {
+    r"csrc/include/": ("test-cpu", "test-cuda-host"),
+    r"csrc/cuda/": ("test-cuda-host", "test-compile"),
+    r"csrc/": ("test-cpu",),
+    r"rlkernels/triton/": ("test-triton", "test-compile"),
+    r"rlkernels/ops/": ("test-cpu", "test-triton", "test-cuda-host"),
+    r"rlkernels/integrations/.*(verl|openrlhf)": ("test-peers",),
+    r"": ("test-cpu",),
+}
+# How the named tests of a part are run; the Makefile says how a whole part is.
+COMMANDS = {
+    "test-cpu": [".venv/bin/python", "-m", "pytest"],
+    "test-triton": ["env", "TRITON_INTERPRET=1", ".venv/bin/python", "-m", "pytest", "--backend=triton"],
+    "test-cuda-host": [".venv/bin/python", "tests/cuda_emulation/run.py"],
+    "test-peers": [".venv-peers/bin/python", "-m", "pytest"],
+}
+REPORTS = "build/reports"
+# No mutation at all: every part must pass, or what fails in the others says nothing.
+UNCHANGED = Mutation("unchanged", "", "", [])
+
+RUNNING: set[subprocess.Popen] = set()
+STOPPED, WRITING = threading.Event(), threading.Lock()
+
+
+def make_scratch(tree: Path, scratch: Path) -> None:
+    """A copy of the tree with what was built, times included, so that no more is compiled than a mutation makes new."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    caches = ("__pycache__", ".*_cache", ".hypothesis", ".benchmarks")
+    # Of the tests here, those that hold the texts against the tree would fail.
+    others = shutil.ignore_patterns("build", "mutants", "runs", ".venv*", *caches)
+    shutil.copytree(tree, scratch, symlinks=True, ignore=others)
+    shutil.copytree(tree / "build", scratch / "build", ignore=shutil.ignore_patterns("mutants", "reports", "cuda*"))
+    # The emulation's objects are known by what they were made of: they serve from one mutation to the next.
+    emulation = scratch.with_name(f"{scratch.name}-cuda_emulation")
+    emulation.mkdir(exist_ok=True)
+    (scratch / "build/cuda_emulation").symlink_to(emulation)
+    # Where an editable install would else find them in the tree.
+    (scratch / "rlkernels/trainers").symlink_to("../trainers")
+    for venv in tree.glob(".venv*"):
+        (scratch / venv.name).mkdir()
+        for path in venv.iterdir():
+            if path.name == "stamps":  # what make notes as done here is not done there
+                shutil.copytree(path, scratch / venv.name / "stamps")
+            else:
+                (scratch / venv.name / path.name).symlink_to(path)
+
+
+def run(scratch: Path, *command: str) -> tuple[int | None, str]:
+    """Exit status, None where it took too long, and the last line of what it said."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    environment |= {
+        "PYTHONPATH": str(scratch),
+        "PYTEST_ADDOPTS": "-x -p no:cacheprovider",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "RLKERNELS_CUDA": "0",
+    }
+    shutil.rmtree(scratch / REPORTS, ignore_errors=True)
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    with subprocess.Popen(command, cwd=scratch, env=environment, start_new_session=True, **output) as process:
+        RUNNING.add(process)
+        try:
+            said, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, f"{LIMIT} s"
+        finally:
+            RUNNING.discard(process)
+    return process.returncode, next((line for line in reversed(said.splitlines()) if line.strip()), "")
+
+
+def failed_test(scratch: Path) -> str | None:
+    for report in sorted((scratch / REPORTS).glob("*.xml")):
+        for case in ElementTree.parse(report).iter("testcase"):
+            if case.find("failure") is not None or case.find("error") is not None:
+                return f"{case.get('classname')}::{case.get('name')}"
+    return None
+
+
+def named_tests(mutation: Mutation, scratch: Path, part: str) -> list[str]:
+    found = [path.relative_to(scratch) for name in mutation.tests for path in sorted(scratch.glob(f"tests/**/{name}"))]
+    return [str(path) for path in found if ("peers" in path.parts) == (part == "test-peers")]
+
+
+def attempts(mutation: Mutation, scratch: Path) -> tuple[list[list[str]], list[list[str]]]:
+    """Commands that compile the mutation, and those that may find it."""
+    if mutation == UNCHANGED:
+        return [], [["make", "-s", part] for part in sorted({part for parts in PARTS.values() for part in parts})]
+    files = source_files(scratch)
+    path = mutation.place(files)
+    path.write_text(files[path].replace(mutation.text, mutation.replacement))
+    place = path.relative_to(scratch).as_posix()
+    parts = next(parts for pattern, parts in PARTS.items() if re.match(pattern, place))
+    compiling = []
+    if place.startswith("csrc/"):
+        compiling += [["make", "-s", "build"]] if "test-cpu" in parts else []
+        compiling += [[".venv/bin/python", "tests/cuda_emulation/build.py"]] if "test-cuda-host" in parts else []
+    tests = named_tests(mutation, scratch, parts[0])
+    # An older checkout has no such marker.
+    thorough = " and not thorough" if "thorough" in (scratch / "pyproject.toml").read_text() else ""
+    options = ["-q", "-m", f"not gpu{thorough}", f"--junitxml={scratch / REPORTS}/named.xml"]
+    named = [[*COMMANDS[parts[0]], *options, *tests]] if tests else []
+    return compiling, [*named, *(["make", "-s", part] for part in parts)]
+
+
+def verdict(mutation: Mutation, tree: Path, scratch: Path) -> tuple[str, str]:
+    make_scratch(tree, scratch)
+    compiling, testing = attempts(mutation, scratch)
+    where = "from importlib.util import find_spec as f; print(f('rlkernels').origin, f('rlkernels.trainers').origin)"
+    _, found = run(scratch, ".venv/bin/python", "-c", where)
+    if found.count(f"{scratch}/rlkernels/") != 2:
+        raise SystemExit(f"the scratch copy is not what is imported, but {found}")
+    for command in compiling:
+        status, said = run(scratch, *command)
+        if status:
+            return "does not compile", said
+    for command in testing:
+        status, said = run(scratch, *command)
+        if status is None:
+            return "killed", f"time-out of {said}: {' '.join(command)}"
+        if status not in (0, 5):  # 5: of the named tests none was selected
+            return "killed", failed_test(scratch) or f"exit status {status}: {said}"
+    return "survived", ""
+
+
+def results(file: Path) -> dict[str, dict]:
+    """The last one of each mutation."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
+
+
+def run_all(wanted: list[Mutation], tree: Path, folder: Path) -> None:
+    scratches: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    for number in range(1, WORKERS + 1):
+        scratches.put(folder / f"tree-{number}")
+
+    def attempt(mutation: Mutation) -> None:
+        scratch, since = scratches.get(), time.monotonic()
+        try:
+            what, by = verdict(mutation, tree, scratch)
+        finally:
+            scratches.put(scratch)
+        row = {"name": mutation.name, "verdict": what, "by": by, "seconds": round(time.monotonic() - since)}
+        with WRITING, (folder / "results.jsonl").open("a") as file:
+            if not STOPPED.is_set():  # else it was not the mutation that ended it
+                print(f"{row['seconds']:6} s  {what:8}  {mutation.name}  {by}", flush=True)
+                file.write(json.dumps(row) + "\n")
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            list(pool.map(attempt, wanted))
+        except BaseException:
+            STOPPED.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of mutations, or 'unchanged' for the tree as it is")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout, after its `make test-setup`")
+    options = parser.parse_args()
+    tree, known = options.tree.resolve(), {each.name: each for each in (UNCHANGED, *mutations())}
+    if unknown := set(options.names) - known.keys():
+        parser.error(f"there is no mutation named {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder = tree / "build" / "mutants"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = results(folder / "results.jsonl")
+    wanted = [known[name] for name in options.names or known if options.names or name not in done]
+    wanted = [each for each in wanted if not each.equivalent]
+    if UNCHANGED in wanted:
+        run_all([UNCHANGED], tree, folder)
+    done = results(folder / "results.jsonl")
+    if done.get(UNCHANGED.name, {}).get("verdict") == "killed":
+        print(f"the tests fail on the tree as it is: {done[UNCHANGED.name]['by']}")
+        return 2
+    run_all([each for each in wanted if each != UNCHANGED], tree, folder)
+
+    done, survivors = results(folder / "results.jsonl"), []
+    print()
+    for name, mutation in known.items():
+        row = done.get(name, {"verdict": "not run", "by": ""})
+        what, by = ("equivalent", mutation.equivalent) if mutation.equivalent else (row["verdict"], row["by"])
+        survivors += [name] if what in ("survived", "does not compile") and mutation != UNCHANGED else []
+        print(f"{what:16}  {name:48}  {by}")
+    print(f"\nsurvivors: {' '.join(survivors) or 'none'}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
