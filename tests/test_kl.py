@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlkernels
+from cases import COMPILERS, thorough
 from op_calls import check_ops
 from rlkernels import kl_penalty, shaped_rewards
 from tolerance import assert_as_accurate_as_torch
@@ -229,7 +230,7 @@ def test_opcheck(backend, device, estimator):
     )
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_compile(backend, device, compiler):
     torch._dynamo.reset()
     inputs = plain((5, 40), device)
@@ -358,7 +359,7 @@ def test_rewards_match_loops(backend, device, lengths, room, dtype, packed, hole
 
 
 @pytest.mark.parametrize("score_at", SCORE_AT)
-@pytest.mark.parametrize("length", [1022, 1023, 1024, 1025, 2047, 2048])
+@pytest.mark.parametrize("length", [thorough(1022), 1023, 1024, 1025, thorough(2047), thorough(2048)])
 def test_score_at_the_edge_of_a_block(backend, device, length, score_at):
     """Kernels take blocks of 1,024 tokens; the token after the last may be the first of the next, and nothing but
     padding may follow for blocks."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlkernels
+from cases import COMPILERS, thorough
 from lm_head import IGNORE, NAN, eager, random_problem
 from op_calls import OpCalls
 from peak_memory import peak_memory
@@ -137,6 +138,7 @@ def test_matches_reference(
             assert not got[name][token_ids == IGNORE].any(), name
 
 
+@pytest.mark.thorough_on("reference")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("budget", [0.0, 100.0], ids=["again", "kept"])
 def test_many_rows_and_tokens(backend, device, emulated, dtype, budget):
@@ -617,7 +619,7 @@ def test_reference_gradcheck():
     assert torch.autograd.gradcheck(function, leaves.values())
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_compile(backend, device, emulated, compiler):
     if emulated and compiler == "inductor":
         pytest.skip("emulated: the kernels are inside an op, which aot_eager shows to be traced")
@@ -713,7 +715,7 @@ def test_bad_input(backend, name):
 
 
 @pytest.mark.only("reference", "cpu")
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, thorough(3)])
 def test_vocabulary_shared_by_processes(backend, device, tmp_path, processes):
     """Of 101 tokens, which neither 2 nor 3 divide: everything as in one process, float64 to the last digits."""
     problem, token_ids = random_problem((21,), 101, "cpu", torch.float64, bias=True, rank=2)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlkernels
+from cases import COMPILERS
 from op_calls import check_ops
 from rlkernels import masked_mean, masked_whiten
 from rlkernels.ops import _registry
@@ -321,7 +322,7 @@ def test_opcheck(backend, device):
         )
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_compile(backend, device, compiler):
     torch._dynamo.reset()
     x, mask = random((5, 40), device, garbage=0.0)

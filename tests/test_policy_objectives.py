@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cases import COMPILERS_AND_LAYOUTS
 from op_calls import check_ops
 from rlkernels import policy_loss
 from token_losses import (
@@ -523,8 +524,7 @@ def test_opcheck(backend, device, objective):
     )
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@COMPILERS_AND_LAYOUTS
 def test_compile(backend, device, compiler, packed):
     torch._dynamo.reset()
     inputs = make_inputs([3, 0, 4], 4, device, packed=packed, sampler=True, entropy=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cases import thorough
 from rlkernels import preference_loss, reward_pair_loss
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -470,7 +471,11 @@ def test_nothing_waits_for_the_device(loss):
         reward_pair_loss(chosen, rejected, reference)[0].backward()
 
 
-@pytest.mark.parametrize("loss", [*PAIRED, "kto"])
+# Those whose code differs most: one term, several, a sort, weights, labels.
+COMPILED = ("sigmoid", "robust", "aot", "discopop", "kto")
+
+
+@pytest.mark.parametrize("loss", [loss if loss in COMPILED else thorough(loss) for loss in (*PAIRED, "kto")])
 def test_compile(loss):
     torch._dynamo.reset()
     values = pairs(dtype=torch.float32)

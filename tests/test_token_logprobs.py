@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlkernels
+from cases import COMPILERS
 from op_calls import check_ops
 from rlkernels import token_logprobs
 from tolerance import assert_as_accurate_as_torch, ulp
@@ -606,9 +607,8 @@ def test_opcheck(backend, device):
     )
 
 
-@pytest.mark.parametrize(
-    ("compiler", "inplace"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)], ids=str
-)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_compile(backend, device, compiler, inplace):
     torch._dynamo.reset()
     logits, token_ids, upstream = plain((2, 4, 129), device, torch.bfloat16)

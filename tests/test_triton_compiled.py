@@ -25,6 +25,7 @@ from gpu_assembly import (
     compile_for,
     disassemble,
     innermost_loop_with_loads,
+    variants_for,
 )
 from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, recurrence, value_loss
 from rlkernels.triton import kl_divergence as kl_divergences
@@ -32,10 +33,16 @@ from rlkernels.triton import kl_divergence as kl_divergences
 INF = math.inf
 
 
+@pytest.fixture(scope="session")
+def compiled_kernels(tmp_path_factory):
+    """Where kernels are that several cases launch: they are compiled once. New at each run."""
+    return str(tmp_path_factory.mktemp("kernels"))
+
+
 @pytest.fixture
-def compile_launches(monkeypatch, tmp_path):
+def compile_launches(monkeypatch, compiled_kernels):
     """compile_launches(target, launch): what running `launch` compiles, by the kernels' names."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", compiled_kernels)
     return compile_for
 
 
@@ -391,7 +398,10 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+QUICK = ("sm_90", "gfx942")
+
+
+@pytest.mark.parametrize("target", [t if t in QUICK else pytest.param(t, marks=pytest.mark.thorough) for t in TARGETS])
 @pytest.mark.parametrize("case", CASES)
 def test_no_spills_and_16_byte_loads(case, target, compile_launches):
     launch, wide_loads = CASES[case]
@@ -412,7 +422,7 @@ def test_no_spills_and_16_byte_loads(case, target, compile_launches):
                 assert len(WIDE_LOAD.findall(assembly.text)) >= wanted, name
 
 
-def test_every_kernel_is_compiled_here(compile_launches):
+def test_every_kernel_is_compiled_here():
     """A kernel that a launcher launches, found in the source as `kernel[grid](...)`, and no case above reaches."""
     launched = set()
     for source in Path(logprobs.__file__).parent.glob("*.py"):
@@ -421,7 +431,7 @@ def test_every_kernel_is_compiled_here(compile_launches):
                 launched.add(f"{source.stem}.{ast.unparse(call.func.value)}")
     compiled = set()
     for launch, _ in CASES.values():
-        compiled |= set(compile_launches(TARGETS["sm_90"], launch, compile=False))
+        compiled |= set(variants_for(TARGETS["sm_90"], launch))
     assert launched and compiled == launched
 
 
@@ -429,7 +439,7 @@ VOCAB_SIZES = [1, 2, 7, 15, 16, 31, 32, 63, 64, 129, 1000, 1023, 1024, 4096, 320
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_two_variants_serve_every_vocabulary_and_temperature(dtype, compile_launches):
+def test_two_variants_serve_every_vocabulary_and_temperature(dtype):
     def launches():
         for vocab_size in VOCAB_SIZES:
             for temperature in (1.0, 0.5, 0.7):
@@ -438,7 +448,7 @@ def test_two_variants_serve_every_vocabulary_and_temperature(dtype, compile_laun
         token_logprobs(dtype, 4096, rows=(1, 70000))
         token_logprobs(dtype, 4096, rows=(2, 3), strides=(2**33, 8192), inplace=True)
 
-    compiled = compile_launches(TARGETS["sm_90"], launches)
+    compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
         "logprobs._forward_kernel": 2,
         "logprobs._backward_kernel": 2,
@@ -446,7 +456,7 @@ def test_two_variants_serve_every_vocabulary_and_temperature(dtype, compile_laun
 
 
 @pytest.mark.parametrize("gradient", [None, torch.bfloat16])
-def test_two_variants_serve_every_tile(gradient, compile_launches):
+def test_two_variants_serve_every_tile(gradient):
     def launches():
         for vocab_size in VOCAB_SIZES:
             for vocab_start in (0, 1, 16, 151_936, 2**31):
@@ -458,14 +468,14 @@ def test_two_variants_serve_every_tile(gradient, compile_launches):
         for stride in (8192, 8191, 2**33):
             token_logprobs_part(torch.float32, 4096, gradient=gradient, stride=stride)
 
-    compiled = compile_launches(TARGETS["sm_90"], launches)
+    compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
         "logprobs._forward_kernel": 2,
         "logprobs._backward_kernel": 2,
     }
 
 
-def test_two_variants_of_kl_divergence_serve_every_tile(compile_launches):
+def test_two_variants_of_kl_divergence_serve_every_tile():
     def launches():
         for vocab_size in VOCAB_SIZES:
             kl_divergence(torch.bfloat16, vocab_size)
@@ -475,7 +485,7 @@ def test_two_variants_of_kl_divergence_serve_every_tile(compile_launches):
             kl_divergence(torch.bfloat16, 4096, rows=rows)
         kl_divergence(torch.bfloat16, 4096, stride=2**33)
 
-    compiled = compile_launches(TARGETS["sm_90"], launches)
+    compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
         "kl_divergence._part_kernel": 2,
         "kl_divergence._part_backward_kernel": 2,
@@ -486,7 +496,7 @@ LENGTHS = [1, 2, 7, 15, 16, 17, 63, 64, 129, 1000, 1023, 1024, 1025, 4096, 8192,
 """Twenty numbers of tokens: one, odd ones, powers of two and their neighbours, and those at which kernels change."""
 
 
-def test_two_variants_of_kl_penalty_serve_every_length(compile_launches):
+def test_two_variants_of_kl_penalty_serve_every_length():
     def launches():
         for length in LENGTHS:
             for clamps in ((INF, INF), (20.0, 10.0)):
@@ -494,20 +504,20 @@ def test_two_variants_of_kl_penalty_serve_every_length(compile_launches):
                 kl.kl_penalty_forward(values, values, 2, False, *clamps)
                 kl.kl_penalty_backward(values, values, values, 2, False, *clamps)
 
-    compiled = compile_launches(TARGETS["sm_90"], launches)
+    compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
         "kl._forward_kernel": 2,
         "kl._backward_kernel": 2,
     }
 
 
-def test_one_variant_of_group_advantages_serves_every_length(compile_launches):
+def test_one_variant_of_group_advantages_serves_every_length():
     def launches():
         for length in LENGTHS:
             for size in {1, length}:
                 groups.group_advantages(empty(length, 1), None, None, None, size, 0, 1, 1e-4, False, False)
 
-    compiled = compile_launches(TARGETS["sm_90"], launches)
+    compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
         "groups._batch_divisor_kernel": 1,
         "groups._group_kernel": 1,
@@ -515,21 +525,21 @@ def test_one_variant_of_group_advantages_serves_every_length(compile_launches):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_two_variants_serve_rewards_of_every_length(packed, compile_launches):
+def test_two_variants_serve_rewards_of_every_length(packed):
     def launches():
         for length in VOCAB_SIZES:
             shaped_rewards(length=length, rows=1, packed=packed)
         shaped_rewards(length=4096, rows=70_000, packed=packed)
 
-    assert len(compile_launches(TARGETS["sm_90"], launches)["kl._rewards_kernel"]) == 2
+    assert len(variants_for(TARGETS["sm_90"], launches)["kl._rewards_kernel"]) == 2
 
 
-def test_two_variants_serve_masked_tensors_of_every_length(compile_launches):
+def test_two_variants_serve_masked_tensors_of_every_length():
     def launches():
         for length in VOCAB_SIZES:
             masked_ops(length, rows=1)
 
-    compiled = compile_launches(TARGETS["sm_90"], launches)
+    compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
         "masked._sums_kernel": 2,
         "masked._mean_kernel": 1,
@@ -540,14 +550,14 @@ def test_two_variants_serve_masked_tensors_of_every_length(compile_launches):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_two_variants_serve_every_batch_of_tokens(packed, compile_launches):
+def test_two_variants_serve_every_batch_of_tokens(packed):
     def launches():
         for length in LENGTHS[packed:]:  # packed, one advantage a sequence of one token is one a token
             for sequences in (1, 3, 16):
                 policy(objective=2, sampler=3, aggregation=1, packed=packed, shape=(sequences, length))
                 policy(aggregation=1, packed=packed, shape=(sequences, length))
 
-    compiled = compile_launches(TARGETS["sm_90"], launches)
+    compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
         "policy_loss._sequences_kernel": 2,
         "policy_loss._token_kernel": 4,  # with its factors of sequences, and without
@@ -557,7 +567,7 @@ def test_two_variants_serve_every_batch_of_tokens(packed, compile_launches):
 
 
 @pytest.mark.parametrize("kind", range(4))
-def test_two_variants_serve_every_length_and_discount(kind, compile_launches):
+def test_two_variants_serve_every_length_and_discount(kind):
     def launches():
         for length in LENGTHS:
             for gamma in (1.0, 0.5, 0.99):
@@ -565,7 +575,7 @@ def test_two_variants_serve_every_length_and_discount(kind, compile_launches):
         for rows in (1, 16, 70_000):
             recur(kind, (rows, 64), whiten=kind == 0)
 
-    compiled = compile_launches(TARGETS["sm_90"], launches)
+    compiled = variants_for(TARGETS["sm_90"], launches)
     assert all(len(kernels) <= 2 for name, kernels in compiled.items()), compiled
     assert {name for name, kernels in compiled.items() if len(kernels) == 2} >= {
         "recurrence._sequence_kernel",

@@ -1,11 +1,12 @@
 """Runs pytest with the CUDA kernels serving CPU tensors through the emulation: once per schedule of the warps.
 
-    python tests/cuda_emulation/run.py tests/test_kl.py
+    python tests/cuda_emulation/run.py [--schedules random:1,backward] tests/test_kl.py
 
-Arguments are pytest's. An access out of range, an unaligned vector or a divergent barrier ends the run with a report;
-a missing barrier changes the answer under one of the schedules.
+The other arguments are pytest's. An access out of range, an unaligned vector or a divergent barrier ends the run with a
+report; a missing barrier changes the answer under one of the schedules.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import build
 
-SCHEDULES = ("forward", "backward", "random:1")
+SCHEDULES = "forward,backward,random:1"
 ASAN_OPTIONS = {
     "detect_leaks": "0",  # Python's own
     # Fresh memory is NaN, so that reading what no kernel wrote shows.
@@ -42,11 +43,14 @@ def environment(schedule: str) -> dict[str, str]:
     }
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--schedules", default=SCHEDULES, help=f"orders of the warps; by default {SCHEDULES}")
+    options, arguments = parser.parse_known_args()
     report = next((Path(a.removeprefix("--junitxml=")) for a in arguments if a.startswith("--junitxml=")), None)
     suites = ElementTree.Element("testsuites")
     status = 0
-    for schedule in SCHEDULES:
+    for schedule in options.schedules.split(","):
         print(f"CUDA kernels on the host, warps scheduled {schedule}", flush=True)
         command = [sys.executable, "-m", "pytest", "-p", "emulated_backend", "--backend", "cuda", *arguments]
         if report:
@@ -62,4 +66,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -15,6 +15,7 @@ VERSIONS = Path(sys.prefix) / "trl"
 TESTS = sorted(str(path) for path in (ROOT / "tests" / "integrations").glob("test_trl*.py"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("version", ["1.13.0", "1.14.1", "1.15.0"])
 def test_functions_of_an_older_trl(version):
     if not VERSIONS.is_dir():
