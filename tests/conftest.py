@@ -5,6 +5,7 @@ interpreter. Property tests are the same on every run, with few examples; `--hyp
 `--hypothesis-profile=fuzz` draws new ones. Of a product of three parameters or more `-m "not thorough"` leaves pairs.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import forking
 import rlkernels
 from pairwise import cover
 from rlkernels.ops import _registry
@@ -107,6 +109,20 @@ def leave_pairs(items):
         for index, item in enumerate(cases):
             if index not in kept:
                 item.add_marker(pytest.mark.thorough)
+
+
+def pytest_collection_finish(session):
+    """It makes its imports beside the first tests."""
+    if any("forked" in item.fixturenames for item in session.items) and not session.config.option.collectonly:
+        stack = contextlib.ExitStack()
+        stack.enter_context(forking.server())
+        session.config.add_cleanup(stack.close)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Programs that start in a blink."""
+    return forking
 
 
 @pytest.fixture

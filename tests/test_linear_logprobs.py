@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -716,20 +713,13 @@ def test_bad_input(backend, name):
 
 @pytest.mark.only("reference", "cpu")
 @pytest.mark.parametrize("processes", [2, thorough(3)])
-def test_vocabulary_shared_by_processes(backend, device, tmp_path, processes):
+def test_vocabulary_shared_by_processes(backend, device, tmp_path, forked, processes):
     """Of 101 tokens, which neither 2 nor 3 divide: everything as in one process, float64 to the last digits."""
     problem, token_ids = random_problem((21,), 101, "cpu", torch.float64, bias=True, rank=2)
     token_ids[::5] = IGNORE
     torch.save({"problem": problem, "token_ids": token_ids, "backend": backend}, tmp_path / "inputs.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
-    done = subprocess.run(
-        [*command, "--rdzv-endpoint=localhost:0", str(WORKER), str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    code, printed = forked.run_together(processes, str(WORKER), str(tmp_path))
+    assert code == 0, printed[-4000:]
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     for case, first in shares[0].items():
         whole = first["whole"]

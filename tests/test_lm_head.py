@@ -3,9 +3,6 @@
 import copy
 import functools
 import inspect
-import os
-import subprocess
-import sys
 import threading
 import types
 from pathlib import Path
@@ -414,14 +411,10 @@ def test_torch_compile():
     assert compiled(**inputs).logits.shape == (BATCH, TIME, VOCAB)
 
 
-def test_distributed(tmp_path):
+def test_distributed(tmp_path, forked):
     """The gradients of two processes are those of one on the batches of both."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(Path(__file__).with_name("wrapped_model_worker.py")), str(tmp_path)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    code, printed = forked.run_together(2, str(Path(__file__).with_name("wrapped_model_worker.py")), str(tmp_path))
+    assert code == 0, printed[-4000:]
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     inputs, labels = batch(rows=4)
     for case in found[0]:

@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -284,17 +281,13 @@ def test_whiten_by_its_definition(backend, device):
 
 @pytest.mark.only("cpu")
 @pytest.mark.parametrize("processes", [2, 3])
-def test_whiten_over_a_group_equals_one_process(backend, device, tmp_path, processes):
+def test_whiten_over_a_group_equals_one_process(backend, device, tmp_path, forked, processes):
     """Parts of different sizes, one of them of nothing; the last has a mean far from the others'."""
     sizes = [1300, 0, 700][:processes] if processes == 3 else [1300, 700]
     parts = [random((size,), "cpu", mean=100.0 * (rank == processes - 1)) for rank, size in enumerate(sizes)]
     torch.save(parts, tmp_path / "parts.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(tmp_path)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    code, printed = forked.run_together(processes, str(WORKER), str(tmp_path))
+    assert code == 0, printed[-4000:]
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     x, mask = (torch.cat(values) for values in zip(*parts, strict=True))
     for name, options in results[0]["options"].items():

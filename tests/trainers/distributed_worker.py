@@ -1,4 +1,4 @@
-"""One process of `test_distributed.py`: trains a tiny model under each of some options and leaves what it saw in
+"""One process of `test_distributed.py`: trains a tiny model under some options and leaves what it saw in
 `<folder>/<rank>.pt`."""
 
 import dataclasses
@@ -106,7 +106,7 @@ def fine_tune(folder: str, processes: int = 1) -> dict:
 
 
 if __name__ == "__main__":
-    folder, runs = sys.argv[1], json.loads(sys.argv[2])
-    results = [*(train(folder, options) for options in runs), fine_tune(folder, processes=2)]
-    torch.save(results, Path(folder) / f"{os.environ['RANK']}.pt")
+    folder, options = sys.argv[1], json.loads(sys.argv[2])
+    result = fine_tune(folder, processes=2) if options is None else train(folder, options)
+    torch.save(result, Path(folder) / f"{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

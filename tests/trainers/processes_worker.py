@@ -243,14 +243,10 @@ def stop(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    folder = sys.argv[1]
+    folder, kind, case = sys.argv[1:]
     torch.set_num_threads(1)
     record_gathers()
-    results: dict[Any, Any] = {}
-    for kind in sys.argv[2:]:
-        shard_on_cpu(kind == "fsdp2")
-        for case in CASES if kind == "fsdp2" else OF_DDP:
-            results[kind, case] = run(f"{folder}/{kind}/{case}", case, processes=2, resumes=kind == "fsdp2")
-        results[kind, "stop"] = stop(f"{folder}/{kind}/stop")
-    torch.save(results, f"{folder}/{os.environ['RANK']}.pt")
+    shard_on_cpu(kind == "fsdp2")
+    result = stop(folder) if case == "stop" else run(folder, case, processes=2, resumes=kind == "fsdp2")
+    torch.save(result, f"{folder}/{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

@@ -73,7 +73,6 @@ METHODS = {
         },
     ),
 }
-MOMENTS = 20
 
 
 def noisy(completions, log_extra, log_metric, **columns):
@@ -267,7 +266,7 @@ def compare(found: dict, whole: dict) -> None:
         assert found[name] == whole[name], (name, found[name], whole[name])
 
 
-def main(method: str, folder: Path, moments: int = MOMENTS) -> None:
+def main(method: str, folder: Path, moments: int) -> None:
     threads = [Path(f"/proc/self/task/{each}/comm").read_text().strip() for each in os.listdir("/proc/self/task")]
     assert set(threads) <= {"python", Path(sys.executable).name, "jemalloc_bg_thd"}, threads  # jemalloc's may be forked
     assert len(threads) <= 2, threads
@@ -299,4 +298,4 @@ def main(method: str, folder: Path, moments: int = MOMENTS) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,9 +1,6 @@
 """Two processes under DDP (gloo, on the CPU)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,24 +36,29 @@ OVER_ALL_TOKENS = ONE_GROUP_EACH | {
 }
 
 
+FINE_TUNING = None
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> list[list[dict]]:
-    """Of each of the runs, what its two processes saw."""
-    folder = tmp_path_factory.mktemp("distributed")
-    runs = json.dumps([ONE_GROUP_EACH, HALF_A_GROUP_EACH, PPO, OVER_ALL_TOKENS])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(folder), runs]
-    path = os.pathsep.join([str(WORKER.parent), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    return [list(run) for run in zip(*ranks, strict=True)]
+def results(tmp_path_factory, forked):
+    """What two processes saw of a run, which is made when it is first asked for."""
+    found = {}
+
+    def of(options: dict | None) -> list[dict]:
+        key = json.dumps(options)
+        if key not in found:
+            folder = tmp_path_factory.mktemp("distributed")
+            code, printed = forked.run_together(2, str(WORKER), str(folder), key)
+            assert code == 0, printed[-4000:]
+            found[key] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+        return found[key]
+
+    return of
 
 
 def test_a_process_without_signal(results):
     """Each process holds one group, and one of the two has nothing to run: it must not leave the other waiting."""
-    first, second = results[0]
+    first, second = results(ONE_GROUP_EACH)
     signal = [[any(rollouts["advantages"]) for rollouts in rank["rollouts"]] for rank in (first, second)]
     assert signal == [[True] * 3, [False] * 3]
     assert first["micro_batches"] == second["micro_batches"] and min(first["micro_batches"]) > 1
@@ -71,7 +73,7 @@ def test_a_process_without_signal(results):
 
 def test_a_group_over_two_processes(results):
     """Advantages are those of the whole group, and old log-probabilities and micro-batches stay in step."""
-    first, second = results[1]
+    first, second = results(HALF_A_GROUP_EACH)
     assert torch.equal(first["weights"], second["weights"])
     rewards = torch.tensor([row["rewards/one_group_differs"] for row in first["table"]]).view(-1, 4)
     expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
@@ -84,7 +86,7 @@ def test_a_group_over_two_processes(results):
 
 
 def test_drawn_prompts_and_whitening_over_two_processes(results):
-    first, second = results[3]
+    first, second = results(OVER_ALL_TOKENS)
     assert torch.equal(first["weights"], second["weights"])
     assert first["table"] == second["table"]
     assert first["logs"][0]["dynamic_sampling/rounds"] > 0
@@ -99,14 +101,14 @@ def test_drawn_prompts_and_whitening_over_two_processes(results):
     assert max(sums) > 0.1  # whitened together, not each by itself
 
 
-@pytest.mark.parametrize("run, options", [(0, {}), (3, OVER_ALL_TOKENS)], ids=["grpo", "over_all_tokens"])
-def test_gradient_is_that_of_one_process(results, make_model, tokenizer, tmp_path, run, options):
+@pytest.mark.parametrize("run", [ONE_GROUP_EACH, OVER_ALL_TOKENS], ids=["grpo", "over_all_tokens"])
+def test_gradient_is_that_of_one_process(results, make_model, tokenizer, tmp_path, run):
     """Which holds the completions of both."""
-    first, second = (rank["rollouts"][0] for rank in results[run])
-    names = ["input_ids", "labels", "advantages", "in_loss", *(["token_advantages"] if options else [])]
+    first, second = (rank["rollouts"][0] for rank in results(run))
+    names = ["input_ids", "labels", "advantages", "in_loss", *(["token_advantages"] if run == OVER_ALL_TOKENS else [])]
     both = {name: first[name] + second[name] for name in names}
     num_tokens = sum(label != -100 for labels in both["labels"] for label in labels)
-    options = options | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    options = run | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     args = GRPOConfig(
         output_dir=str(tmp_path), num_generations=4, bf16=False, use_cpu=True, report_to="none", **options
     )
@@ -114,12 +116,12 @@ def test_gradient_is_that_of_one_process(results, make_model, tokenizer, tmp_pat
     trainer.roll_out = lambda inputs: grpo.Rollouts(**both, num_tokens=num_tokens)
     trainer.training_step(trainer.model, [])
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
-    assert norm.item() == pytest.approx(results[run][0]["logs"][0]["grad_norm"], rel=1e-4)
+    assert norm.item() == pytest.approx(results(run)[0]["logs"][0]["grad_norm"], rel=1e-4)
 
 
 def test_ppo_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
     """Advantages are whitened over both, and the gradient is that of one process with the rollouts of both."""
-    ranks = results[2]
+    ranks = results(PPO)
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
     first, second = (rank["rollouts"][0] for rank in ranks)
     both = {name: first[name] + second[name] for name in first if name not in ("order", "sampler_logprobs")}
@@ -146,7 +148,7 @@ def test_fine_tuning_is_that_of_one_process(results, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(WORKER.parent)
     from distributed_worker import fine_tune
 
-    first, second = results[-1]
+    first, second = results(FINE_TUNING)
     assert torch.equal(first["weights"], second["weights"])
     assert first["micro_batches"] == second["micro_batches"] and min(first["micro_batches"]) > 1
     alone = fine_tune(str(tmp_path))

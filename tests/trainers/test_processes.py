@@ -13,14 +13,23 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM
 
+from cases import thorough
 from rlkernels import cli
 
 WORKER = Path(__file__).with_name("processes_worker.py")
 sys.path.insert(0, str(WORKER.parent))
 from processes_worker import CASES, OF_DDP, TEXTS, build_model, build_tokenizer, run  # noqa: E402
 
-RUNS = [("ddp", case) for case in OF_DDP] + [("fsdp2", case) for case in CASES]
-RESUMED = [("fsdp2", case) for case, (_, options) in CASES.items() if "save_steps" in options]
+QUICK = {("ddp", "reward"), ("ddp", "grpo, groups on both")}
+QUICK |= {("fsdp2", case) for case in ("sft", "dpo", "grpo, sampled", "ppo, sampled")}
+
+
+def runs(kind, cases):
+    return [(kind, case) if (kind, case) in QUICK else thorough(kind, case) for case in cases]
+
+
+DDP, FSDP2 = runs("ddp", OF_DDP), runs("fsdp2", CASES)
+RESUMED = runs("fsdp2", (case for case, (_, options) in CASES.items() if "save_steps" in options))
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +38,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder) -> list[dict]:
-    """What each of two processes saw."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(folder), "ddp", "fsdp2"]
-    path = os.pathsep.join([str(WORKER.parent), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def results(folder, forked):
+    """What each of two processes saw of a run, which is made when it is first asked for."""
+    found = {}
+
+    def of(kind: str, case: str) -> list[dict]:
+        if (kind, case) not in found:
+            code, printed = forked.run_together(2, str(WORKER), f"{folder}/{kind}/{case}", kind, case)
+            assert code == 0, printed[-4000:]
+            found[kind, case] = [torch.load(folder / kind / case / f"{n}.pt", weights_only=False) for n in range(2)]
+        return found[kind, case]
+
+    return of
 
 
 @pytest.fixture(scope="module")
@@ -60,37 +72,36 @@ def assert_same(found, wanted):
         assert log == pytest.approx(other, rel=1e-4, abs=1e-4, nan_ok=True)
 
 
-@pytest.mark.parametrize("kind, case", RUNS)
+@pytest.mark.parametrize("kind, case", DDP + FSDP2)
 def test_two_processes_are_as_one(results, alone, kind, case):
-    for rank in range(2):
-        found = results[rank][kind, case]
+    for found in results(kind, case):
         assert_same(found, alone(case))
         # Or else it would be DDP: on a CPU Accelerate shards nothing, and does not say so.
         assert [step["sharded"] for step in found["steps"]] == [kind == "fsdp2"] * 5
         assert max(step["micro_batches"] for step in found["steps"]) > 1
 
 
-@pytest.mark.parametrize("case", OF_DDP)
-def test_gradients_are_added_up_once_a_step(results, case):
-    for rank in range(2):
-        assert [step["reductions"] for step in results[rank]["ddp", case]["steps"]] == [1] * 5
+@pytest.mark.parametrize("kind, case", DDP)
+def test_gradients_are_added_up_once_a_step(results, kind, case):
+    for found in results(kind, case):
+        assert [step["reductions"] for step in found["steps"]] == [1] * 5
 
 
-@pytest.mark.parametrize("case", ["sft", "dpo", "grpo", "grpo, groups on both", "ppo"])
-def test_the_head_is_gathered_once_a_step(results, case):
+@pytest.mark.parametrize("kind, case", runs("fsdp2", ["sft", "dpo", "grpo", "grpo, groups on both", "ppo"]))
+def test_the_head_is_gathered_once_a_step(results, kind, case):
     """And once more for each evaluation, whose log is between the steps'."""
     (_, options), evaluations = CASES[case], [0] * 5
     if "eval_steps" in options:
         evaluations = [0, 0, 1, 0, 1]  # a step is over before it is evaluated
-    for rank in range(2):
-        gathers = [step["gathers"] for step in results[rank]["fsdp2", case]["steps"]]
+    for found in results(kind, case):
+        gathers = [step["gathers"] for step in found["steps"]]
         assert gathers == [1 + evaluation for evaluation in evaluations]
 
 
 def test_a_layer_is_gathered_once_to_sample(results):
     """Not for each token; and for each micro-batch twice, forward and backward."""
-    for rank in range(2):
-        steps = results[rank]["fsdp2", "grpo, sampled"]["steps"]
+    for found in results("fsdp2", "grpo, sampled"):
+        steps = found["steps"]
         for step in (steps[0], steps[1], steps[3]):  # the others come after an evaluation, which samples too
             assert step["layer_gathers"] == 1 + 2 * step["micro_batches"]
 
@@ -98,8 +109,7 @@ def test_a_layer_is_gathered_once_to_sample(results):
 @pytest.mark.parametrize("kind, case", RESUMED)
 def test_a_sharded_run_goes_on_from_its_checkpoint(results, kind, case):
     """Bit for bit."""
-    for rank in range(2):
-        whole = results[rank][kind, case]
+    for whole in results(kind, case):
         assert torch.equal(whole["resumed"]["weights"], whole["weights"])
         assert whole["resumed"]["logs"] == whole["logs"]
         assert len(whole["resumed"]["steps"]) == 3
@@ -107,16 +117,16 @@ def test_a_sharded_run_goes_on_from_its_checkpoint(results, kind, case):
 
 def test_a_sharded_model_is_saved_whole(results, folder):
     """As any other, in each checkpoint."""
-    weights = {case: results[0]["fsdp2", case]["weights"] for case in ("sft", "ppo, sampled")}
+    weights = {case: results("fsdp2", case)[0]["weights"] for case in ("sft", "ppo, sampled")}
     model = AutoModelForCausalLM.from_pretrained(folder / "fsdp2" / "sft" / "checkpoint-4")
     saved = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     assert saved.shape == weights["sft"].shape and (saved - weights["sft"]).abs().max() < 1e-2
     assert (folder / "fsdp2" / "ppo, sampled" / "checkpoint-4" / "value" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", thorough("fsdp2")])
 def test_both_stop_where_one_meets_a_loss_that_is_not_finite(results, kind, folder):
-    first, second = (rank[kind, "stop"] for rank in results)
+    first, second = results(kind, "stop")
     assert first == second and first.startswith("step 3: the loss is nan, on rows ")
     assert len(first.partition("rows ")[2].partition(" of")[0].split(", ")) == 8  # of both
     assert (folder / kind / "stop" / "checkpoint-2" / "trainer_state.json").is_file()
@@ -137,37 +147,41 @@ def test_accelerate_knows_every_option_of_the_configs(file):
     assert f"--config_file examples/accelerate/{file.name} " in file.read_text()
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """What a launcher of two processes of a command ends with: exit code, what was printed, and its folder."""
-    folder = tmp_path_factory.mktemp("commands")
-    build_model().save_pretrained(folder / "model")
-    build_tokenizer().save_pretrained(folder / "model")
-    (folder / "rows.json").write_text(json.dumps(TEXTS))
+@pytest.fixture(params=[pytest.param(True, id="forked"), thorough(False, id="launched")])
+def launch(request, tmp_path, forked):
+    """Runs a command in two processes, which a launcher starts or the tests do. Returns exit code and what was
+    printed."""
+    build_model().save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.json").write_text(json.dumps(TEXTS))
 
-    def launch(launcher: list[str], *arguments: str) -> tuple[int, str, Path]:
-        command = [sys.executable, "-m", *launcher, "-m", "rlkernels", "sft", "--model", "model", "--max_steps", "2"]
+    def launch(launcher: list[str], *arguments: str) -> tuple[int, str]:
+        command = ["-m", "rlkernels", "sft", "--model", "model", "--max_steps", "2", "--dataset", "rows.json"]
         command += ["--output_dir", "out", "--report_to", "none", "--bf16", "False", *arguments]
+        if request.param:
+            code, printed = forked.run_together(2, *command, cwd=tmp_path)
+            return int(code != 0), printed
         path = os.pathsep.join(map(os.path.abspath, sys.path))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-        return done.returncode, done.stdout + done.stderr, folder
+        command = [sys.executable, "-m", *launcher, *command]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        return done.returncode, done.stdout + done.stderr
 
     return launch
 
 
-def test_a_command_in_two_processes_says_all_once(launched):
+def test_a_command_in_two_processes_says_all_once(launch, tmp_path):
     # Without a GPU the processes of this config train on the CPU.
     accelerate = ["accelerate.commands.launch", "--config_file", str(CONFIGS[0]), "--num_processes", "2"]
-    code, printed, folder = launched(accelerate, "--dataset", "rows.json", "--padding_free", "False")
+    code, printed = launch(accelerate, "--padding_free", "False")
     assert code == 0, printed
     assert printed.count("saved in out") == printed.count("'train_runtime'") == 1
-    state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["train_batch_size"] == 8 and state["epoch"] == pytest.approx(2 / 3)  # of 48 rows, 16 in a step
-    assert sorted(path.name for path in folder.iterdir()) == ["model", "out", "rows.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "rows.json"]
 
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    code, printed, _ = launched(torchrun, "--dataset", "rows.json")
+    code, printed = launch(torchrun)
     assert code == 1
     assert printed.count("rlkernels sft: error:") == 1
     assert "--output_dir out: holds checkpoint-2 of an earlier run" in printed

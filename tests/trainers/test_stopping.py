@@ -34,7 +34,7 @@ def fill_the_disk(trainer_state, completions, **columns):
 
 
 @pytest.fixture
-def start(tmp_path, make_model, tokenizer):
+def start(tmp_path, make_model, tokenizer, forked):
     """Starts `rlkernels grpo` in tmp_path, which has a model and reward functions."""
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -61,7 +61,7 @@ def start(tmp_path, make_model, tokenizer):
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
         return subprocess.Popen(
-            [sys.executable, "-m", "rlkernels", "grpo", *arguments],
+            [*forked.FORKED, "-m", "rlkernels", "grpo", *arguments],
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.PIPE,
@@ -198,14 +198,10 @@ def test_a_forked_process_is_not_asked(number, code):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, forked):
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(WORKER), str(folder)]
-    path = os.pathsep.join([str(WORKER.parent), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    code, printed = forked.run_together(2, str(WORKER), str(folder))
+    assert code == 0, printed[-4000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
