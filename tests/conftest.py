@@ -6,6 +6,7 @@ interpreter. Property tests are the same on every run, with few examples; `--hyp
 """
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -112,7 +113,10 @@ def leave_pairs(items):
 
 
 def pytest_collection_finish(session):
-    """It makes its imports beside the first tests."""
+    """What was imported stays: without it the garbage collection that ends each run of a trainer is quick. The server
+    makes its imports beside the first tests."""
+    gc.collect()
+    gc.freeze()
     if any("forked" in item.fixturenames for item in session.items) and not session.config.option.collectonly:
         stack = contextlib.ExitStack()
         stack.enter_context(forking.server())

@@ -6,6 +6,7 @@ output and exit code, and passes signals on. `run_together` is what `torchrun` d
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -84,6 +85,8 @@ def program() -> list[str]:
     """In the server: waits for what is to be run, and returns its arguments in a process of its own."""
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is collected later is not copied for it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(fileno=int(sys.argv[2])) as listener:
         while True:
