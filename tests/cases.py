@@ -2,21 +2,32 @@
 
 import pytest
 
+THOROUGH_EMULATED = pytest.mark.thorough_on("triton", "cuda")
+"""A mark of what shows little more of a kernel that is interpreted or emulated, where it takes long."""
+
+
+ALSO_EMULATED = pytest.mark.thorough_on()
+"""A mark of the exceptions, in a file that has the other."""
+
 
 def thorough(*values, **options):
     """Values of a parameter that `make test` leaves out."""
     return pytest.param(*values, marks=pytest.mark.thorough, **options)
 
 
-# Inductor takes seconds: `make test` has it once an op, on the kernels that a CPU runs. That an op can be traced,
-# aot_eager shows on every backend.
+def thorough_emulated(*values, **options):
+    """Values of a parameter that `make test` leaves out where kernels are interpreted or emulated."""
+    return pytest.param(*values, marks=THOROUGH_EMULATED, **options)
+
+
+# That an op can be traced has nothing to do with how its kernel is run. Inductor takes seconds.
 _inductor = pytest.mark.thorough_on("reference", "triton", "cuda")
-COMPILERS = ["aot_eager", pytest.param("inductor", marks=_inductor)]
+COMPILERS = [thorough_emulated("aot_eager"), pytest.param("inductor", marks=_inductor)]
 COMPILERS_AND_LAYOUTS = pytest.mark.parametrize(
     ("compiler", "packed"),
     [
-        pytest.param("aot_eager", False, id="aot_eager-padded"),
-        pytest.param("aot_eager", True, id="aot_eager-packed"),
+        thorough_emulated("aot_eager", False, id="aot_eager-padded"),
+        thorough_emulated("aot_eager", True, id="aot_eager-packed"),
         pytest.param("inductor", True, id="inductor-packed", marks=_inductor),
         thorough("inductor", False, id="inductor-padded"),
     ],

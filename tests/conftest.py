@@ -52,7 +52,9 @@ def pytest_configure(config):
             raise pytest.UsageError(f"--backend must be one of {', '.join(_registry.BACKENDS)}; got {name}")
         if all(_registry.status(name, device_type) for device_type in ("cpu", "cuda")):
             raise pytest.UsageError(f"--backend {name} serves nothing here: {_registry.status(name, 'cpu')}")
-    config.addinivalue_line("markers", "thorough_on(*backends): thorough where it runs on one of these")
+    config.addinivalue_line(
+        "markers", "thorough_on(*backends): thorough on these; a test's own mark goes before its file's"
+    )
     config.addinivalue_line("markers", "only(*backends): what is tested does not exist in the other backends")
 
 
@@ -79,16 +81,31 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        marker = item.get_closest_marker("thorough_on")
-        if marker and item.callspec.params["backend"][0] in marker.args:
-            item.add_marker(pytest.mark.thorough)
-    leave_pairs(items)
-    # A test with no backend to run on is not one that was skipped: there is nothing that it could have shown.
-    absent = [item for item in items if getattr(item, "callspec", None) and item.callspec.id.startswith("no backend")]
+    # A test with no backend to run on is not one that was skipped: there is nothing that it could have shown. Nor has
+    # one that takes no backend, in a file of tests that do, anything to show of those that --backend names.
+    absent = [item for item in items if "backend" in params(item) and params(item)["backend"] is None]
+    if config.getoption("backend"):
+        files = {item.path for item in items if "backend" in params(item)}
+        absent += [item for item in items if item.path in files and "backend" not in params(item)]
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in set(absent)]
+    for item in items:
+        if "backend" in params(item) and params(item)["backend"][0] in thorough_backends(item):
+            item.add_marker(pytest.mark.thorough)
+    leave_pairs(items)
+
+
+def params(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def thorough_backends(item):
+    """What `thorough_on` names: that of the test and its parameters, else that of its file."""
+    for node in reversed(item.listchain()):
+        if marks := [mark for mark in node.own_markers if mark.name == "thorough_on"]:
+            return {name for mark in marks for name in mark.args}
+    return set()
 
 
 def leave_pairs(items):
@@ -96,8 +113,8 @@ def leave_pairs(items):
     Each backend has all pairs."""
     products = defaultdict(list)
     for item in items:
-        if hasattr(item, "callspec") and not item.get_closest_marker("thorough"):
-            products[item.parent, item.originalname, item.callspec.params.get("backend")].append(item)
+        if params(item) and not item.get_closest_marker("thorough"):
+            products[item.parent, item.originalname, params(item).get("backend")].append(item)
     for cases in products.values():
         names = [mark.args[0] for mark in cases[0].iter_markers("parametrize")]
         names = [re.split(r"\s*,\s*", each) if isinstance(each, str) else each for each in names]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlkernels
-from cases import COMPILERS, thorough
+from cases import ALSO_EMULATED, COMPILERS, THOROUGH_EMULATED, thorough
 from lm_head import IGNORE, NAN, eager, random_problem
 from op_calls import OpCalls
 from peak_memory import peak_memory
@@ -19,7 +19,7 @@ from rlkernels.ops import _head_inputs, _lm_head, _registry, linear_logprobs
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
-pytestmark = pytest.mark.only("reference", "cpu", "triton")
+pytestmark = [pytest.mark.only("reference", "cpu", "triton"), THOROUGH_EMULATED]
 kernels_only = pytest.mark.only("cpu", "triton")
 WORKER = Path(__file__).with_name("lm_head_worker.py")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,6 +75,7 @@ def assert_matches_reference(function, naive, problem, token_ids, upstream, froz
     return got
 
 
+@ALSO_EMULATED
 @given(
     # Of a few rows eager PyTorch may happen to round every one well, which would make it too strict a measure.
     rows=st.integers(24, 48),
@@ -135,7 +136,7 @@ def test_matches_reference(
             assert not got[name][token_ids == IGNORE].any(), name
 
 
-@pytest.mark.thorough_on("reference")
+@pytest.mark.thorough_on("reference", "triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("budget", [0.0, 100.0], ids=["again", "kept"])
 def test_many_rows_and_tokens(backend, device, emulated, dtype, budget):
@@ -654,6 +655,7 @@ def test_opcheck(backend, device):
 
 
 @kernels_only
+@ALSO_EMULATED
 def test_the_kernels_of_the_backend_are_used(backend, device):
     problem, token_ids = random_problem((12,), 130, device)
     with OpCalls() as record:

@@ -3,13 +3,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlkernels
+from cases import ALSO_EMULATED, THOROUGH_EMULATED
 from lm_head import IGNORE, NAN, eager, random_problem
 from peak_memory import peak_memory
 from rlkernels import linear_policy_loss, linear_token_logprobs, policy_loss
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
-pytestmark = pytest.mark.only("reference", "cpu", "triton")
+pytestmark = [pytest.mark.only("reference", "cpu", "triton"), THOROUGH_EMULATED]
 kernels_only = pytest.mark.only("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OBJECTIVES = ("ppo", "reinforce", "gpg", "gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo")
@@ -170,6 +171,7 @@ def test_bias_and_adapter(backend, device):
         assert_close_to_reference(problem, arguments, frozen, head=dict(tile=TILE), entropy_coef=0.1)
 
 
+@ALSO_EMULATED
 def test_is_the_two_functions_bit_for_bit(backend, device):
     """With one group of rows; in several the weight's gradient is another sum."""
     problem, arguments, others = random_batch((device,))

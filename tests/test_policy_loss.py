@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cases import COMPILERS_AND_LAYOUTS
+from cases import COMPILERS_AND_LAYOUTS, thorough_emulated
 from op_calls import check_ops
 from rlkernels import policy_loss
 from token_losses import AGGREGATIONS, DTYPES, ESTIMATORS, INF, NAN, assert_matches_oracles, make_inputs, run
@@ -129,7 +129,7 @@ def test_infinite_kl_of_coefficient_zero_leaves_the_loss_alone(backend, device):
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
-@pytest.mark.parametrize("length", [1, 63, 129, 1025, 5000])
+@pytest.mark.parametrize("length", [1, thorough_emulated(63), 129, 1025, thorough_emulated(5000)])
 def test_lengths(backend, device, length, sequences):
     """1: no neighbour; 63: odd; 129, 1025: one past a block; 5000: several blocks to a sequence."""
     lengths = [length, *([max(length - 5, 0), length // 2][: sequences - 1])]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import COMPILERS_AND_LAYOUTS
+from cases import COMPILERS_AND_LAYOUTS, thorough_emulated
 from op_calls import check_ops
 from rlkernels import policy_loss
 from token_losses import (
@@ -108,7 +108,7 @@ def test_matches_oracles(
     )
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("packed", [False, thorough_emulated(True)], ids=["padded", "packed"])
 @pytest.mark.parametrize("objective", NEW)
 def test_every_objective(backend, device, objective, packed):
     """With one advantage a token and one a sequence, and with every aggregation and sampler correction."""
@@ -129,7 +129,7 @@ def test_every_objective(backend, device, objective, packed):
         assert (correction is None) == (named(metrics)["sampler_capped"] == 0)
 
 
-@pytest.mark.parametrize("objective", ["gspo", "gmpo", "vespo", "dppo_kl"])
+@pytest.mark.parametrize("objective", ["gspo", thorough_emulated("gmpo"), "vespo", thorough_emulated("dppo_kl")])
 def test_lengths(backend, device, objective):
     """1: no neighbour; 129: odd; 2100: several blocks to a sequence. Sums of as many log-ratios."""
     for length in (1, 129, 2100):
@@ -151,7 +151,7 @@ def test_without_a_mask_every_token_is_scored(backend, device, objective):
 
 @pytest.mark.parametrize("delta", [0.7, 1.1, 1.6])
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
-@pytest.mark.parametrize("objective", ["ppo", "gspo", "dppo_tv"])
+@pytest.mark.parametrize("objective", ["ppo", thorough_emulated("gspo"), "dppo_tv"])
 def test_delta(backend, device, objective, dual_clip, delta):
     """Below, between and above the clips, by ratios far enough apart that it is crossed."""
     inputs = make_inputs([1] * 40, 1, device, distance=0.8)
@@ -388,7 +388,7 @@ def test_second_derivative_is_refused(backend, device):
         gradient.square().sum().backward()
 
 
-@pytest.mark.parametrize("garbage", [NAN, INF, -INF])
+@pytest.mark.parametrize("garbage", [NAN, thorough_emulated(INF), thorough_emulated(-INF)])
 @pytest.mark.parametrize("objective", NEW)
 def test_what_is_not_scored_leaves_no_trace(backend, device, objective, garbage):
     clean = make_inputs([7, 12, 3], 12, device, per_token=True, garbage=False, sampler=True, entropy=True)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rlkernels
-from cases import COMPILERS_AND_LAYOUTS, thorough
+from cases import COMPILERS_AND_LAYOUTS, THOROUGH_EMULATED, thorough, thorough_emulated
 from op_calls import check_ops
 from rlkernels import discounted_returns, gae, td_lambda, vtrace
 from tolerance import assert_as_accurate_as_torch
@@ -232,7 +232,7 @@ def test_every_gamma_and_lam(backend, device, name, gamma, lam):
 
 
 @pytest.mark.only("cpu", "triton", "cuda")
-@pytest.mark.parametrize("length", [1, thorough(16), 63, 64, 129, thorough(1025), 2049])
+@pytest.mark.parametrize("length", [1, thorough(16), 63, 64, 129, thorough(1025), thorough_emulated(2049)])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_lengths(backend, device, name, length):
     """1: no neighbour; 63, 129, 1025: beside a block's end; 2049: past several, and in the interpreter one of the
@@ -251,7 +251,12 @@ def test_lengths(backend, device, name, length):
 @pytest.mark.parametrize(
     ("name", "packed"),
     [
-        *(("gae", False), ("discounted_returns", True), ("td_lambda", False), ("vtrace", True)),
+        *(
+            ("gae", False),
+            thorough_emulated("discounted_returns", True),
+            thorough_emulated("td_lambda", False),
+            ("vtrace", True),
+        ),
         *(thorough("gae", True), thorough("discounted_returns", False)),
         *(thorough("td_lambda", True), thorough("vtrace", False)),
     ],
@@ -348,6 +353,7 @@ def test_a_row_does_not_depend_on_the_others(backend, device, name, packed):
             assert torch.equal(one, other[at])
 
 
+@THOROUGH_EMULATED
 def test_same_bits_on_every_run(backend, device):
     length = 20_000 if backend == "cpu" else 700
     inputs = make_inputs([length, length // 2, 1, 0], length, device)
@@ -458,8 +464,9 @@ def test_the_functions_agree_where_they_mean_the_same(backend, device):
     assert torch.equal(run("gae", inputs, gamma=0, lam=1)[0], run("gae", inputs, gamma=0, lam=0)[0])
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all scored", "masked"])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    ("packed", "masked"), [(False, False), (True, True), thorough_emulated(True, False), thorough_emulated(False, True)]
+)
 def test_whitening(backend, device, packed, masked, emulated):
     lengths = [300, 0, 17, 1200] if emulated or backend == "reference" else [3000, 0, 17, 5000]
     inputs = make_inputs(lengths, max(lengths), device, packed=packed, masked=masked)
@@ -612,7 +619,7 @@ def test_without_grad_mode_the_inputs_may_require_a_gradient(backend, device):
 
 @pytest.mark.only("cpu", "triton", "cuda")
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [name if name == "gae" else thorough_emulated(name) for name in FUNCTIONS])
 def test_opcheck(backend, device, name, packed):
     inputs = make_inputs([3, 0, 4], 4, device, packed=packed, garbage=False, done=0.2)
     check_ops(lambda: run(name, inputs, gamma=0.9), backend, "recurrence")
