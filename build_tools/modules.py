@@ -1,0 +1,129 @@
+"""The two extension modules: what each is compiled from, with which flags, and what that takes of a machine.
+
+Both use PyTorch's stable ABI. Nothing here needs more than Python itself before a module is asked for, so that
+`make` can look for a compiler before anything is installed.
+"""
+
+import functools
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from build_tools.compile import ROOT, Module, Step, build
+
+CXX = shlex.split(os.environ.get("CXX", "c++"))
+CUDA_TARGETS = (80, 90, 100)
+# Each CPU kernel is compiled once for each of these; bindings/module.cpp chooses when the module is loaded.
+INSTRUCTION_SETS = {"kBaseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["kAvx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["kAvx512"] = [*INSTRUCTION_SETS["kAvx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# Vector operators become fused multiply-adds only where contraction may cross function calls.
+CPU_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
+CPU_FLAGS += ["-Icsrc/include", "-Icsrc"]
+
+
+class Lacking(Exception):
+    """What a module cannot be built without, in one line."""
+
+
+def instruction_set_flags(isa: str) -> list[str]:
+    return [*INSTRUCTION_SETS[isa], f"-DRLK_ISA={isa}"]
+
+
+@functools.cache
+def compiler_fault() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if shutil.which(CXX[0]) is None:
+        return f"there is no C++ compiler {CXX[0]!r}; install g++ or clang, or name one: CXX=..."
+    # One of the kernels, for the widest vectors: it takes of the compiler what all of them take.
+    flags = [*CPU_FLAGS, *instruction_set_flags(list(INSTRUCTION_SETS)[-1])]
+    probe = [*CXX, *flags, "-fsyntax-only", "csrc/cpu/masked.cpp"]
+    if subprocess.run(probe, cwd=ROOT, capture_output=True).returncode != 0:
+        return f"{shlex.join(CXX)!r} is no compiler of C++20 as the kernels are written in it; g++ is since version 11"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        return f"{header} is missing; install Python's headers (Debian: python3-dev)"
+    return None
+
+
+def binding_flags() -> tuple[list[str], list[str]]:
+    """What compiling and what linking a module takes: PyTorch's stable ABI, and pybind11 for Python's."""
+    if fault := compiler_fault():
+        raise Lacking(fault)
+    folders = {}
+    for package in ("torch", "pybind11"):
+        # Found, not imported: importing torch takes longer than all else here where nothing changed.
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise Lacking(f"{package} is not installed")
+        folders[package] = Path(spec.origin).parent
+    root = folders["torch"]
+    includes = (root / "include", folders["pybind11"] / "include", sysconfig.get_path("include"))
+    torch_flags = [*(f"-I{path}" for path in includes), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    return torch_flags, [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def sources(folder: str, pattern: str) -> list[Path]:
+    return sorted(path.relative_to(ROOT) for path in (ROOT / "csrc" / folder).glob(pattern))
+
+
+def object_of(folder: str | Path, source: Path) -> Path:
+    return Path(folder, f"{source.name}.o")
+
+
+def cpu_module() -> Module:
+    torch_flags, libraries = binding_flags()
+    command = [*CXX, *CPU_FLAGS]
+    steps = [
+        Step([*command, *torch_flags], str(path), object_of("build/cpu", path)) for path in sources("bindings", "*.cpp")
+    ]
+    for isa in INSTRUCTION_SETS:
+        isa_command, folder = [*command, *instruction_set_flags(isa)], Path("build/cpu", isa)
+        steps += [Step(isa_command, str(path), object_of(folder, path)) for path in sources("cpu", "*.cpp")]
+    return Module(Path("build/_C.so"), steps, [*CXX, "-shared"], libraries)
+
+
+def own_architectures() -> tuple[int, ...]:
+    """The compute capabilities of the GPUs in this machine, 90 for 9.0."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True).stdout
+    return tuple(sorted({int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", listed, re.MULTILINE)}))
+
+
+def cuda_module(architectures: tuple[int, ...] = ()) -> Module:
+    """For the architectures named, else for those of the GPUs that are here, else for CUDA_TARGETS."""
+    if shutil.which("nvcc") is None:
+        raise Lacking("there is no nvcc")
+    torch_flags, libraries = binding_flags()
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    wanted = architectures or own_architectures() or CUDA_TARGETS
+    known = [number for number in wanted if f"compute_{number}" in listed]
+    if not known:
+        raise Lacking(f"this nvcc does not compile for compute capability {', '.join(map(str, wanted))}")
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in known]
+    targets.append(targets[-1].replace("code=sm", "code=compute"))  # newer GPUs compile this themselves
+    host = [f"-ccbin={CXX[0]}", "-forward-unknown-to-host-compiler"]
+    command = ["nvcc", *host, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Icsrc/include"]
+    folder = Path("build", "-".join(["cuda", *map(str, known)]))
+    command += ["--expt-relaxed-constexpr", *torch_flags, *targets]
+    files = [*sources("cuda", "*.cu"), *sources("cuda", "*.cpp")]
+    steps = [Step(command, str(path), object_of(folder, path)) for path in files]
+    # The runtime is linked in, since a machine without a GPU has none to load.
+    link = ["nvcc", "-shared", "-nodlink", *host, "-cudart=static"]
+    return Module(folder / "_C_cuda.so", steps, link, libraries)
+
+
+if (
+    __name__ == "__main__"
+):  # python -m build_tools.modules 90: the CUDA module, for the tests that read its machine code
+    print(build(cuda_module(tuple(map(int, sys.argv[1:])))))
