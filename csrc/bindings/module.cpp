@@ -6,14 +6,27 @@
 
 #include "bindings.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace rlk {
 namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 
+#if defined(__x86_64__)
+// From the processor itself: __builtin_cpu_supports knows this feature since GCC 11, and with the runtime library of
+// an older one answers no.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 bool supported(Isa isa) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return isa == Isa::kBaseline || (isa == Isa::kAvx2 ? avx2 : avx512);
