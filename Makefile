@@ -169,10 +169,10 @@ $(STAMPS)/build: $(STAMPS)/install $(if $(wildcard rlkernels/_C.*so),,missing) $
 	@$(WITHOUT_GPU) CXX="$(CXX)" $(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
 	@touch $@
 
-# The tests read its machine code, which takes no GPU. CUDA_FOR="80 90 100" is every architecture of a release.
-CUDA_FOR := 90
+# The tests read its machine code, which takes no GPU: of one architecture, and with THOROUGH=1 of all.
+CUDA_FOR = $(if $(THOROUGH),80 90 100,90)
 cuda-module: $(STAMPS)/base $(STAMPS)/compiler ## the CUDA extension for the tests, where there is nvcc
-	@if command -v nvcc >/dev/null; then CXX="$(CXX)" $(BIN)/python -m build_tools.modules $(CUDA_FOR) >/dev/null; fi
+	@if command -v nvcc >/dev/null; then CXX="$(CXX)" $(BIN)/python -m build_tools.modules $(CUDA_FOR); fi
 
 # The other projects pin other versions of what ours runs on: .venv stays free of them. What it has serves here too, ours
 # among it, behind what is installed here.

@@ -7,7 +7,6 @@ the greatest width of the widest load. Occupancy is the share of a multiprocesso
 and the number of blocks leave room for, at the least.
 """
 
-import importlib.util
 import os
 import re
 import sys
@@ -22,6 +21,8 @@ if __name__ == "__main__":
 
 import triton  # noqa: E402
 
+from build_tools.compile import build  # noqa: E402
+from build_tools.modules import CUDA_TARGETS, Lacking, cuda_module  # noqa: E402
 from gpu_assembly import LOAD, TARGETS, compile_for, disassemble, dump, resource_usage  # noqa: E402
 
 THREADS_UNBOUND = 256
@@ -180,12 +181,12 @@ def main() -> int:
     paragraphs = (__doc__ or "").strip().split("\n\n")
     print("# What the kernels take of a GPU\n")
     print(f"Printed by `python benchmarks/resources.py`, with Triton {triton.__version__}.\n{paragraphs[2]}\n")
-    spec = importlib.util.find_spec("rlkernels._C_cuda")
-    by_architecture = cuda_kernels(spec.origin) if spec and spec.origin else {}
-    if by_architecture:
+    try:
+        by_architecture = cuda_kernels(str(build(cuda_module(CUDA_TARGETS))))
         print(f"CUDA kernels without launch bounds are given {THREADS_UNBOUND} threads a block.")
-    else:
-        print("The CUDA extension is not built here.")
+    except Lacking as lacking:
+        by_architecture = {}
+        print(f"The CUDA extension is not built: {lacking}.")
     for architecture in TARGETS:
         print(f"\n## {architecture}: Triton\n\n{table(list(triton_kernels(architecture)))}", flush=True)
         if kernels := by_architecture.get(architecture):

@@ -71,7 +71,6 @@ def run(command: list[str], output: Path, inputs: list[str], before: list[str] |
     if up_to_date(ROOT / output, inputs) and stamp.exists() and stamp.read_text() == line:
         return
     stamp.parent.mkdir(parents=True, exist_ok=True)
-    print(output, flush=True)
     done = subprocess.run(
         [*(before or []), *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

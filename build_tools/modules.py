@@ -115,9 +115,14 @@ def cuda_module(architectures: tuple[int, ...] = ()) -> Module:
     host = [f"-ccbin={CXX[0]}", "-forward-unknown-to-host-compiler"]
     command = ["nvcc", *host, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Icsrc/include"]
     folder = Path("build", "-".join(["cuda", *map(str, known)]))
-    command += ["--expt-relaxed-constexpr", *torch_flags, *targets]
-    files = [*sources("cuda", "*.cu"), *sources("cuda", "*.cpp")]
-    steps = [Step(command, str(path), object_of(folder, path)) for path in files]
+    # nvcc hands C++ to its host compiler, with the folder of CUDA's headers.
+    steps = [
+        Step([*command, *torch_flags], str(path), object_of("build/cuda", path)) for path in sources("cuda", "*.cpp")
+    ]
+    steps += [
+        Step([*command, "--expt-relaxed-constexpr", *targets], str(path), object_of(folder, path))
+        for path in sources("cuda", "*.cu")
+    ]
     # The runtime is linked in, since a machine without a GPU has none to load.
     link = ["nvcc", "-shared", "-nodlink", *host, "-cudart=static"]
     return Module(folder / "_C_cuda.so", steps, link, libraries)
@@ -126,4 +131,4 @@ def cuda_module(architectures: tuple[int, ...] = ()) -> Module:
 if (
     __name__ == "__main__"
 ):  # python -m build_tools.modules 90: the CUDA module, for the tests that read its machine code
-    print(build(cuda_module(tuple(map(int, sys.argv[1:])))))
+    build(cuda_module(tuple(map(int, sys.argv[1:]))))

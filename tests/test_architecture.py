@@ -82,10 +82,15 @@ def test_dependencies_point_one_way(pattern):
     assert not wrong
 
 
+# In csrc/cuda/ only <op>.cpp and what they share know torch, whose headers take longer to compile than the kernels.
+KNOW_TORCH = ("csrc/cuda/*.cpp", "csrc/cuda/tensors.h")
+
+
 def test_formulas_and_cuda_kernels_know_no_torch_header():
-    files = [*ROOT.glob("csrc/include/**/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
-    assert files
-    foreign = re.compile(r'#\s*include\s*[<"](?:torch|ATen|c10|pybind11)\b')
+    files = {*ROOT.glob("csrc/include/**/*.h"), *ROOT.glob("csrc/cuda/*")}
+    files -= {path for pattern in KNOW_TORCH for path in ROOT.glob(pattern)}
+    assert {path.suffix for path in files} == {".h", ".cu", ".cuh"}
+    foreign = re.compile(r'#\s*include\s*[<"](?:torch|ATen|c10|pybind11|tensors\.h)\b')
     assert not [str(path.relative_to(ROOT)) for path in files if foreign.search(path.read_text())]
 
 
@@ -113,14 +118,14 @@ def test_op_stands_under_one_name_in_every_backend(op):
         f"csrc/bindings/{op}.cpp",
         f"csrc/cpu/{op}.h",
         f"csrc/cpu/{op}.cpp",
-        *([] if op in WITHOUT_CUDA else [f"csrc/cuda/{op}.cuh", f"csrc/cuda/{op}.cu"]),
+        *([] if op in WITHOUT_CUDA else [f"csrc/cuda/{op}.{kind}" for kind in ("cuh", "h", "cu", "cpp")]),
         f"rlkernels/reference/{op}.py",
         f"rlkernels/triton/{op}.py",
     ]
     assert not [place for place in places if not (ROOT / place).is_file()]
 
 
-@pytest.mark.parametrize(("name", "limit"), [("setup.py", 150), ("trainers/grpo.py", 400)])
+@pytest.mark.parametrize(("name", "limit"), [("setup.py", 80), ("trainers/grpo.py", 400)])
 def test_file_stays_short(name, limit):
     assert len((ROOT / name).read_text().splitlines()) < limit
 

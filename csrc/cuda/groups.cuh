@@ -2,18 +2,10 @@
 #pragma once
 
 #include "block.cuh"
+#include "groups.h"
 #include "rlkernels/groups.h"
 
 namespace rlk {
-
-// Row i of group g is order[offsets[g] + i], or g * group_size + i where both are null.
-struct Groups {
-  const int64_t *order, *offsets;
-  int64_t group_size;
-
-  __device__ int64_t begin(int64_t g) const { return offsets != nullptr ? offsets[g] : g * group_size; }
-  __device__ int64_t row(int64_t position) const { return order != nullptr ? order[position] : position; }
-};
 
 // The columns whose groups are compared: each reward on its own, or their weighted sum alone.
 struct Scores {
@@ -80,7 +72,7 @@ __device__ inline GroupSummary describe(const Scores& scores, const Groups& grou
 
 // Block c: of all scores of column c.
 __global__ void batch_statistics_kernel(Scores scores, int64_t rows, GroupStatistics<float>* statistics) {
-  const GroupSummary batch = describe(scores, Groups{nullptr, nullptr, rows}, blockIdx.x, 0, rows);
+  const GroupSummary batch = describe(scores, Groups{nullptr, nullptr, rows, 1}, blockIdx.x, 0, rows);
   if (threadIdx.x == 0) statistics[blockIdx.x] = batch.statistics;
 }
 

@@ -2,16 +2,10 @@
 #pragma once
 
 #include "block.cuh"
+#include "kl.h"
 #include "rlkernels/kl.h"
-#include "rlkernels/sequences.h"
 
 namespace rlk {
-
-struct KlOptions {
-  int estimator;
-  bool straight_through;
-  float log_ratio_clamp, value_clamp;
-};
 
 // `count` elements, of which the first 4 * vectors are read and written as vectors: all but the last few, or none where
 // an address is not aligned.
@@ -55,21 +49,6 @@ constexpr int kThreadTokens = 4;
 constexpr int kRewardTokens = kRewardThreads * kThreadTokens;
 // The mask beyond a block is read in steps: few bytes first, since a sequence mostly goes on there.
 constexpr int64_t kFirstLook = kRewardThreads, kLongestLook = 64 * kRewardThreads;
-
-struct RewardBatch {
-  const float* scores;    // [sequences]
-  const float* logprobs;  // [tokens], as are ref_logprobs and mask
-  const float* ref_logprobs;
-  const bool* mask;    // or null: every token is scored
-  const float* valid;  // NaN where cu_seqlens is not what it should be, else 1; or null: 1
-  Sequences sequences;
-  int estimator;
-  float kl_coef;
-  bool after_last;
-  bool aligned;  // whether four tokens can be read and written at once
-
-  __device__ bool scored(int64_t token) const { return mask == nullptr || mask[token]; }
-};
 
 // The position of the first bit that is set at or after `from`; kRewardTokens if none is.
 __device__ inline int next_bit(const unsigned* words, int from) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "block.cuh"
+#include "logprobs.h"
 #include "rlkernels/logprobs.h"
 
 namespace rlk {
@@ -11,14 +12,6 @@ constexpr int kRowThreads = 256;
 constexpr int kStep = 16;
 template <typename T>
 constexpr int kStepVectors = kStep / kVector<T>;
-
-// Row r starts at element (r / inner) * outer_stride + (r % inner) * inner_stride.
-struct LogitRows {
-  int64_t inner, outer_stride, inner_stride;
-  int vocab;
-
-  __device__ int64_t start(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
-};
 
 // A division by 1 and a softcap that is not there cost nothing: each case is compiled on its own.
 enum class Scaling { kNone, kTemperature, kSoftcap };
@@ -34,11 +27,6 @@ struct LogitScale {
   __device__ float derivative(float x) const {
     return scaled_logit_derivative(x, softcap, divisor(), kScaling == Scaling::kSoftcap);
   }
-};
-
-// max and log_sum of each row, for the backward pass: row_stats [2, rows].
-struct RowStats {
-  float *max, *log_sum;
 };
 
 template <bool kEntropy, int kCount>

@@ -2,26 +2,10 @@
 // sums over blocks of tokens, and one block that adds them up.
 #pragma once
 
-#include "rlkernels/policy_loss.h"
+#include "policy_loss.h"
 #include "token_losses.cuh"
 
 namespace rlk {
-
-struct PolicyBatch {
-  const float* logprobs;          // [tokens], as are the four below and mask
-  const float* old_logprobs;      // or null: logprobs
-  const float* ref_logprobs;      // or null
-  const float* sampler_logprobs;  // or null
-  const float* entropy;           // or null
-  const bool* mask;               // or null: every token is scored
-  const float* advantages;        // [tokens] or [sequences]
-  bool advantage_per_token;
-  Sequences sequences;
-
-  __device__ float old_logprob(int64_t token) const {
-    return old_logprobs != nullptr ? old_logprobs[token] : logprobs[token];
-  }
-};
 
 // Over the scored tokens of a sequence.
 struct SequenceSums {

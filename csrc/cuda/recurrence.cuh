@@ -2,8 +2,7 @@
 #pragma once
 
 #include "block.cuh"
-#include "rlkernels/recurrence.h"
-#include "rlkernels/sequences.h"
+#include "recurrence.h"
 
 // The emulation of the tests has a shorter one, since it runs one block after another.
 #ifndef RLK_LONGEST_SERIAL
@@ -21,26 +20,11 @@ constexpr int kScanBlock = kScanThreads * kScanTokens;
 // behind it. Which way a sequence goes depends on its length alone, and so do its bits.
 constexpr int64_t kLongestSerial = RLK_LONGEST_SERIAL;
 
-struct RecurrenceBatch {
-  const float* rewards;   // [tokens], as are values, the log-probabilities, mask, dones and the results
-  const float* values;    // null for discounted_returns
-  const float* logprobs;  // null but for vtrace, as is behavior_logprobs
-  const float* behavior_logprobs;
-  const bool* mask;               // or null: every token is scored
-  const bool* dones;              // or null: no episode ends but with its sequence
-  const float* bootstrap_values;  // [sequences], or null: 0
-  const float* valid;             // NaN where cu_seqlens are not; null without them
-  Sequences sequences;
-  RecurrenceOptions options;
-  float* advantages;  // null where the kind has none
-  float* returns;
-
-  __device__ bool usable() const { return valid == nullptr || *valid == 1.0f; }
-  __device__ float bootstrap(int64_t s) const { return bootstrap_values != nullptr ? bootstrap_values[s] : 0.0f; }
-  // Of a sequence's blocks: those of no two sequences overlap, whatever their lengths.
-  __device__ int64_t first_slot(int64_t s) const { return sequences.start(s) / kScanBlock + s; }
-  int64_t slots() const { return sequences.tokens / kScanBlock + sequences.count; }
-};
+// The slots of a sequence's blocks: those of no two sequences overlap, whatever their lengths.
+__device__ inline int64_t first_slot(const Sequences& sequences, int64_t s) {
+  return sequences.start(s) / kScanBlock + s;
+}
+inline int64_t slots_of(const Sequences& sequences) { return sequences.tokens / kScanBlock + sequences.count; }
 
 // The value that a stretch of tokens passes back: its first, or that of the stretch behind it.
 struct PassedValue {
@@ -284,7 +268,7 @@ __device__ inline LongBlock long_block(const RecurrenceBatch& batch, int64_t lon
   int64_t low = 0, high = batch.sequences.count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (batch.first_slot(middle) <= blockIdx.x)
+    if (first_slot(batch.sequences, middle) <= blockIdx.x)
       low = middle + 1;
     else
       high = middle;
@@ -295,7 +279,7 @@ __device__ inline LongBlock long_block(const RecurrenceBatch& batch, int64_t lon
   block.sequence = low - 1;
   block.begin = batch.sequences.start(block.sequence);
   block.end = batch.sequences.start(block.sequence + 1);
-  block.index = block.slot - batch.first_slot(block.sequence);
+  block.index = block.slot - first_slot(batch.sequences, block.sequence);
   block.start = block.begin + block.index * kScanBlock;
   block.exists = block.end - block.begin > longest && block.start < block.end;
   return block;

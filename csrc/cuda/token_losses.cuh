@@ -10,6 +10,8 @@ namespace rlk {
 constexpr int kTokenThreads = 256;
 // Few enough for float sums to keep their digits, many enough for the reduction not to count.
 constexpr int kBlockTokens = 4 * kTokenThreads;
+constexpr int kSequenceThreads = 128;
+constexpr int kFinishThreads = kWarp * kMaxWarps;
 
 __device__ inline bool is_scored(const bool* mask, int64_t token) { return mask == nullptr || mask[token]; }
 

@@ -3,16 +3,9 @@
 
 #include "rlkernels/value_loss.h"
 #include "token_losses.cuh"
+#include "value_loss.h"
 
 namespace rlk {
-
-struct ValueBatch {
-  const float* values;      // [tokens], as are old_values, returns and mask
-  const float* old_values;  // or null: not clipped
-  const float* returns;
-  const bool* mask;  // or null: every token is scored
-  Sequences sequences;
-};
 
 // Block s: the number of scored tokens of sequence s.
 __global__ void value_lengths_kernel(ValueBatch batch, int* lengths) {

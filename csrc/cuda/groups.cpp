@@ -1,0 +1,28 @@
+#include "groups.h"
+
+#include "tensors.h"
+
+namespace rlk {
+namespace {
+
+std::tuple<Tensor, Tensor> group_advantages(Tensor rewards, std::optional<Tensor> weights, std::optional<Tensor> order,
+                                            std::optional<Tensor> offsets, int64_t group_size, int64_t baseline,
+                                            int64_t scale, double eps, bool normalize_before_sum, bool keep_singleton) {
+  const int64_t rows = rewards.size(0);
+  const Groups groups = {data_or_null<int64_t>(order), data_or_null<int64_t>(offsets), group_size,
+                         offsets ? rows : rows / group_size};
+  const GroupOptions options = {static_cast<int>(baseline), static_cast<int>(scale), static_cast<float>(eps),
+                                normalize_before_sum, keep_singleton};
+  Tensor advantages = empty_like(rewards, {rows}), signal = empty_like(rewards, {rows}, ScalarType::Bool);
+  TensorLauncher launch(rewards);
+  launch_group_advantages(launch, floats(rewards), data_or_null<float>(weights), rows, rewards.size(1), groups, options,
+                          advantages.mutable_data_ptr<float>(), signal.mutable_data_ptr<bool>());
+  return {advantages, signal};
+}
+
+}  // namespace
+}  // namespace rlk
+
+STABLE_TORCH_LIBRARY_IMPL(rlkernels, RLK_CUDA_KEY, m) {
+  m.impl("group_advantages.cuda", TORCH_BOX(&rlk::group_advantages));
+}

@@ -1,0 +1,27 @@
+// group_advantages: what its kernels are launched with.
+#pragma once
+
+#include "launch.h"
+
+namespace rlk {
+
+// Row i of group g is order[offsets[g] + i], or g * group_size + i where both are null.
+struct Groups {
+  const int64_t *order, *offsets;
+  int64_t group_size, count;
+
+  __device__ int64_t begin(int64_t g) const { return offsets != nullptr ? offsets[g] : g * group_size; }
+  __device__ int64_t row(int64_t position) const { return order != nullptr ? order[position] : position; }
+};
+
+struct GroupOptions {
+  int baseline, scale;
+  float eps;
+  bool normalize_before_sum, keep_singleton;
+};
+
+// rewards [rows, kinds] and weights [kinds], which may be null: all 1; advantages [rows] and signal [rows].
+void launch_group_advantages(Launcher& launch, const float* rewards, const float* weights, int64_t rows, int64_t kinds,
+                             const Groups& groups, const GroupOptions& options, float* advantages, bool* signal);
+
+}  // namespace rlk

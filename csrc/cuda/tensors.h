@@ -1,0 +1,91 @@
+// What the CUDA ops share: access to tensors, and the launcher on their device. Shapes, dtypes and devices were checked
+// in rlkernels/ops.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "launch.h"
+#include "rlkernels/aggregation.h"
+#include "rlkernels/sequences.h"
+
+// The emulation of the tests registers the same ops for CPU tensors.
+#ifndef RLK_CUDA_KEY
+#define RLK_CUDA_KEY CUDA
+#endif
+
+// PyTorch declares it only to those that link its CUDA libraries. Weak, so that this module also loads beside a PyTorch
+// without CUDA, where no op of it is ever called.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace rlk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  if (aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("this PyTorch was built without CUDA");
+  void* stream = nullptr;
+  // By hand, since the macros for it have other names in other versions of PyTorch.
+  if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("PyTorch has no current CUDA stream for the device of the tensor");
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Makes the device of a tensor the current one, and launches on its current stream.
+class TensorLauncher final : public Launcher {
+ public:
+  explicit TensorLauncher(const Tensor& tensor)
+      : Launcher(current_stream(tensor)), tensor_(tensor), guard_(tensor.get_device_index()) {}
+
+ private:
+  void* room(int64_t bytes) override {
+    rooms_.push_back(torch::stable::new_empty(tensor_, {bytes}, ScalarType::Byte));
+    return rooms_.back().data_ptr();
+  }
+
+  Tensor tensor_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  std::vector<Tensor> rooms_;
+};
+
+inline const float* floats(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
+
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+// Of a padded [count, length] or packed [tokens] tensor.
+inline Sequences sequences_of(const Tensor& tensor, const std::optional<Tensor>& cu_seqlens) {
+  if (!cu_seqlens) return {nullptr, tensor.numel(), tensor.size(0), tensor.size(1)};
+  return {cu_seqlens->const_data_ptr<int32_t>(), tensor.numel(), cu_seqlens->numel() - 1, 0};
+}
+
+inline Tensor empty_like(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         ScalarType dtype = ScalarType::Float) {
+  return torch::stable::new_empty(tensor, sizes, dtype);
+}
+
+inline Denominator denominator_of(const std::optional<Tensor>& normalizer, double normalizer_value,
+                                  int64_t aggregation) {
+  return {data_or_null<float>(normalizer), static_cast<float>(normalizer_value), static_cast<int>(aggregation)};
+}
+
+// An output that nobody asked for is empty.
+inline Tensor gradient_like(const Tensor& tensor, bool wanted) {
+  return wanted ? empty_like(tensor, tensor.sizes()) : empty_like(tensor, {0});
+}
+
+inline float* gradient_or_null(Tensor& gradient, bool wanted) {
+  return wanted ? gradient.mutable_data_ptr<float>() : nullptr;
+}
+
+}  // namespace rlk
