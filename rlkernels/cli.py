@@ -19,33 +19,19 @@ from rlkernels.ops import _registry
 # How much later than the first another process on the machine may come to an error that both have.
 SECONDS_ALONE = 10
 
-# Each op with the backends that have kernels for it; the others are plain PyTorch.
-OPS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("token_logprobs", "kl_penalty", "shaped_rewards", "group_advantages"), _registry.KERNEL_BACKENDS),
-    **dict.fromkeys(("gae", "discounted_returns", "td_lambda", "vtrace"), _registry.KERNEL_BACKENDS),
-    **dict.fromkeys(("masked_mean", "masked_whiten"), _registry.WITHOUT_CUDA),
-    **dict.fromkeys(
-        ("linear_token_logprobs", "linear_policy_loss", "linear_preference_logps", "linear_kl_divergence"),
-        _registry.WITHOUT_CUDA,
-    ),
-    **dict.fromkeys(("policy_loss", "value_loss"), _registry.KERNEL_BACKENDS),
-    **dict.fromkeys(("preference_loss", "reward_pair_loss"), ()),
-}
-
-
 # rlkernels info
 
 
 def serving_backends(device_type: str) -> dict[str, str]:
     """For each op the backend that serves tensors on a device."""
     tensor = torch.empty(0, device=device_type)
-    return {op: _registry.select(tensor, backends) for op, backends in OPS.items()}
+    return {op: _registry.select(tensor, op) for op in _registry.PREFERENCE}
 
 
 def faster_backends(op: str, backend: str, device_type: str) -> dict[str, str]:
     """The backends faster than `backend` that have kernels for `op`, and for each the reason why it does not serve."""
-    by_speed = ("cuda", "triton", "cpu", "reference")
-    faster = [name for name in by_speed[: by_speed.index(backend)] if name in OPS[op]]
+    by_speed = [*sorted(_registry.PREFERENCE[op], key="cpu".__eq__), "reference"]  # those of GPUs first, in their order
+    faster = by_speed[: by_speed.index(backend)]
     return {name: _registry.status(name, device_type) or "another was asked for" for name in faster}
 
 
@@ -73,10 +59,14 @@ def info() -> None:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     print(f"GPU           {', '.join(gpus) or 'none'}")
     for device_type in ("cuda", "cpu") if gpus else ("cpu",):
-        print(f"\n{'op':18} serves {device_type:5} why not a faster one")
+        rows = [("op", f"serves {device_type}", "why not a faster one")]
         for op, backend in serving_backends(device_type).items():
             reasons = "; ".join(f"{name}: {why}" for name, why in faster_backends(op, backend, device_type).items())
-            print(f"{op:18} {backend:12} {reasons or '-'}")
+            rows.append((op, backend, reasons or "-"))
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        print()
+        for op, backend, reasons in rows:
+            print(f"{op:{widths[0]}}  {backend:{widths[1]}}  {reasons}")
 
 
 # rlkernels bench

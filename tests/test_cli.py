@@ -1,6 +1,7 @@
 """The command line as a whole, and `rlkernels info`; what trains is in test_cli_train.py."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -93,11 +94,22 @@ def test_info(capsys):
     # Only the one that torch gives itself names the build, such as +cu130, in every wheel.
     (version,) = rows["torch"]
     assert version.partition("+")[0] == torch.__version__.partition("+")[0]
-    assert set(cli.OPS) == set(rlkernels.__all__) - {"use_backend", "wrap_lm_head", "unwrap_lm_head"}
-    for op, backends in cli.OPS.items():
-        assert rows[op][0] == _registry.select(torch.empty(0), backends)
+    assert set(_registry.PREFERENCE) == set(rlkernels.__all__) - {"use_backend", "wrap_lm_head", "unwrap_lm_head"}
+    for op, backends in _registry.PREFERENCE.items():
+        assert rows[op][0] == _registry.select(torch.empty(0), op)
         if not torch.cuda.is_available():
             assert ("cuda: no NVIDIA GPU is available" in rows[op][1]) == ("cuda" in backends)
+
+
+def test_columns_of_info_are_aligned(capsys):
+    cli.main(["info"])
+    versions, table, *_ = capsys.readouterr().out.split("\n\n")
+    assert {re.match(r"\S+ +", line).end() for line in versions.splitlines()} == {len("rlkernels     ")}
+    header, *rows = table.splitlines()
+    columns = [re.search(name, header).start() for name in ("serves", "why")]
+    assert len(rows) == len(_registry.PREFERENCE)
+    for row in rows:
+        assert [match.end() for match in re.finditer(r"  +", row)] == columns
 
 
 def test_info_names_what_serves_each_op_on_a_gpu(monkeypatch):
@@ -114,7 +126,7 @@ def test_info_says_why_the_faster_backend_does_not_serve(capsys, monkeypatch):
     monkeypatch.setitem(_registry._reasons, "cpu", "the C++ extension is not built")
     cli.main(["info"])
     backend, reasons = rows_of_info(capsys.readouterr().out)["token_logprobs"]
-    assert backend == _registry.select(torch.empty(0)) != "cpu"
+    assert backend == _registry.select(torch.empty(0), "token_logprobs") != "cpu"
     assert "cpu: the C++ extension is not built" in reasons
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlkernels import cli
+from rlkernels.ops import _registry
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -216,7 +216,7 @@ def test_demo_writes_its_results(small_run, tmp_path, capsys):
     assert (result["seed"], result["steps"]) == (3, 2)
     assert all(math.isfinite(result[name]) and result[name] > 0 for name in ("wall_s", "tokens_per_s", "peak_rss_mb"))
     assert (result["accuracy_before"], result["accuracy_after"]) == (1.0, 1.2)
-    assert result["backends"].keys() == cli.OPS.keys()
+    assert result["backends"].keys() == _registry.PREFERENCE.keys()
 
     records = [json.loads(line) for line in (output / "completions.jsonl").read_text().splitlines()]
     graded = [(record["split"], record["step"]) for record in records]

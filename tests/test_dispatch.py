@@ -33,7 +33,7 @@ def run_python(code, **environment):
 
 def test_the_fastest_that_serves_is_chosen():
     serving = [name for name in _registry.KERNEL_BACKENDS if _registry.status(name, "cpu") is None]
-    assert _registry.select(LOGPROBS) == (serving or ["reference"])[0]
+    assert _registry.select(LOGPROBS, "kl_penalty") == (serving or ["reference"])[0]
     assert "reference" not in serving
     assert _registry.status("reference", "cpu") is None
     for name in set(_registry.KERNEL_BACKENDS) - set(serving):
@@ -53,34 +53,103 @@ def test_the_backend_chosen_is_the_one_that_runs(backend, device, monkeypatch):
     assert bool(calls) == (backend == "reference")
 
 
+def test_the_preference_is_one_of_each_op(monkeypatch):
+    """Where CUDA's and Triton's kernels both serve: for logits Triton's are the faster."""
+    for name, devices in (("cuda", ("meta",)), ("triton", ("meta",)), ("cpu", ())):
+        monkeypatch.setitem(_registry._devices, name, devices)
+    tensor = torch.empty(0, device="meta")
+    assert _registry.select(tensor, "token_logprobs") == "triton"
+    assert _registry.select(tensor, "policy_loss") == "cuda"
+    with rlkernels.use_backend("cuda"):
+        assert _registry.select(tensor, "token_logprobs") == "cuda"
+    monkeypatch.setitem(_registry._devices, "triton", ())
+    assert _registry.select(tensor, "token_logprobs") == "cuda"
+
+
+def test_an_op_has_kernels_for_the_backends_it_prefers():
+    """`define` and the table of preferences name the same."""
+    low_level = {"token_logprobs": "token_logprobs_forward", "kl_penalty": "kl_penalty_forward"}
+    low_level |= dict.fromkeys(("gae", "discounted_returns", "td_lambda", "vtrace"), "recurrence")
+    low_level |= {name: f"{name}_forward" for name in ("policy_loss", "value_loss", "linear_token_logprobs")}
+    for op, backends in _registry.PREFERENCE.items():
+        packet = getattr(torch.ops.rlkernels, low_level.get(op, op), None)
+        if packet is not None:
+            assert set(packet.overloads()) == set(backends), op
+
+
+# What a machine with an NVIDIA GPU has, and CUDA's library, whose first call would leave every fork without CUDA.
+WITH_A_GPU = """
+import ctypes, os, sys, torch
+
+def asked(*args, **kwargs):
+    raise AssertionError("CUDA was asked something at import")
+
+for name in ("is_available", "device_count", "_lazy_init", "init", "current_device", "get_device_properties"):
+    setattr(torch.cuda, name, asked)
+torch._C._cuda_getDeviceCount = torch._C._cuda_init = asked
+load = ctypes.CDLL
+
+class Driver:
+    __getattr__ = asked
+
+ctypes.CDLL = lambda name, *args, **kwargs: Driver() if name == "libcuda.so.1" else load(name, *args, **kwargs)
+torch.version.cuda = torch.version.cuda or "13.0"
+import rlkernels
+from rlkernels.ops import _registry
+"""
+
+
+def test_nothing_asks_cuda_at_import_and_a_fork_works_afterwards():
+    code = f"""{WITH_A_GPU}
+print(_registry.status("triton", "cuda"), "triton" in sys.modules, flush=True)
+child = os.fork()
+value = rlkernels.kl_penalty(torch.tensor([-1.0]), torch.tensor([-1.5]), estimator="k1").item()
+assert not torch.cuda._is_in_bad_fork()
+print(value, flush=True)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = run_python(code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["None True", "0.5", "0.5"]
+
+
+def test_without_a_gpu_its_backends_say_so():
+    """Or where the environment hides it."""
+    code = WITH_A_GPU + "print(_registry.status('triton', 'cuda'), '|', _registry.status('cuda', 'cuda'))"
+    done = run_python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert done.stdout == "no GPU is available | no NVIDIA GPU is available\n", done.stderr
+
+
 def test_as_a_function_it_lasts():
     rlkernels.use_backend("reference")
-    assert _registry.select(LOGPROBS) == "reference"
+    assert _registry.select(LOGPROBS, "kl_penalty") == "reference"
     rlkernels.use_backend("auto")
     assert _registry._forced is None
 
 
 def test_as_a_context_manager_it_is_undone_also_by_an_error():
-    before = _registry.select(LOGPROBS)
+    before = _registry.select(LOGPROBS, "kl_penalty")
     with rlkernels.use_backend("reference"):
-        assert _registry.select(LOGPROBS) == "reference"
+        assert _registry.select(LOGPROBS, "kl_penalty") == "reference"
         with rlkernels.use_backend("auto"):
-            assert _registry.select(LOGPROBS) == before
-        assert _registry.select(LOGPROBS) == "reference"
-    assert _registry.select(LOGPROBS) == before
+            assert _registry.select(LOGPROBS, "kl_penalty") == before
+        assert _registry.select(LOGPROBS, "kl_penalty") == "reference"
+    assert _registry.select(LOGPROBS, "kl_penalty") == before
     with pytest.raises(KeyError), rlkernels.use_backend("reference"):
         raise KeyError
-    assert _registry.select(LOGPROBS) == before
+    assert _registry.select(LOGPROBS, "kl_penalty") == before
 
 
 @pytest.mark.parametrize("name", ["cudnn", "", "CPU", None])
 def test_an_unknown_name_lists_the_valid_ones(name):
-    before = _registry.select(LOGPROBS)
+    before = _registry.select(LOGPROBS, "kl_penalty")
     with pytest.raises(ValueError, match="backend") as raised:
         rlkernels.use_backend(name)
     for valid in ("auto", "reference", "cpu", "triton", "cuda", repr(name)):
         assert valid in str(raised.value)
-    assert _registry.select(LOGPROBS) == before
+    assert _registry.select(LOGPROBS, "kl_penalty") == before
 
 
 def test_a_backend_that_cannot_serve_here_says_why():
@@ -102,7 +171,7 @@ def test_a_forced_backend_refuses_tensors_of_another_device(monkeypatch):
 
 def test_float64_goes_to_the_reference_whatever_is_forced(backend, device):
     logprobs, ref_logprobs = (value.to(device, torch.float64) for value in (LOGPROBS, REFERENCE))
-    assert _registry.select(logprobs) == "reference"
+    assert _registry.select(logprobs, "kl_penalty") == "reference"
     assert kl_penalty(logprobs, ref_logprobs).dtype == torch.float64
 
 
@@ -110,13 +179,13 @@ def test_the_environment_chooses():
     code = (
         "import torch, rlkernels\n"
         "from rlkernels.ops import _registry\n"
-        "print(_registry.select(torch.zeros(1)))\n"
+        "print(_registry.select(torch.zeros(1), 'kl_penalty'))\n"
         "with rlkernels.use_backend('auto'): pass\n"
-        "print(_registry.select(torch.zeros(1)))"
+        "print(_registry.select(torch.zeros(1), 'kl_penalty'))"
     )
     assert run_python(code, RLKERNELS_BACKEND="reference").stdout.split() == ["reference"] * 2
     default = run_python(code).stdout.split()
-    assert default == [_registry.select(LOGPROBS)] * 2
+    assert default == [_registry.select(LOGPROBS, "kl_penalty")] * 2
     assert run_python(code, RLKERNELS_BACKEND="").stdout.split() == default
     wrong = run_python(code, RLKERNELS_BACKEND="metal")
     assert wrong.returncode != 0
@@ -153,7 +222,7 @@ import torch, rlkernels
 from rlkernels.ops import _registry
 for _ in range(2):
     print(rlkernels.kl_penalty(torch.tensor([-1.0]), torch.tensor([-1.5]), estimator="k1").item())
-print(_registry.select(torch.zeros(1)), "|", _registry.status("cpu", "cpu"))
+print(_registry.select(torch.zeros(1), 'kl_penalty'), "|", _registry.status("cpu", "cpu"))
 """
 
 

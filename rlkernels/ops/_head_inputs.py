@@ -134,7 +134,7 @@ def check_head(
         None if adapter is None else adapter[1].to(dtype),
         token_ids.reshape(-1).long().contiguous(),
     )
-    backend = _registry.select(inputs.hidden, _registry.WITHOUT_CUDA)
+    backend = _registry.select(inputs.hidden, "linear_token_logprobs")
     if group is None and _checks.values_in_python(backend, token_ids):
         check_ids(inputs.token_ids, vocab_size, ignore_index)
     options = Options(temperature / scale, softcap / scale, ignore_index, group, num_scored, tile, backend)

@@ -6,6 +6,7 @@ built; the extensions and `rlkernels/triton` register implementations only. The 
 no op of its own.
 """
 
+import ctypes
 import functools
 import importlib
 import os
@@ -18,11 +19,25 @@ import torch
 
 LIBRARY = torch.library.Library("rlkernels", "DEF")
 KERNEL_BACKENDS = ("cpu", "cuda", "triton")
-"""In order of preference where several serve a device. On NVIDIA the CUDA kernels precede Triton's, whose launch
-costs more host time; under Triton's interpreter the CPU kernels precede it."""
 BACKENDS = ("reference", *KERNEL_BACKENDS)
 WITHOUT_CUDA = ("cpu", "triton")
 """Of ops whose CUDA kernels would do nothing that Triton's do not: Triton serves them on NVIDIA GPUs too."""
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "token_logprobs": ("cpu", "triton", "cuda"),
+    **dict.fromkeys(("kl_penalty", "shaped_rewards", "group_advantages"), KERNEL_BACKENDS),
+    **dict.fromkeys(("gae", "discounted_returns", "td_lambda", "vtrace"), KERNEL_BACKENDS),
+    **dict.fromkeys(("policy_loss", "value_loss"), KERNEL_BACKENDS),
+    **dict.fromkeys(("masked_mean", "masked_whiten", "linear_token_logprobs", "linear_policy_loss"), WITHOUT_CUDA),
+    **dict.fromkeys(("linear_preference_logps", "linear_kl_divergence"), WITHOUT_CUDA),
+    **dict.fromkeys(("preference_loss", "reward_pair_loss"), ()),
+}
+"""For each public op the backends that have kernels for it, the first of those that serve a tensor's device first; an
+op without any is plain PyTorch.
+
+On NVIDIA GPUs the CUDA kernels precede Triton's, whose launch costs more host time. Not for logits, where what counts
+is the arithmetic of each: per element Triton's kernels take 9.3 instructions forward and CUDA's 18, with entropy 12.1
+and 22.6, or 38 with a temperature too, and backward 12.4 and 40 (bfloat16, sm_90, read in the machine code). Under
+Triton's interpreter the CPU kernels precede it."""
 
 # A plain module global, so that torch.compile guards on it and recompiles when it changes.
 _forced: str | None = None
@@ -145,15 +160,32 @@ def loaded(backend: str, device_types: tuple[str, ...]) -> None:
     _reasons[backend] = ""
 
 
+def gpu_driver() -> bool:
+    """Whether the driver of a GPU is there that this PyTorch serves. CUDA itself is not asked: from then on no process
+    that is forked could use it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    if torch.version.hip:
+        return os.path.exists("/dev/kfd")
+    if torch.version.cuda is None:
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def load() -> None:
     """Load every backend that can serve on this machine; remember why the others cannot."""
-    _load_module("cpu", "rlkernels._C", ("cpu",), "the C++ extension is not built")
-    if torch.cuda.is_available() or "cpu" in triton_devices():
+    _load_module("cpu", "rlkernels._C", ("cpu",), "the C++ extension is not built (it takes a C++20 compiler)")
+    gpu = gpu_driver()
+    if gpu or "cpu" in triton_devices():
         _load_module("triton", "rlkernels.triton", triton_devices(), "triton is not installed")
     else:
         _reasons["triton"] = "no GPU is available"
-    if torch.cuda.is_available() and torch.version.cuda:
-        _load_module("cuda", "rlkernels._C_cuda", ("cuda",), "the CUDA extension is not built")
+    if gpu and torch.version.cuda:
+        _load_module("cuda", "rlkernels._C_cuda", ("cuda",), "the CUDA extension is not built (it takes nvcc)")
     else:
         _reasons["cuda"] = "no NVIDIA GPU is available"
     name = os.environ.get("RLKERNELS_BACKEND")
@@ -186,9 +218,9 @@ def status(backend: str, device_type: str) -> str | None:
     return f"it serves {' and '.join(_devices[backend])} tensors only"
 
 
-def select(tensor: torch.Tensor, backends: tuple[str, ...] = KERNEL_BACKENDS) -> str:
-    """The backend that serves `tensor`, of those that have kernels for the op; where the one that was asked for has
-    none, the next. float64 is always served by the reference, in float64."""
+def select(tensor: torch.Tensor, op: str) -> str:
+    """The backend that serves `tensor` for a public op; where the one that was asked for has no kernels for it, the
+    next that has. float64 is always served by the reference, in float64."""
     if tensor.dtype == torch.float64:
         return "reference"
     device_type = tensor.device.type
@@ -198,9 +230,9 @@ def select(tensor: torch.Tensor, backends: tuple[str, ...] = KERNEL_BACKENDS) ->
                 f"backend {_forced!r} was asked for, but cannot serve a {device_type} tensor: "
                 f"{status(_forced, device_type)}"
             )
-        if _forced == "reference" or _forced in backends:
+        if _forced == "reference" or _forced in PREFERENCE[op]:
             return _forced
-    for backend in backends:
+    for backend in PREFERENCE[op]:
         if device_type in _devices[backend]:
             return backend
     return "reference"

@@ -95,7 +95,7 @@ def group_advantages(
     size = group_size if group_size is not None else max(count, 1)
 
     before_sum, keep = normalize == "before_sum", singleton == "keep"
-    backend = _registry.select(rewards)
+    backend = _registry.select(rewards, "group_advantages")
     if backend == "reference":
         advantages, signal = reference.group_advantages(
             rewards,

@@ -62,7 +62,7 @@ def kl_penalty(
 
     logprobs = _checks.working(logprobs)
     ref_logprobs = ref_logprobs.to(logprobs.dtype).contiguous()
-    backend = _registry.select(logprobs)
+    backend = _registry.select(logprobs, "kl_penalty")
     if backend == "reference":
         return reference.kl_penalty(
             logprobs,
@@ -155,7 +155,7 @@ def shaped_rewards(
     logprobs = _checks.working(logprobs.detach())
     ref_logprobs, scores = (value.detach().to(logprobs.dtype).contiguous() for value in (ref_logprobs, scores))
     after_last = score_at == "after_last"
-    backend = _registry.select(logprobs)
+    backend = _registry.select(logprobs, "shaped_rewards")
     valid = None
     if cu_seqlens is not None and backend != "cpu":
         if _checks.values_in_python(backend, cu_seqlens):

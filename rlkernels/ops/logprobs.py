@@ -75,7 +75,7 @@ def token_logprobs(
     if inplace_backward:
         _refuse_inplace(logits)
 
-    backend = _registry.select(logits)
+    backend = _registry.select(logits, "token_logprobs")
     if _checks.values_in_python(backend, token_ids):
         check_ids(token_ids.long(), logits.shape[-1], ignore_index)
     if backend == "reference":

@@ -46,7 +46,7 @@ def masked_mean(x: Tensor, mask: Tensor | None, *, dim: int | None = None) -> Te
     rows = _checks.working(rows)
     if mask is not None:
         mask = _rows(mask, dim, math.prod(shape), length).contiguous()
-    backend = _registry.select(rows, BACKENDS)
+    backend = _registry.select(rows, "masked_mean")
     if backend == "reference":
         return reference.masked_mean(rows, mask).reshape(shape)
     means, _ = _registry.op("masked_mean", backend)(rows, mask)
@@ -107,7 +107,7 @@ def masked_whiten(
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")
     x = _checks.working(x.detach())
-    backend = _registry.select(x, BACKENDS)
+    backend = _registry.select(x, "masked_whiten")
     if backend == "reference":
         moments = reference.masked_moments(x, mask)
     else:

@@ -186,7 +186,7 @@ def policy_loss(
     straight_through = kl_estimator.endswith("+")
     kl_estimator = kl_estimator.removesuffix("+")
 
-    backend = _registry.select(work)
+    backend = _registry.select(work, "policy_loss")
     if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
         _checks.cu_seqlens_values(cu_seqlens, shape[0])
     tensors = (work, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, sampler_logprobs, entropy)

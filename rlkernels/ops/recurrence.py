@@ -195,7 +195,7 @@ def _recurrence(
     gamma = _checks.number("gamma", gamma, at_least=0.0, at_most=1.0)
     lam = _checks.number("lam", lam, at_least=0.0, at_most=1.0)
 
-    backend = _registry.select(work)
+    backend = _registry.select(work, kind)
     valid = None
     if cu_seqlens is not None:
         if sequences == 0 and rewards.shape[0] > 0:

@@ -71,7 +71,7 @@ def value_loss(
         clip, old_values = 0.0, None
     normalizer, normalizer_value = normalizer_parts(normalizer, "values", values, work.dtype)
 
-    backend = _registry.select(work)
+    backend = _registry.select(work, "value_loss")
     if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
         _checks.cu_seqlens_values(cu_seqlens, values.shape[0])
     tensors = (work, old_values, returns, mask, cu_seqlens)
