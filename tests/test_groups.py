@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlkernels
-from cases import COMPILERS
+from cases import COMPILERS, THOROUGH_EMULATED
 from op_calls import check_ops
 from rlkernels import group_advantages
 from tolerance import assert_as_accurate_as_torch
@@ -363,6 +363,7 @@ def test_groups_do_not_depend_on_each_other_and_bits_repeat(backend, device):
 
 
 @pytest.mark.parametrize("scale", SCALES)
+@THOROUGH_EMULATED
 def test_same_bits_on_every_run(backend, device, emulated, scale):
     count = 40 if emulated else 3000
     rewards = random_rewards((count, 2), 0, "missing").to(device)

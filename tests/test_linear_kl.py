@@ -185,12 +185,13 @@ def test_rows_match_reference(
 
 @kernels_only
 @ALSO_EMULATED
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], thorough_emulated(DTYPES[2])], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wide", [False, thorough(True)], ids=["", "wide"])
 def test_every_pair_of_rows(backend, device, emulated, kind, dtype, wide):
     """Each by itself, so that none hides behind another; emulated, where that takes too long, together."""
-    for whats in [FINITE] if emulated else [[what] * rows for what in FINITE for rows in (60, 240)]:
+    # Six of each: of one row eager PyTorch may happen to round every element well, which makes too strict a measure.
+    for whats in [FINITE * 6] if emulated else [[what] * rows for what in FINITE for rows in (60, 240)]:
         for vocab_size in (5000,) if wide else (129,) if emulated else (1, 2, 5, 63, 129):
             if len(whats) * vocab_size > 500_000:  # in float64, seconds
                 continue

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from cases import THOROUGH_EMULATED
 from lm_head import IGNORE, eager, random_problem
 from rlkernels import linear_preference_logps, linear_token_logprobs
 
 # Triton's kernels serve NVIDIA GPUs too.
-pytestmark = pytest.mark.only("reference", "cpu", "triton")
+pytestmark = [pytest.mark.only("reference", "cpu", "triton"), THOROUGH_EMULATED]
 TILE = (8, 64)
 
 

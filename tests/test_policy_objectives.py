@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import COMPILERS_AND_LAYOUTS, thorough_emulated
+from cases import COMPILERS_AND_LAYOUTS, THOROUGH_EMULATED, thorough_emulated
 from op_calls import check_ops
 from rlkernels import policy_loss
 from token_losses import (
@@ -430,6 +430,7 @@ def test_a_sequence_does_not_depend_on_the_others(backend, device, objective):
 
 
 @pytest.mark.parametrize("objective", BY_SEQUENCE)
+@THOROUGH_EMULATED
 def test_same_bits_on_every_run(backend, device, emulated, objective):
     length = 1300 if emulated else 40_000
     inputs = make_inputs([length, 1, 0], length, device, sampler=True, distance=0.02)

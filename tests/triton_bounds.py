@@ -141,15 +141,14 @@ def run_all(after: bool) -> None:
         packed = guard(torch.tensor(starts, dtype=torch.int32))
         mask = guard(torch.rand(tokens) > 0.5)
         numbers = [guard(torch.randn(tokens)) for _ in range(5)]
-        for aggregation in range(4):
-            for objective in (0, 2, 5, 8):
-                old, ref, sampler, entropy, values = numbers
-                advantages = guard(torch.randn(len(starts) - 1))
-                options = (0.2, 0.2, math.inf, math.inf, math.inf, 2.0, 3.0, 3.0, 2.0, 0.1, 2, False, 0.1, 3, 3.0)
-                policy_loss.policy_loss_forward(
-                    *(values, old, advantages, mask, packed, ref, sampler, entropy, None, 0.0, aggregation, objective),
-                    *(*options, True, True),
-                )
+        for aggregation, objective in enumerate((0, 2, 5, 8)):
+            old, ref, sampler, entropy, values = numbers
+            advantages = guard(torch.randn(len(starts) - 1))
+            options = (0.2, 0.2, math.inf, math.inf, math.inf, 2.0, 3.0, 3.0, 2.0, 0.1, 2, False, 0.1, 3, 3.0)
+            policy_loss.policy_loss_forward(
+                *(values, old, advantages, mask, packed, ref, sampler, entropy, None, 0.0, aggregation, objective),
+                *(*options, True, True),
+            )
             value_loss.value_loss_forward(values, old, ref, mask, packed, None, 0.0, aggregation, 0.2, True)
 
     interpreter.ScanOps.generic_scan = scan_in_steps
