@@ -154,9 +154,10 @@ BOUNDS = Path(__file__).with_name("triton_bounds.py")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
-def test_kernels_stay_in_range():
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_kernels_stay_in_range(side):
     """Whatever ids and cu_seqlens hold."""
-    run = subprocess.run([sys.executable, BOUNDS], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, BOUNDS, side], capture_output=True, text=True)
     assert run.stdout.endswith("done\n"), (
         f"ended with {run.returncode} in: {run.stdout.splitlines()[-1:]}\n{run.stderr}"
     )
