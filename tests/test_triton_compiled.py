@@ -14,6 +14,7 @@ if INTERPRETED:
     pytest.skip("kernels do not compile in a process with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
+from cases import thorough
 from gpu_assembly import (
     BARRIER,
     LOAD,
@@ -398,11 +399,26 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
 }
 
 
-QUICK = ("sm_90", "gfx942")
+QUICK_TARGETS = ("sm_90", "gfx942")
+# Of each kernel a plain variant, whose loads are widest, and those that hold most in registers.
+QUICK_CASES = (
+    *("token_logprobs float32 plain", "token_logprobs bfloat16 plain", "token_logprobs bfloat16 in place"),
+    *("token_logprobs float16 entropy", "token_logprobs bfloat16 softcap entropy"),
+    *("token_logprobs float32 odd softcap entropy", "token_logprobs_part bfloat16 in place"),
+    "token_logprobs_part float32 bfloat16 gradient softcap entropy",
+    *("kl_divergence forward bfloat16 softcap", "kl_divergence reverse bfloat16 plain"),
+    *("kl_divergence js bfloat16 softcap", "kl_divergence of two dtypes"),
+    *("kl_penalty k3+", "shaped_rewards k3", "shaped_rewards packed"),
+    *("group_advantages ragged batch", "group_advantages before sum", "masked", "masked odd"),
+    *("gae dones", "gae long", "gae packed", "gae whiten", "discounted_returns ", "td_lambda odd"),
+    *("vtrace dones", "vtrace packed", "value_loss", "value_loss packed"),
+    *("policy_loss everything", "policy_loss packed", "policy_loss gspo", "policy_loss vespo"),
+    *("policy_loss sampler 3", "policy_loss gmpo everything"),
+)
 
 
-@pytest.mark.parametrize("target", [t if t in QUICK else pytest.param(t, marks=pytest.mark.thorough) for t in TARGETS])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("target", [each if each in QUICK_TARGETS else thorough(each) for each in TARGETS])
+@pytest.mark.parametrize("case", [each if each in QUICK_CASES else thorough(each) for each in CASES])
 def test_no_spills_and_16_byte_loads(case, target, compile_launches):
     launch, wide_loads = CASES[case]
     compiled = compile_launches(TARGETS[target], launch)
@@ -420,6 +436,10 @@ def test_no_spills_and_16_byte_loads(case, target, compile_launches):
                 assert all(WIDE_STORE.fullmatch(store) for store in STORE.findall(loop)), name
             else:
                 assert len(WIDE_LOAD.findall(assembly.text)) >= wanted, name
+
+
+def test_the_quick_cases_exist():
+    assert set(QUICK_CASES) <= CASES.keys()
 
 
 def test_every_kernel_is_compiled_here():
