@@ -123,10 +123,8 @@ def attempts(mutation: Mutation, scratch: Path) -> tuple[list[list[str]], list[l
     path.write_text(files[path].replace(mutation.text, mutation.replacement))
     place = path.relative_to(scratch).as_posix()
     parts = next(parts for pattern, parts in PARTS.items() if re.match(pattern, place))
-    compiling = []
-    if place.startswith("csrc/"):
-        compiling += [["make", "-s", "build"]] if "test-cpu" in parts else []
-        compiling += [[".venv/bin/python", "tests/cuda_emulation/build.py"]] if "test-cuda-host" in parts else []
+    build = ["make", "-s", "build"] if parts[0] == "test-cpu" else [".venv/bin/python", "tests/cuda_emulation/build.py"]
+    compiling = [build] if place.startswith("csrc/") else []
     tests = named_tests(mutation, scratch, parts[0])
     select, schedules = "not gpu", []
     if "thorough:" in (scratch / "pyproject.toml").read_text():  # an older checkout has no such marker
