@@ -20,9 +20,9 @@ import forking
 import rlkernels
 from pairwise import cover
 from rlkernels.ops import _registry
-from triton_interpreter import INTERPRETED, interpreter_rounds, interpreter_scans
+from triton_interpreter import INTERPRETED, interpreter_counts, interpreter_rounds, interpreter_scans
 
-__all__ = ["interpreter_rounds", "interpreter_scans"]
+__all__ = ["interpreter_counts", "interpreter_rounds", "interpreter_scans"]
 
 EMULATED = INTERPRETED or "CUDA_EMULATION_KERNELS" in os.environ
 

@@ -1,4 +1,4 @@
-"""Under the Triton kernels: the interpreter's bfloat16 casts, the functions of _math.py, and accesses out of range."""
+"""Under the Triton kernels: the interpreter as mended here, the functions of _math.py, and accesses out of range."""
 
 import subprocess
 import sys
@@ -85,6 +85,21 @@ def test_scans(size, reverse, interpreter_scans, monkeypatch):
         by_element = torch.empty_like(scanned)
         _scan_kernel[(1,)](a, b, by_element, REVERSE=reverse, SIZE=size)
         torch.testing.assert_close(scanned, by_element, rtol=1e-5, atol=0)
+
+
+@triton.jit
+def _sum_kernel(steps, total):
+    summed = 0
+    for step in range(steps):
+        summed += step
+    tl.store(total, summed)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_loops_of_as_many_steps_as_an_argument_says(steps):
+    total = torch.full((1,), -1, device=DEVICE)
+    _sum_kernel[(1,)](steps, total)
+    assert total.item() == sum(range(steps))
 
 
 def test_cast_to_bfloat16_rounds_to_nearest_even():

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from triton.runtime import interpreter
 
 from rlkernels.triton import groups, kl, kl_divergence, logprobs, masked, policy_loss, recurrence, value_loss
-from triton_interpreter import scan_in_steps
+from triton_interpreter import scalars_count, scan_in_steps
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0  # of <sys/mman.h>
@@ -182,6 +182,7 @@ def run_all(after: bool) -> None:
 
 
 if __name__ == "__main__":
+    interpreter._patch_lang_tensor = scalars_count(interpreter._patch_lang_tensor)
     after = sys.argv[1] == "after"
     with GuardedOutputs(after):
         run_all(after)

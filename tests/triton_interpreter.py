@@ -6,6 +6,8 @@ garbles subnormals.
 
 Its scans go element by element, in Python. Here they go in steps over 1, 2, 4 ... elements, as a GPU's do: of whole
 arrays, a hundred times as fast, and in an order of additions like a GPU's.
+
+In 3.6 a loop over as many steps as an argument says fails with NumPy 2.4, which makes no integer of an array of one.
 """
 
 import os
@@ -81,3 +83,26 @@ def interpreter_scans():
         by_element = interpreter.ScanOps.generic_scan
         patch.setattr(interpreter.ScanOps, "generic_scan", scan_in_steps)
         yield by_element
+
+
+def scalars_count(patch_tensor):
+    """What stands in for the interpreter's `_patch_lang_tensor`, which is given."""
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_counts():
+    """Let a scalar be a number of steps."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", scalars_count(interpreter._patch_lang_tensor))
+        yield
