@@ -42,6 +42,8 @@ def parse(description: str, steps: int, folder: str, arguments: list[str] | None
     return options
 
 
+# Seconds within which a signal is the one before: make passes on what a whole group of processes gets.
+ONE_SIGNAL = 1.0
 # With what Python does of itself; a program that handles them in a way of its own keeps it.
 DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
@@ -52,6 +54,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.number = 0  # the signal that came; 0: none
+        self.came = 0.0  # when, by the clock of time.monotonic
         self.step = 0  # the last optimizer step
         self.keeps = False  # whether there is something to keep
         self.is_over = False  # what is left takes no time, and is not broken off
@@ -69,9 +72,10 @@ class Stop:
                 signal.signal(number, earlier[number])
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.is_over:
+        now = time.monotonic()
+        if self.is_over or (self.number and now - self.came < ONE_SIGNAL):
             return
-        is_first, self.number = not self.number, number
+        is_first, self.number, self.came = not self.number, number, now
         if not (is_first and self.keeps):
             raise KeyboardInterrupt
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"

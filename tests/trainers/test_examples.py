@@ -122,7 +122,7 @@ SIGNALS = [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 1
 
 @pytest.mark.parametrize(("number", "word", "code"), SIGNALS)
 @pytest.mark.parametrize("times", [1, 2], ids=["before the first step", "twice"])
-def test_run_that_ends_at_once_leaves_the_last_results(tmp_path, capfd, number, word, code, times):
+def test_run_that_ends_at_once_leaves_the_last_results(tmp_path, capfd, monkeypatch, number, word, code, times):
     def interrupted(run: program.Run) -> list:
         (run.folder / "result.json").touch()
         run.stop.keeps = times > 1
@@ -130,6 +130,7 @@ def test_run_that_ends_at_once_leaves_the_last_results(tmp_path, capfd, number, 
             signal.raise_signal(number)
         pytest.fail("went on")
 
+    monkeypatch.setattr(program, "ONE_SIGNAL", 0.0)
     (tmp_path / "result.json").write_text("of the last run")
     before = {each: signal.getsignal(each) for each in program.DEFAULTS}
     arguments = ["--output_dir", str(tmp_path)]
@@ -138,6 +139,20 @@ def test_run_that_ends_at_once_leaves_the_last_results(tmp_path, capfd, number, 
     assert (tmp_path / "result.json").read_text() == "of the last run"
     assert capfd.readouterr().err.splitlines()[-1] == f"{word}; {tmp_path} is as it was before"
     assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_one_signal_may_come_twice(tmp_path):
+    """From make, and to the whole group of processes."""
+
+    def interrupted(run: program.Run) -> list:
+        run.stop.keeps = True
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        (run.folder / "result.json").touch()
+        return []
+
+    assert program.main("An example.", interrupted, steps=1, folder=str(tmp_path), arguments=[]) == 143
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_results_are_put_in_place_together(tmp_path, monkeypatch):
