@@ -447,6 +447,21 @@ def test_interrupted_before_the_first_step(run, workplace, monkeypatch, capsys, 
     assert not (workplace / "out").exists()
 
 
+def test_older_transformers_are_refused(monkeypatch, capsys):
+    """Those that are older than pyproject.toml has it."""
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    (oldest,) = re.findall(r'"transformers>=([\d.]+)"', pyproject)
+    major, minor = map(int, oldest.split("."))
+    found = f"{major}.{minor - 1}.9"
+    monkeypatch.setattr("importlib.metadata.version", lambda name: found)
+    monkeypatch.delitem(sys.modules, "rlkernels.trainers")
+    assert cli.main(["grpo"]) == 2
+    assert capsys.readouterr().err == (
+        f"rlkernels grpo: error: rlkernels.trainers needs transformers {oldest} or later; got {found}; "
+        "pip install rlkernels[trainers]\n"
+    )
+
+
 def test_other_errors_keep_their_traceback(run, monkeypatch):
     def fail(self, inputs):
         raise ValueError("a defect of ours")

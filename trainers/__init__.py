@@ -1,6 +1,12 @@
 """Trainers on `transformers.Trainer`: thin clients of the public functions of `rlkernels`."""
 
+import importlib.metadata
+
 try:
+    found = importlib.metadata.version("transformers")
+    if tuple(map(int, found.split(".")[:2])) < (5, 17):
+        told = f"rlkernels.trainers needs transformers 5.17 or later; got {found}"
+        raise ImportError(f"{told}; pip install rlkernels[trainers]", name="transformers")
     from .checkpoints import CheckpointError
     from .common import NonFiniteLoss
     from .configs import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig

@@ -53,6 +53,9 @@ class BaseConfig(TrainingArguments):
         default=None,
         metadata={"help": "Recompute activations in the backward pass: less memory, about 20%% slower. On if unset."},
     )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "The older name of activation_checkpointing, heeded where that is unset."}
+    )
     bf16: bool | None = field(
         default=None,
         metadata={
@@ -86,8 +89,9 @@ class BaseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.deepspeed is not None:  # its engine would divide each micro-batch's loss by the number of them
             raise ValueError("deepspeed is set up by accelerate launch alone: see examples/accelerate/zero3.yaml")
-        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
-            self.activation_checkpointing = True
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing is not False
+        self.gradient_checkpointing = self.activation_checkpointing  # all that transformers below 5.23 knows
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _computes_bf16(self.use_cpu)

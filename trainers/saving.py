@@ -28,6 +28,8 @@ class SavingTrainer(Trainer):
     resumed_from: str | None = None
     #: The step at which this run saved last.
     saved_step: int | None = None
+    #: The last step before this run.
+    begun_after: int = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stop = StopRequest()
@@ -95,7 +97,7 @@ class SavingTrainer(Trainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(self, *args: Any) -> Any:
-        if self.resumed_from is not None and self.state.global_step == self._initial_global_step:
+        if self.resumed_from is not None and self.state.global_step == self.begun_after:
             self._load_rng_state(self.resumed_from)  # there was no step to do it before
         output = super()._finalize_training(*args)
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -220,6 +222,7 @@ class SavesAndStops(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_step = self.is_held = False
+        self.trainer.begun_after = state.global_step
         resumed = self.trainer.resumed_from
         # The run before may not have come to it. One of its later ones stays until this run has saved.
         if resumed is not None and checkpoints.whole_checkpoints(Path(args.output_dir))[-1:] == [Path(resumed)]:

@@ -52,9 +52,15 @@ class PolicyAndValue(nn.Module):
         return result, self.value(scoring.packed(seen[0], batch)).squeeze(-1)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
+        self._enable("activation_checkpointing_enable", options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:  # what transformers below 5.23 calls
+        self._enable("gradient_checkpointing_enable", options)
+
+    def _enable(self, method: str, options: dict[str, Any]) -> None:
         for model in (self.policy, self.value):
             if not isinstance(model, ValueHead):
-                model.activation_checkpointing_enable(**options)
+                getattr(model, method)(**options)
 
     def generate(self, engine: Callable[..., Any], *args: Any) -> Any:
         """What an engine makes of them that runs the policy. Under this name FSDP2 takes it for a forward pass of the

@@ -53,6 +53,20 @@ def make_model():
     return build_model
 
 
+@pytest.fixture
+def count_passes():
+    """What counts the passes of a model's first layer that gradients go through: twice where it is computed again."""
+
+    def count(model: torch.nn.Module) -> list:
+        passes = []
+        (layer,) = (module for name, module in model.named_modules() if name.endswith("layers.0"))
+        # As it begins: a repetition ends with the last of what it is for, in the midst of the layer.
+        layer.mlp.register_forward_pre_hook(lambda *_: passes.append(layer) if torch.is_grad_enabled() else None)
+        return passes
+
+    return count
+
+
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """No curves.png: to draw it takes longer than most runs here."""

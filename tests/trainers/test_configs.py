@@ -75,6 +75,14 @@ def test_bf16_on_a_cpu_needs_instructions(capabilities, expected, monkeypatch):
     assert configs._computes_bf16(use_cpu=True) is expected
 
 
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_activation_checkpointing_has_two_names(name, tmp_path):
+    """Trainers of transformers below 5.23 read the second."""
+    for options, expected in (({}, True), ({name: True}, True), ({name: False}, False)):
+        config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+        assert (config.activation_checkpointing, config.gradient_checkpointing) == (expected, expected)
+
+
 def test_generation_batch(tmp_path):
     def make(**options):
         config = GRPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, use_cpu=True, **options)

@@ -65,6 +65,11 @@ def results(model, padding_free: bool, fused: bool) -> tuple[torch.Tensor, torch
     return logprobs.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def checkpoint_activations(model):
+    """By the name that it has since transformers 5.23, or the one before."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointing"])
 @pytest.mark.parametrize("fused", [True, False], ids=["no logits", "logits"])
@@ -78,7 +83,7 @@ def test_packed_is_padded_is_alone(attention, checkpointing, fused, window, monk
             model = mistral(sliding_window=window, attn_implementation=attention)
             assert packing.prepare_packing(model, CPU) and model.config._attn_implementation.startswith("rlkernels")
             if checkpointing:
-                model.activation_checkpointing_enable()
+                checkpoint_activations(model)
             model.train()
             if fused:
                 assert scoring.needs_no_logits(model)
@@ -100,7 +105,7 @@ def test_sequences_do_not_leak_under_the_mask_of_transformers(make_model, attent
     model = make_model()
     model.set_attn_implementation(attention)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     model.train()
     together, gradient = results(model, True, fused=False)
     padded, padded_gradient = results(model, False, fused=False)

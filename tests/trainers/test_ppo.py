@@ -445,9 +445,9 @@ def test_total_episodes(make_trainer):
 
 
 @pytest.mark.parametrize("value", ["head", "model"])
-def test_what_saves_memory_changes_nothing(make_trainer, make_model, make_classifier, value, monkeypatch):
+def test_what_saves_memory_changes_nothing(make_trainer, make_model, make_classifier, value, count_passes, monkeypatch):
     """Activations computed again, as by default; and, after a warning, a model whose logits cannot be left out."""
-    learned = []
+    learned, passes = [], []
     for options in ({}, {"activation_checkpointing": None}, {"model": make_model()}):
         value_model = make_classifier() if value == "model" else None
         with monkeypatch.context() as patch:
@@ -456,11 +456,13 @@ def test_what_saves_memory_changes_nothing(make_trainer, make_model, make_classi
             trainer = make_trainer(value_model=value_model, optim="sgd", max_grad_norm=0.0, vf_coef=1.0, **options)
         if value == "head":
             torch.nn.init.normal_(trainer.model.value.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        seen = [count_passes(model) for model in (trainer.model.policy, value_model or trainer.model.policy)]
         trainer.train()
         assert trainer.fused == ("model" not in options)
-        for model in (trainer.model.policy, value_model or trainer.model.policy):
-            assert model.is_activation_checkpointing == ("activation_checkpointing" in options)
         learned.append(weights(trainer.model))
+        passes.append([len(each) for each in seen])
+    stored, computed_again, with_logits = passes
+    assert computed_again == [2 * count for count in stored] and with_logits == stored and all(stored)
     for others in learned[1:]:
         torch.testing.assert_close(others, learned[0], rtol=1e-5, atol=1e-6)
 
