@@ -373,9 +373,12 @@ class PPOTrainer(OnlineTrainer):
             return
         for _, folder in self._each_part(resume_from_checkpoint):
             super()._load_from_checkpoint(folder)
-        if VALUE in getattr(self.model.policy, "peft_config", {}):
+        policy = self.model.policy
+        if VALUE in getattr(policy, "peft_config", {}):
             # The Trainer takes a folder with adapters in it, those of the value, for one more adapter of the policy.
-            self.model.policy.delete_adapter(VALUE)
+            # Before transformers 5.23 it then reads no other.
+            policy.delete_adapter(VALUE)
+            policy.load_adapter(resume_from_checkpoint, policy.active_adapters[0], is_trainable=True)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

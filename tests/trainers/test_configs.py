@@ -28,8 +28,9 @@ def test_names_and_defaults_are_those_of_trl(config, tmp_path):
     theirs, ours = getattr(trl, config.__name__)(**options), config(**options)
     # The run name and the log folder carry a time; bf16 follows the device, where TRL asks for it everywhere;
     # columns are kept by all trainers, where in TRL only those with reward functions keep them; completions are kept
-    # and some shown without being asked.
+    # and some shown without being asked; TRL's has activation_checkpointing by its older name where transformers has.
     others = ("bf16", "run_name", "logging_dir", "remove_unused_columns", "log_completions", "num_completions_to_print")
+    others += ("activation_checkpointing",)
     for field in dataclasses.fields(config):
         if field.name not in (*others, *NOT_TRL):
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
