@@ -128,7 +128,6 @@ def cuda_module(architectures: tuple[int, ...] = ()) -> Module:
     return Module(folder / "_C_cuda.so", steps, link, libraries)
 
 
-if (
-    __name__ == "__main__"
-):  # python -m build_tools.modules 90: the CUDA module, for the tests that read its machine code
+# python -m build_tools.modules 90: the CUDA module, for the tests that read its machine code.
+if __name__ == "__main__":
     build(cuda_module(tuple(map(int, sys.argv[1:]))))
