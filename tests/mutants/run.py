@@ -61,11 +61,7 @@ def make_scratch(tree: Path, scratch: Path) -> None:
     # Of the tests here, those that hold the texts against the tree would fail.
     others = shutil.ignore_patterns("build", "mutants", "runs", ".venv*", *caches)
     shutil.copytree(tree, scratch, symlinks=True, ignore=others)
-    shutil.copytree(tree / "build", scratch / "build", ignore=shutil.ignore_patterns("mutants", "reports", "cuda*"))
-    # The emulation's objects are known by what they were made of: they serve from one mutation to the next.
-    emulation = scratch.with_name(f"{scratch.name}-cuda_emulation")
-    emulation.mkdir(exist_ok=True)
-    (scratch / "build/cuda_emulation").symlink_to(emulation)
+    shutil.copytree(tree / "build", scratch / "build", ignore=shutil.ignore_patterns("mutants", "reports", "cuda"))
     # Where an editable install would else find them in the tree.
     (scratch / "rlkernels/trainers").symlink_to("../trainers")
     for venv in tree.glob(".venv*"):
@@ -200,6 +196,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = tree / "build" / "mutants"
     folder.mkdir(parents=True, exist_ok=True)
+    # For the copies, which otherwise would each compile the emulation.
+    subprocess.run(
+        [".venv/bin/python", "tests/cuda_emulation/build.py"], cwd=tree, check=True, stdout=subprocess.DEVNULL
+    )
     done = results(folder / "results.jsonl")
     wanted = [known[name] for name in options.names or known if options.names or name not in done]
     wanted = [each for each in wanted if not each.equivalent]
