@@ -55,8 +55,7 @@ STOPPED, WRITING = threading.Event(), threading.Lock()
 
 
 def make_scratch(tree: Path, scratch: Path) -> None:
-    """A copy of the tree with what was built, times included, so that no more is compiled than a mutation makes new."""
-    shutil.rmtree(scratch, ignore_errors=True)
+    """A copy of the tree with what was built. It serves one mutation after the other, so that little is compiled."""
     caches = ("__pycache__", ".*_cache", ".hypothesis", ".benchmarks")
     # Of the tests here, those that hold the texts against the tree would fail.
     others = shutil.ignore_patterns("build", "mutants", "runs", ".venv*", *caches)
@@ -119,8 +118,9 @@ def attempts(mutation: Mutation, scratch: Path) -> tuple[list[list[str]], list[l
     path.write_text(files[path].replace(mutation.text, mutation.replacement))
     place = path.relative_to(scratch).as_posix()
     parts = next(parts for pattern, parts in PARTS.items() if re.match(pattern, place))
-    build = ["make", "-s", "build"] if parts[0] == "test-cpu" else [".venv/bin/python", "tests/cuda_emulation/build.py"]
-    compiling = [build] if place.startswith("csrc/") else []
+    compiling = [["make", "-s", "build"]]
+    if place.startswith("csrc/") and parts[0] == "test-cuda-host":
+        compiling.append([".venv/bin/python", "tests/cuda_emulation/build.py"])
     tests = named_tests(mutation, scratch, parts[0])
     select, schedules = "not gpu", []
     if "thorough:" in (scratch / "pyproject.toml").read_text():  # an older checkout has no such marker
@@ -132,7 +132,18 @@ def attempts(mutation: Mutation, scratch: Path) -> tuple[list[list[str]], list[l
 
 
 def verdict(mutation: Mutation, tree: Path, scratch: Path) -> tuple[str, str]:
-    make_scratch(tree, scratch)
+    if not scratch.exists():
+        make_scratch(tree, scratch)
+    before = source_files(scratch)
+    try:
+        return tried(mutation, scratch)
+    finally:
+        for path, text in before.items():
+            if path.read_text() != text:
+                path.write_text(text)
+
+
+def tried(mutation: Mutation, scratch: Path) -> tuple[str, str]:
     compiling, testing = attempts(mutation, scratch)
     where = "from importlib.util import find_spec as f; print(f('rlkernels').origin, f('rlkernels.trainers').origin)"
     _, found = run(scratch, ".venv/bin/python", "-c", where)
@@ -160,7 +171,9 @@ def results(file: Path) -> dict[str, dict]:
 def run_all(wanted: list[Mutation], tree: Path, folder: Path) -> None:
     scratches: queue.SimpleQueue[Path] = queue.SimpleQueue()
     for number in range(1, WORKERS + 1):
-        scratches.put(folder / f"tree-{number}")
+        scratch = folder / f"tree-{number}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratches.put(scratch)
 
     def attempt(mutation: Mutation) -> None:
         scratch, since = scratches.get(), time.monotonic()
