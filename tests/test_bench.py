@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -87,28 +88,28 @@ def test_tiny(case, implementation, measure):
 class Run:
     """Runs the command on the suite above, in a process of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, forked: ModuleType) -> None:
+        self.folder, self.forked = folder, forked
         (folder / "test_tiny.py").write_text(TINY)
         (folder / "conftest.py").write_text((bench.FOLDER / "conftest.py").read_text())
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess:
-        program = (
+        (self.folder / "program.py").write_text(
             "import sys, pathlib; from rlkernels import cli; cli.bench_folder()\n"
             "import bench, reporting, suite; suite.BUDGET, suite.COPIED = 0.001, 2**20\n"
             f"bench.SUITES = [pathlib.Path({str(self.folder / 'test_tiny.py')!r})]\n"
             f"bench.IMAGES = pathlib.Path({str(self.folder)!r})\n"
             "sys.exit(cli.main(sys.argv[1:]))"
         )
-        command = [sys.executable, "-c", program, "bench", "--device", "cpu", *arguments]
+        command = [*self.forked.FORKED, str(self.folder / "program.py"), "bench", "--device", "cpu", *arguments]
         # pytest-benchmark times nothing in a worker of pytest-xdist, which it knows by this.
         environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
         return subprocess.run(command, cwd=bench.FOLDER.parent, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return Run(tmp_path_factory.mktemp("tiny"))
+def run(tmp_path_factory, forked):
+    return Run(tmp_path_factory.mktemp("tiny"), forked)
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +213,8 @@ def test_an_interrupted_run_leaves_the_older_file(run):
     assert not list(run.folder.glob(".kept*"))
 
 
-def test_a_suite_that_does_not_import_is_told(tmp_path):
-    other = Run(tmp_path)
+def test_a_suite_that_does_not_import_is_told(tmp_path, forked):
+    other = Run(tmp_path, forked)
     (tmp_path / "test_tiny.py").write_text("CASES = [no_such_name]\n")
     done = other()
     assert done.returncode == 1 and "NameError: name 'no_such_name' is not defined" in done.stderr

@@ -21,6 +21,7 @@ from transformers import (
     Trainer,
 )
 
+from cases import thorough
 from rlkernels import cli, cli_data, cli_train, trainers
 
 REWARDS = """
@@ -64,6 +65,10 @@ COMMANDS = {
     "grpo": (PROMPTS, {"reward": "graders:length", "max_completion_length": "4", "num_generations": "2"}),
 }
 SAMPLING = ("ppo", "grpo")
+
+
+def commands(*quick):
+    return pytest.mark.parametrize("command", [name if name in quick else thorough(name) for name in COMMANDS])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +143,7 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([values.flatten() for _, values in sorted(load_file(folder / "model.safetensors").items())])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@commands("sft", "ppo")
 def test_trains_and_goes_on_from_a_checkpoint(run, capsys, command):
     options = {"save_strategy": "steps", "save_steps": "1", "learning_rate": "0.1", "lr_scheduler_type": "constant"}
     out = Path("out/run")
@@ -157,7 +162,7 @@ def test_trains_and_goes_on_from_a_checkpoint(run, capsys, command):
     assert torch.equal(weights(out), weights(out / "checkpoint-2")) and not torch.equal(weights(out), first)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@commands("reward", "grpo")
 def test_trains_an_adapter(run, model_folders, command):
     assert run(command, "--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj") == 0
     saved = json.loads(Path("out/run/adapter_config.json").read_text())
@@ -197,7 +202,7 @@ def test_dpo_takes_a_reference_model(run, model_folders, capsys):
     assert re.search(r"'loss': '0\.\d+'", out := capsys.readouterr().out) and "'loss': '0.6931'" not in out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@commands("sft", "grpo")
 def test_evaluates_on_the_test_split(run, workplace, command, capsys):
     (workplace / "data").mkdir()
     for split in ("train", "test"):
@@ -383,7 +388,7 @@ def test_refuses_a_folder_that_cannot_be_written_to(refuses, monkeypatch):
     refuses("sft", {}, {}, ["--output_dir out/run: cannot be written to: Permission denied"])
 
 
-@pytest.mark.parametrize(("command", "of"), [("dpo", "reward"), ("reward", "dpo"), ("dpo", "ppo")])
+@pytest.mark.parametrize(("command", "of"), [("dpo", "reward"), thorough("reward", "dpo"), thorough("dpo", "ppo")])
 def test_refuses_the_checkpoint_of_another_model(run, capsys, command, of):
     """Whose optimizer has states of other shapes, past whose end AdamW would write."""
     saving = {"save_strategy": "steps", "save_steps": "1", "output_dir": "other"}
@@ -404,7 +409,7 @@ def test_failed_run_leaves_an_older_run_as_it_was(run, workplace):
     assert (folder / "model.safetensors").read_text() == "of an older run"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@commands("dpo", "ppo")
 def test_loss_that_is_not_finite_ends_in_one_line(run, monkeypatch, capsys, command):
     trainer = getattr(trainers, f"{cli_train.COMMANDS[command].method}Trainer")
     compute = trainer.compute_loss
@@ -438,7 +443,7 @@ def test_interrupted_run_leaves_whole_checkpoints(run, monkeypatch, capsys):
     assert weights(Path("out/run")).isfinite().all()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@commands("sft", "grpo")
 def test_interrupted_before_the_first_step(run, workplace, monkeypatch, capsys, command):
     monkeypatch.setattr(Trainer, "create_optimizer", lambda *args: signal.raise_signal(signal.SIGINT))
     assert run(command) == 130
@@ -483,6 +488,7 @@ def test_help_names_every_option(capsys, command):
     assert not [name for name in options if f"--{name} " not in text]
 
 
+@pytest.mark.thorough
 def test_training_page(model_folders, tmp_path, monkeypatch):
     """docs/training.md from top to bottom: its files are written, its commands and its code run."""
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()

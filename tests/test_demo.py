@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cases import thorough
 from rlkernels.ops import _registry
+from tiny_model import build_model, build_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -179,9 +181,9 @@ def test_help(tmp_path):
     assert all(option in out for option in ("--seed", "--steps", "--output_dir"))
 
 
-@pytest.fixture
-def small_run(monkeypatch):
-    """The demo, the real model included, with few prompts and samples."""
+@pytest.fixture(params=["tiny model", thorough("SmolLM2")])
+def start(request, monkeypatch, tmp_path):
+    """The demo with few prompts and samples. Returns the folder of the model that it starts from."""
     import learn
     from rlkernels.trainers import GRPOConfig
 
@@ -192,9 +194,15 @@ def small_run(monkeypatch):
     monkeypatch.setattr(learn, "problems", lambda: tuple(rows[:6] for rows in problems()))
     # So that which accuracy stands where can be told, however little two steps change.
     monkeypatch.setattr(arithmetic.Grader, "accuracy", lambda self, split, step: (split == "held_out") + step / 10)
+    if request.param == "SmolLM2":
+        return smollm2.model_folder()
+    for part in (build_model(), build_tokenizer()):
+        part.save_pretrained(tmp_path / "start")
+    monkeypatch.setattr(learn, "model_folder", lambda: tmp_path / "start")
+    return tmp_path / "start"
 
 
-def test_demo_writes_its_results(small_run, tmp_path, capsys):
+def test_demo_writes_its_results(start, tmp_path, capsys):
     import matplotlib.image
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -235,8 +243,8 @@ def test_demo_writes_its_results(small_run, tmp_path, capsys):
     model, loading = AutoModelForCausalLM.from_pretrained(output / "model", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    start = AutoModelForCausalLM.from_pretrained(smollm2.model_folder())
-    assert any((a != b).any() for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    before = AutoModelForCausalLM.from_pretrained(start)
+    assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(output / "model").chat_template
     assert "held-out accuracy" in capsys.readouterr().out
 

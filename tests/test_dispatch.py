@@ -187,7 +187,10 @@ def test_the_environment_chooses():
     default = run_python(code).stdout.split()
     assert default == [_registry.select(LOGPROBS, "kl_penalty")] * 2
     assert run_python(code, RLKERNELS_BACKEND="").stdout.split() == default
-    wrong = run_python(code, RLKERNELS_BACKEND="metal")
+
+
+def test_the_environment_names_no_other_backend():
+    wrong = run_python("import rlkernels", RLKERNELS_BACKEND="metal")
     assert wrong.returncode != 0
     last = wrong.stderr.strip().splitlines()[-1]
     for fragment in ("ValueError", "RLKERNELS_BACKEND", "metal", "reference", "cpu", "triton", "cuda"):

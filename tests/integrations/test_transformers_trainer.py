@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
+from cases import thorough
 from counting import counted
 from labelled_models import SIZES, VOCAB, batch, build, lora
 from peak_memory import peak_memory
@@ -92,10 +93,11 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "run"),
     [
-        *(("qwen3, tied", run) for run in RUNS),
-        ("llama", "plain"),
+        *(("qwen3, tied", run) for run in RUNS if run != "packed"),
         ("gemma2, softcap", "plain"),
-        ("cohere, scale", "plain"),
+        thorough("qwen3, tied", "packed"),
+        thorough("llama", "plain"),
+        thorough("cohere, scale", "plain"),
     ],
 )
 def test_trainer_logs_the_same(name, run, tmp_path, kernels):

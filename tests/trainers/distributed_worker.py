@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from conftest import build_model, build_tokenizer
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
+from tiny_model import build_model, build_tokenizer
 
 
 def one_group_differs(completions, index, **kwargs):

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForSequenceClassification, TrainerCallback
 
-from conftest import build_model, build_tokenizer
 from rlkernels.trainers import (
     DPOConfig,
     DPOTrainer,
@@ -31,6 +30,7 @@ from rlkernels.trainers import (
     SFTConfig,
     SFTTrainer,
 )
+from tiny_model import build_model, build_tokenizer
 
 TEXTS = [{"prompt": "ab" * (i % 4) + ":", "completion": "cdefgh"[: i % 6]} for i in range(48)]
 PAIRS = [{"prompt": "a" * (i % 3), "chosen": "bc" * (1 + i % 4), "rejected": "dcb"[: 1 + i % 3]} for i in range(48)]

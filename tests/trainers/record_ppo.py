@@ -97,7 +97,7 @@ def record(options: dict) -> dict:
     import datasets
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    from conftest import build_model, build_tokenizer
+    from tiny_model import build_model, build_tokenizer
 
     tokenizer = build_tokenizer()
     tokenizer.pad_token, tokenizer.padding_side = "?", "left"  # TRL tells padding by its id

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from conftest import build_model, build_tokenizer
 from rlkernels.trainers import CheckpointError, GRPOConfig, GRPOTrainer, Terminated, checkpoints
+from tiny_model import build_model, build_tokenizer
 
 RUNTIME = ("_runtime", "_per_second")
 SECOND = os.environ["RANK"] == "1"

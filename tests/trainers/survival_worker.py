@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow.parquet
 import torch
 
-from conftest import build_model, build_tokenizer
 from rlkernels import trainers
 from rlkernels.trainers import checkpoints
 from rlkernels.trainers.reporting import CurvesCallback
+from tiny_model import build_model, build_tokenizer
 
 RUNTIME = ("_runtime", "_per_second")
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(9)]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cases import thorough
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, NonFiniteLoss, common, scoring
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(13)]
@@ -39,7 +40,7 @@ def weights(model) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, thorough(math.inf), -math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, monkeypatch, value):
     """With the step, the rows, and a checkpoint from which the step is done again."""
     trainer = make_trainer()

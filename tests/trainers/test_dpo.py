@@ -8,6 +8,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 import rlkernels.ops.preference_loss as op
+from cases import thorough
 from rlkernels.trainers import DPOConfig, DPOTrainer, configs, dpo, reference_cache, scoring
 
 PAIRS = [
@@ -83,8 +84,8 @@ def test_learns(make_trainer):
 @pytest.mark.parametrize(
     "options",
     [
-        {"padding_free": False},
-        {"activation_checkpointing": True},
+        thorough({"padding_free": False}),
+        thorough({"activation_checkpointing": True}),
         {"padding_free": False, "activation_checkpointing": True},
         {"token_budget": 55},
         {"precompute_ref_log_probs": True, "remove_unused_columns": True},
@@ -108,8 +109,12 @@ def test_what_makes_no_difference(make_trainer, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"precompute_ref_log_probs": True}, {"sync_ref_model": True, "ref_model_sync_steps": 2}, {"peft": True}],
-    ids=["copy", "precomputed", "synced", "adapters"],
+    [
+        thorough({}, id="copy"),
+        pytest.param({"precompute_ref_log_probs": True}, id="precomputed"),
+        pytest.param({"sync_ref_model": True, "ref_model_sync_steps": 2}, id="synced"),
+        thorough({"peft": True}, id="adapters"),
+    ],
 )
 def test_resumes_exactly(make_trainer, make_model, options, tmp_path):
     """Step 5 lies in the second epoch: losses and weights go on bit for bit, and a reference that moves as well."""

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from cases import thorough
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 lesson, program = importlib.import_module("lesson"), importlib.import_module("program")
-
-NAMES = ("sft", "reward", "dpo", "ppo", "grpo")
 
 
 def terms(row: dict) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def test_rates_are_of_completions_that_are_the_sentence_and_stop(tiny, monkeypat
     assert lesson.rates(trainer, None) == {"format rate": 0.5, "right answers": 0.25}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["dpo", "ppo", *map(thorough, ("sft", "reward", "grpo"))])
 def test_example_runs(tiny, name, tmp_path, capsys):
     example = importlib.import_module(name)
     folder = tmp_path / "runs" / name
@@ -108,7 +108,7 @@ def run(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["grpo", *map(thorough, ("sft", "reward", "dpo", "ppo"))])
 def test_wrong_option_ends_in_one_line(name, tmp_path):
     (tmp_path / "file").touch()
     done = run(name, "--output_dir", "file", folder=tmp_path)
@@ -170,12 +170,12 @@ def test_results_are_put_in_place_together(tmp_path, monkeypatch):
     assert {entry.name for entry in tmp_path.iterdir()} == set("abc")
 
 
-def test_demo_that_is_stopped_keeps_what_it_has_learned(make_model, tokenizer, tmp_path):
+def test_demo_that_is_stopped_keeps_what_it_has_learned(make_model, tokenizer, tmp_path, forked):
     """Where there is no terminal it tells of each step as it is done."""
     for part in (make_model(), tokenizer):
         part.save_pretrained(tmp_path / "rlkernels" / "SmolLM2-135M-Instruct")
     process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / "demo.py"), "--steps", "1000", "--output_dir", "out"],
+        [*forked.FORKED, str(EXAMPLES / "demo.py"), "--steps", "1000", "--output_dir", "out"],
         cwd=tmp_path,
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import rlkernels
+from cases import thorough
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, grpo, scoring
 from rlkernels.trainers.packing import split
 
@@ -88,20 +89,30 @@ def test_num_tokens_counts_prompts_and_completions(make_trainer):
     assert [log["num_tokens"] for log in history(trainer)] == [sum(seen[: i + 1]) for i in range(3)]
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1], ids=["no_kl", "kl"])
+SCHEDULES = {
+    "one_step_each": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    "three_iterations": {"num_iterations": 3},
+    "two_steps_per_generation": {"steps_per_generation": 2, "per_device_train_batch_size": 4},
+}
+
+
 @pytest.mark.parametrize(
-    "schedule",
+    ("schedule", "beta"),
     [
-        {},
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
-        {"num_iterations": 3},
-        {"steps_per_generation": 2, "per_device_train_batch_size": 4},
+        ("accumulation", 0.1),
+        ("three_iterations", 0.0),
+        ("two_steps_per_generation", 0.1),
+        thorough("one_step_each", 0.0),
+        thorough("one_step_each", 0.1),
+        thorough("accumulation", 0.0),
+        thorough("three_iterations", 0.1),
+        thorough("two_steps_per_generation", 0.0),
     ],
-    ids=["one_step_each", "accumulation", "three_iterations", "two_steps_per_generation"],
 )
 def test_resumes_exactly(make_trainer, schedule, beta, tmp_path):
     """Step 5 lies in the second epoch, or within a generation batch: rollouts, losses and weights go on bit for bit."""
-    options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 5, "beta": beta, **schedule}
+    options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 5, "beta": beta, **SCHEDULES[schedule]}
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **options)
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-5"
@@ -346,7 +357,10 @@ def test_logits_are_stored_for_sampling_alone(make_trainer):
     assert sum(count == 0 for count in rows) == 4  # two steps, and the two scorings of their rollout
 
 
-@pytest.mark.parametrize("options", [{}, {"beta": 0.1, "num_iterations": 2, "temperature": 0.7}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "options",
+    [thorough({}, id="plain"), pytest.param({"beta": 0.1, "num_iterations": 2, "temperature": 0.7}, id="all")],
+)
 def test_a_model_whose_logits_cannot_be_left_out(make_trainer, make_model, monkeypatch, caplog, options):
     """It is trained by its logits, to the same weights, after one warning with the reason."""
     wanted = make_trainer(**options)

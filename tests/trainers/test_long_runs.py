@@ -53,6 +53,7 @@ def train(run_options):
     return run
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_of_grpo_is_flat(train, make_model, tokenizer):
     """With evaluations, checkpoints and completions written on the way."""
@@ -81,6 +82,7 @@ def test_memory_of_grpo_is_flat(train, make_model, tokenizer):
     check(memory)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_of_fine_tuning_is_flat(train, make_model, tokenizer):
     rows = [{"prompt": "ab" * (i % 4) + ":", "completion": "cdefgh"[: i % 6]} for i in range(24)]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.trainer_utils import EvalLoopOutput
 
 import rlkernels
+from cases import thorough
 from rlkernels.trainers import PPOConfig, PPOTrainer, Rollout
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(13)]
@@ -73,7 +74,7 @@ def gradient(trainer) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters() if parameter.requires_grad])
 
 
-@pytest.mark.parametrize("value", ["head", "model"])
+@pytest.mark.parametrize("value", ["head", thorough("model")])
 def test_learns(make_trainer, make_classifier, value):
     """In 28 optimizer steps, on 7 batches of completions."""
     value_model = make_classifier() if value == "model" else None
@@ -97,8 +98,11 @@ def test_learns(make_trainer, make_classifier, value):
 
 @pytest.mark.parametrize(
     "step, value",
-    [(3, "head"), (4, "model"), (6, "model")],
-    ids=["between_minibatches", "between_batches", "between_epochs"],
+    [
+        pytest.param(3, "head", id="between_minibatches"),
+        thorough(4, "model", id="between_batches"),
+        pytest.param(6, "model", id="between_epochs"),
+    ],
 )
 def test_resumes_exactly(make_trainer, make_classifier, value, step, tmp_path):
     """Rollouts, order of the rows, KL coefficient, value, losses and weights go on bit for bit."""

@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 trl = pytest.importorskip("trl")
 
+from cases import thorough  # noqa: E402
 from rlkernels.trainers import SFTConfig, SFTTrainer  # noqa: E402
 
 WORDS = ["a", "bcd", "efghijk", "lm nop", "qrstuvwxyz", "", "0123", "z 9"]
@@ -97,14 +98,18 @@ def assert_equal(theirs, ours):
         assert ours[2][name] == pytest.approx(theirs[2][name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("accumulation", [1, 4], ids=["one_batch", "four_micro_batches"])
-@pytest.mark.parametrize("form", FORMATS)
+# By turns in one batch and in four micro-batches; the other way round too.
+EITHER = [(form, (1, 4)[place % 2]) for place, form in enumerate(FORMATS)]
+OTHER = [thorough(form, (4, 1)[place % 2]) for place, form in enumerate(FORMATS)]
+
+
+@pytest.mark.parametrize("form, accumulation", EITHER + OTHER)
 def test_formats(train_both, form, accumulation):
     rows, options = FORMATS[form]
     assert_equal(*train_both(rows, **options, gradient_accumulation_steps=accumulation))
 
 
-@pytest.mark.parametrize("accumulation", [1, 4], ids=["one_batch", "four_micro_batches"])
+@pytest.mark.parametrize("accumulation", [thorough(1, id="one_batch"), pytest.param(4, id="four_micro_batches")])
 def test_dft(train_both, accumulation):
     rows, _ = FORMATS["completion"]
     assert_equal(*train_both(rows, loss_type="dft", gradient_accumulation_steps=accumulation))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cases import thorough
 from rlkernels.trainers import (
     GRPOConfig,
     GRPOTrainer,
@@ -80,7 +81,7 @@ def logged(trainer, name="loss"):
     return [log[name] for log in trainer.state.log_history if name in log]
 
 
-@pytest.mark.parametrize("method, steps", [("grpo", 1), ("grpo", 2), ("ppo", 2)])
+@pytest.mark.parametrize("method, steps", [thorough("grpo", 1), ("grpo", 2), ("ppo", 2)])
 def test_the_weights_are_one_batch_older(method, steps, make_trainer):
     """In each of two epochs the batches are those that they would be without."""
     serves = {"grpo": {"num_iterations": steps}, "ppo": {"num_ppo_epochs": steps}}[method]
@@ -126,7 +127,7 @@ def test_old_weights_are_corrected_for(method, make_trainer):
     assert len(ratios) > 1 and all(abs(ratio - 1) > 1e-3 for ratio in ratios[1:])
 
 
-@pytest.mark.parametrize("method, step", [("grpo", 2), ("grpo", 3), ("ppo", 2)])
+@pytest.mark.parametrize("method, step", [thorough("grpo", 2), ("grpo", 3), ("ppo", 2)])
 def test_resuming_gives_the_same(method, step, make_trainer, tmp_path):
     """From the end of a batch and from the middle of one; what was sampled ahead is not sampled again."""
     serves = {"grpo": {"num_iterations": 2}, "ppo": {"num_ppo_epochs": 2}}[method]

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("trl")
 import step_worker
 import steps
+from cases import thorough
 
 SIZES = {
     "grpo": {"completions": 8, "group": 4, "prompt": 4, "length": 3},
@@ -34,8 +35,15 @@ def run(tokenizer):
     return run
 
 
-@pytest.mark.parametrize("side", ["rlkernels", steps.PATCHED])
-@pytest.mark.parametrize("method", ["grpo", "dpo"])
+@pytest.mark.parametrize(
+    ("method", "side"),
+    [
+        ("grpo", steps.PATCHED),
+        ("dpo", "rlkernels"),
+        thorough("grpo", "rlkernels"),
+        thorough("dpo", steps.PATCHED),
+    ],
+)
 def test_both_compute_the_same(method, side, make_job, run, monkeypatch):
     from trl.kernels import ChunkedLogProbFunction
 
@@ -59,7 +67,13 @@ def test_both_compute_the_same(method, side, make_job, run, monkeypatch):
 # The newest TRL has no PPO trainer.
 @pytest.mark.parametrize(
     ("method", "side"),
-    [("grpo", "rlkernels"), ("grpo", "TRL"), ("dpo", "rlkernels"), ("dpo", "TRL"), ("ppo", "rlkernels")],
+    [
+        ("grpo", "rlkernels"),
+        ("dpo", "TRL"),
+        ("ppo", "rlkernels"),
+        thorough("grpo", "TRL"),
+        thorough("dpo", "rlkernels"),
+    ],
 )
 def test_parts_of_a_step(method, side, make_job, run):
     warm, step = run(replace(make_job(method), side=side), 2)
