@@ -102,6 +102,7 @@ def test_end_is_known_from_the_last_token_alone():
     assert grader.ended([[END, 5], [5, END], [5, 5]]) == [0.0, 1.0, 0.0]
 
 
+@pytest.mark.thorough
 def test_converted_model_is_the_one_in_the_package(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -265,15 +266,3 @@ def test_demo_that_ends_at_once_leaves_the_last_results(tmp_path, number, word, 
     assert error == f"{word}; runs/demo is as it was before\n"
     assert [entry.name for entry in output.iterdir()] == ["result.json"]
     assert (output / "result.json").read_text() == "of the last run"
-
-
-def test_tests_hear_ctrl_c():
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-
-
-def test_tests_hear_ctrl_c_in_the_background():
-    """Where a shell has it ignored."""
-    test = f"{__file__}::{test_tests_hear_ctrl_c.__name__}"
-    command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-m", "pytest", "-q", test]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout

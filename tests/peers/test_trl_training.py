@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from cases import thorough
 from counting import patched_and_counted
 
 trl = pytest.importorskip("trl")
@@ -205,7 +206,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case if case in ("SFT", "DPO", "GRPO") else thorough(case) for case in CASES])
 def test_five_steps(build, case):
     name, columns, options, expected = CASES[case]
     if "module" in options:
@@ -219,7 +220,7 @@ def test_five_steps(build, case):
     assert any(kernel.startswith("rlkernels::") for kernel in calls) == bool(expected)
 
 
-@pytest.mark.parametrize("case", ["SFT", "DPO", "GRPO", "Distillation"])
+@pytest.mark.parametrize("case", ["SFT", *map(thorough, ("DPO", "GRPO", "Distillation"))])
 def test_five_steps_in_bfloat16(build, case):
     """As TRL trains if nothing is said: float32 weights, products in bfloat16, 2 digits of which are the same."""
     name, columns, options, expected = CASES[case]
