@@ -1,6 +1,7 @@
 """The tiny model and its tokenizer, and what runs here have in common."""
 
 import pytest
+import torch
 
 from rlkernels.trainers.reporting import CurvesCallback
 from tiny_model import build_model, build_tokenizer
