@@ -167,6 +167,7 @@ $(STAMPS)/install: setup.py pyproject.toml $(STAMPS)/compiler $(STAMPS)/base
 # The stamp alone does not show that the modules are still there.
 .PHONY: missing
 missing:
+
 # Where no GPU would run it, the CUDA extension is not built: nothing takes longer to compile.
 WITHOUT_GPU = $(shell nvidia-smi -L >/dev/null 2>&1 || echo RLKERNELS_CUDA=$(or $(RLKERNELS_CUDA),0))
 $(STAMPS)/build: $(STAMPS)/install $(if $(wildcard rlkernels/_C.*so),,missing) $(wildcard build_tools/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)

@@ -43,8 +43,8 @@ class Module:
 def build(module: Module) -> Path:
     """Give the library's path, after making what is not up to date. Paths start at the project's root, where commands
     run."""
-    lock = ROOT / "build" / "lock"
-    lock.parent.mkdir(exist_ok=True)
+    lock = ROOT / module.steps[0].output.parent / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         fcntl.flock(file, fcntl.LOCK_EX)  # processes of one test run ask for the same files
         list(pool.map(compile_step, module.steps))
