@@ -290,7 +290,8 @@ def test_score_at(make_trainer):
 
 
 @pytest.mark.parametrize("whiten_rewards", [False, True])
-def test_completions_without_any_reward(make_trainer, make_model, whiten_rewards):
+@pytest.mark.parametrize("score_at", ["last", "after_last"])
+def test_completions_without_any_reward(make_trainer, make_model, score_at, whiten_rewards):
     """The batch is what it would be without them, at which nothing is learned."""
     completions = [[5, 6, 0], [7, 8, 9, 10], [11, 12, 13, 14, 15, 16], [0]]
 
@@ -299,6 +300,7 @@ def test_completions_without_any_reward(make_trainer, make_model, whiten_rewards
             return [Rollout([1, 2], completions[row], completions[row][-1] == 0) for row in rows]
 
         options = {"missing_eos_penalty": 1.0, "adap_kl_ctrl": True, "whiten_rewards": whiten_rewards, "max_steps": 1}
+        options |= {"score_at": score_at}
         options |= {"num_mini_batches": 1, "num_ppo_epochs": 1, "per_device_train_batch_size": len(rows)}
         trainer = make_trainer(reward, rollout=engine, ref_model=make_model(1), **options)
         trainer.train()
