@@ -3,11 +3,11 @@
 import pytest
 
 THOROUGH_EMULATED = pytest.mark.thorough_on("triton", "cuda")
-"""A mark of what shows little more of a kernel that is interpreted or emulated, where it takes long."""
+"""Marks what shows little more, and takes long, where kernels are interpreted or emulated."""
 
 
 ALSO_EMULATED = pytest.mark.thorough_on()
-"""A mark of the exceptions, in a file that has the other."""
+"""Exempts a test from the THOROUGH_EMULATED of its file."""
 
 
 def thorough(*values, **options):

@@ -2,15 +2,13 @@
 
 `--backend NAME` (repeatable) narrows the backends. TRITON_INTERPRET=1 makes Triton serve CPU tensors through its
 interpreter. Property tests are the same on every run, with few examples; `--hypothesis-profile=thorough` has more, and
-`--hypothesis-profile=fuzz` draws new ones. Of a product of three parameters or more `-m "not thorough"` leaves pairs.
+`--hypothesis-profile=fuzz` draws new ones. What `-m "not thorough"` leaves out stands in selection.py.
 """
 
 import contextlib
 import gc
 import os
-import re
 import signal
-from collections import defaultdict
 
 import pytest
 import torch
@@ -18,8 +16,8 @@ from hypothesis import HealthCheck, settings
 
 import forking
 import rlkernels
-from pairwise import cover
 from rlkernels.ops import _registry
+from selection import mark_thorough, params
 from triton_interpreter import INTERPRETED, interpreter_counts, interpreter_rounds, interpreter_scans
 
 __all__ = ["interpreter_counts", "interpreter_rounds", "interpreter_scans"]
@@ -90,48 +88,12 @@ def pytest_collection_modifyitems(config, items):
     if absent:
         config.hook.pytest_deselected(items=absent)
         items[:] = [item for item in items if item not in set(absent)]
-    for item in items:
-        if "backend" in params(item) and params(item)["backend"][0] in thorough_backends(item):
-            item.add_marker(pytest.mark.thorough)
-    leave_pairs(items)
-
-
-def params(item):
-    return item.callspec.params if hasattr(item, "callspec") else {}
-
-
-def thorough_backends(item):
-    """What `thorough_on` names: that of the test and its parameters, else that of its file."""
-    for node in reversed(item.listchain()):
-        if marks := [mark for mark in node.own_markers if mark.name == "thorough_on"]:
-            return {name for mark in marks for name in mark.args}
-    return set()
-
-
-def leave_pairs(items):
-    """Mark as thorough, in each product of three parameters or more, the cases that pairs of values can do without.
-    Each backend has all pairs."""
-    products = defaultdict(list)
-    for item in items:
-        if params(item) and not item.get_closest_marker("thorough"):
-            products[item.parent, item.originalname, params(item).get("backend")].append(item)
-    for cases in products.values():
-        names = [mark.args[0] for mark in cases[0].iter_markers("parametrize")]
-        names = [re.split(r"\s*,\s*", each) if isinstance(each, str) else each for each in names]
-        # The values are known by their identity: some cannot be hashed, and all cases share them.
-        values = [[tuple(id(item.callspec.params[n]) for n in each) for item in cases] for each in names]
-        values = [column for column in values if len(set(column)) > 1]
-        if len(values) < 3:
-            continue
-        kept = cover(list(zip(*values, strict=True)))
-        for index, item in enumerate(cases):
-            if index not in kept:
-                item.add_marker(pytest.mark.thorough)
+    mark_thorough(items)
 
 
 def pytest_collection_finish(session):
     """What was imported stays: without it the garbage collection that ends each run of a trainer is quick. The server
-    makes its imports beside the first tests."""
+    makes its imports while the first tests run."""
     gc.collect()
     gc.freeze()
     if any("forked" in item.fixturenames for item in session.items) and not session.config.option.collectonly:
@@ -157,6 +119,12 @@ def backend(request):
     with rlkernels.use_backend(name):
         yield name
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def quick(request):
+    """Whether what is thorough is left out: what takes long of a test may then be smaller."""
+    return "not thorough" in request.config.option.markexpr
 
 
 @pytest.fixture

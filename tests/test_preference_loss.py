@@ -471,7 +471,7 @@ def test_nothing_waits_for_the_device(loss):
         reward_pair_loss(chosen, rejected, reference)[0].backward()
 
 
-# Those whose code differs most: one term, several, a sort, weights, labels.
+# The losses whose code differs most: one term, several, a sort, weights, labels.
 COMPILED = ("sigmoid", "robust", "aot", "discopop", "kto")
 
 

@@ -400,7 +400,7 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
 
 
 QUICK_TARGETS = ("sm_90", "gfx942")
-# Of each kernel a plain variant, whose loads are widest, and those that hold most in registers.
+# A plain variant of each kernel, whose loads are widest, and the variants that need most registers.
 QUICK_CASES = (
     *("token_logprobs float32 plain", "token_logprobs bfloat16 plain", "token_logprobs bfloat16 in place"),
     *("token_logprobs float16 entropy", "token_logprobs bfloat16 softcap entropy"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cases import thorough
 from triton_interpreter import INTERPRETED
 
 triton = pytest.importorskip("triton")
@@ -169,10 +170,11 @@ BOUNDS = Path(__file__).with_name("triton_bounds.py")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
+@pytest.mark.parametrize("how", [[], thorough(["thorough"])], ids=["", "thorough"])
 @pytest.mark.parametrize("side", ["before", "after"])
-def test_kernels_stay_in_range(side):
+def test_kernels_stay_in_range(side, how):
     """Whatever ids and cu_seqlens hold."""
-    run = subprocess.run([sys.executable, BOUNDS, side], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, BOUNDS, side, *how], capture_output=True, text=True)
     assert run.stdout.endswith("done\n"), (
         f"ended with {run.returncode} in: {run.stdout.splitlines()[-1:]}\n{run.stderr}"
     )

@@ -1,10 +1,11 @@
 """Runs every Triton kernel, under the interpreter, on tensors with forbidden memory right before or right after them.
 
-A program of its own, because an access out of range ends it: `python triton_bounds.py before|after` prints each case
-that it begins.
+A program of its own, because an access out of range ends it: `python triton_bounds.py before|after
+[thorough]` prints each case that it begins.
 """
 
 import ctypes
+import itertools
 import math
 import mmap
 import sys
@@ -51,19 +52,20 @@ class GuardedOutputs(TorchFunctionMode):
         return result
 
 
-def run_all(after: bool) -> None:
+def run_all(after: bool, whole: bool) -> None:
     def guard(values) -> torch.Tensor:
         return guarded(values if isinstance(values, torch.Tensor) else torch.tensor(values), after=after)
 
     for vocab_size in (1, 31, 64, 4097):
-        print(f"token_logprobs {vocab_size=}", flush=True)
-        ids = [0, vocab_size - 1, vocab_size, -1, -100, 2**31 + 1, 2**40, -(2**40), 2**62, -(2**63)]
-        logits = guard(torch.randn(1, len(ids), vocab_size).bfloat16())
-        token_ids = guard([ids])
-        saved = logprobs.token_logprobs_forward(logits, token_ids, 0.7, 30.0, -100, True)
-        grads = guard(torch.randn(1, len(ids))), guard(torch.randn(1, len(ids)))
-        for backward in (logprobs.token_logprobs_backward, logprobs.token_logprobs_backward_):
-            backward(*grads, logits, token_ids, *saved, 0.7, 30.0, -100)
+        for softcap in (0.0, 30.0) if whole else (30.0,):
+            print(f"token_logprobs {vocab_size=} {softcap=}", flush=True)
+            ids = [0, vocab_size - 1, vocab_size, -1, -100, 2**31 + 1, 2**40, -(2**40), 2**62, -(2**63)]
+            logits = guard(torch.randn(1, len(ids), vocab_size).bfloat16())
+            token_ids = guard([ids])
+            saved = logprobs.token_logprobs_forward(logits, token_ids, 0.7, softcap, -100, True)
+            grads = guard(torch.randn(1, len(ids))), guard(torch.randn(1, len(ids)))
+            for backward in (logprobs.token_logprobs_backward, logprobs.token_logprobs_backward_):
+                backward(*grads, logits, token_ids, *saved, 0.7, softcap, -100)
 
     start, rows = 1000, 9
     for size in (1, 31, 64, 4097):
@@ -84,7 +86,7 @@ def run_all(after: bool) -> None:
             print(f"kl_divergence {size=} {dtype} {teacher_dtype}", flush=True)
             tile, teacher_tile = (guard(torch.randn(3, size).to(d)) for d in (dtype, teacher_dtype))
             stats, numbers = [guard(torch.randn(2, 3)) for _ in range(2)], [guard(torch.randn(3)) for _ in range(2)]
-            for kind in range(3) if size < 1000 else (2,):
+            for kind in range(3) if whole or size < 1000 else (2,):
                 options = (kind, 0.3, 0.7, 0.7, 30.0, 0.0)
                 kl_divergence.kl_divergence_part(tile, teacher_tile, *stats, *options)
                 output = guard(torch.empty(3, size, dtype=torch.bfloat16)) if kind else tile
@@ -144,15 +146,17 @@ def run_all(after: bool) -> None:
         packed = guard(torch.tensor(starts, dtype=torch.int32))
         mask = guard(torch.rand(tokens) > 0.5)
         numbers = [guard(torch.randn(tokens)) for _ in range(5)]
-        aggregation, objective = number % 4, (0, 2, 5, 8)[number % 4]
-        old, ref, sampler, entropy, values = numbers
-        advantages = guard(torch.randn(len(starts) - 1))
-        options = (0.2, 0.2, math.inf, math.inf, math.inf, 2.0, 3.0, 3.0, 2.0, 0.1, 2, False, 0.1, 3, 3.0)
-        policy_loss.policy_loss_forward(
-            *(values, old, advantages, mask, packed, ref, sampler, entropy, None, 0.0, aggregation, objective),
-            *(*options, True, True),
-        )
-        value_loss.value_loss_forward(values, old, ref, mask, packed, None, 0.0, aggregation, 0.2, True)
+        objectives = (0, 2, 5, 8)
+        one = [(number % 4, objectives[number % 4])]
+        for aggregation, objective in itertools.product(range(4), objectives) if whole else one:
+            old, ref, sampler, entropy, values = numbers
+            advantages = guard(torch.randn(len(starts) - 1))
+            options = (0.2, 0.2, math.inf, math.inf, math.inf, 2.0, 3.0, 3.0, 2.0, 0.1, 2, False, 0.1, 3, 3.0)
+            policy_loss.policy_loss_forward(
+                *(values, old, advantages, mask, packed, ref, sampler, entropy, None, 0.0, aggregation, objective),
+                *(*options, True, True),
+            )
+            value_loss.value_loss_forward(values, old, ref, mask, packed, None, 0.0, aggregation, 0.2, True)
 
     interpreter.ScanOps.generic_scan = scan_in_steps
     recurrence.BLOCK, recurrence.SERIAL, recurrence.GROUP = 64, 70, 2
@@ -185,5 +189,5 @@ if __name__ == "__main__":
     interpreter._patch_lang_tensor = scalars_count(interpreter._patch_lang_tensor)
     after = sys.argv[1] == "after"
     with GuardedOutputs(after):
-        run_all(after)
+        run_all(after, whole=sys.argv[2:] == ["thorough"])
     print("done", flush=True)

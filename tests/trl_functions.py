@@ -33,9 +33,9 @@ def pair(name, *parameters):
 
 
 def assert_as_near(ours, theirs, truth, what):
-    """To what is right, as theirs is: by the measures of `tolerance`, and on average not even a little further. Of one
-    row all elements are off by the same rounding of its sum, which is no average. In float64 what is right has been
-    rounded as often as what is compared with it."""
+    """To what is right, as theirs is: by the measures of `tolerance`, and on average not even a little further. In a
+    single row all elements share one rounding, so an average says nothing. In float64 the truth has been rounded as
+    often as what is compared with it, so a few digits are allowed."""
     if ours.dtype == torch.float64:
         torch.testing.assert_close(
             ours, truth, rtol=1e-12, atol=1e-14, equal_nan=True, msg=lambda text: f"{what}: {text}"

@@ -1,4 +1,4 @@
-"""Draws 40 mutations of operators and numbers, a file each, so many of each folder:
+"""Draws 40 mutations of operators and numbers, at most one per file; FOLDERS says how many per folder:
 
     python tests/mutants/draw.py > tests/mutants/drawn.toml
 
@@ -112,7 +112,7 @@ def mutation(path: Path, text: str, site: tuple[int, int, int, str], tree: str) 
 
 
 def tests_of(path: Path) -> list[str]:
-    """Of the file's name, or with it in theirs, among those of its part of the tree."""
+    """The test file named after the source, else those whose names contain its name."""
     stem, part = path.stem.strip("_"), path.relative_to(ROOT).parts[:2]
     folder = ROOT / "tests" / next((name for name in ("trainers", "integrations") if name in part), "")
     names = sorted(test.name for test in folder.glob("test_*.py"))

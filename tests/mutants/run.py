@@ -1,11 +1,11 @@
 """Shows that the tests find faults: makes each mutation in a scratch copy of the tree, and runs tests until one fails.
 
-    python tests/mutants/run.py                      all that have no result yet, two at a time
+    python tests/mutants/run.py                      all that have no result for this commit yet, two at a time
     python tests/mutants/run.py NAME ...             these, whether they have one or not
     python tests/mutants/run.py --tree DIR NAME ...  in another checkout, by its own tests
 
 First come the tests that a mutation names, then the parts of `make test` that hold the file it is in. Results are kept
-in build/mutants of the tree; a run that was stopped goes on where it was. The exit status is 1 if a mutation survives
+in build/mutants of the tree, by its commit; a run that was stopped goes on where it was. The exit status is 1 if a mutation survives
 that is not said to be equivalent, and 2 if the tests fail on the tree as it is.
 """
 
@@ -57,7 +57,7 @@ STOPPED, WRITING = threading.Event(), threading.Lock()
 def make_scratch(tree: Path, scratch: Path) -> None:
     """A copy of the tree with what was built. It serves one mutation after the other, so that little is compiled."""
     caches = ("__pycache__", ".*_cache", ".hypothesis", ".benchmarks")
-    # Of the tests here, those that hold the texts against the tree would fail.
+    # Without tests/mutants, whose tests would fail where a text has been replaced.
     others = shutil.ignore_patterns("build", "mutants", "runs", ".venv*", *caches)
     shutil.copytree(tree, scratch, symlinks=True, ignore=others)
     shutil.copytree(tree / "build", scratch / "build", ignore=shutil.ignore_patterns("mutants", "reports", "cuda"))
@@ -168,7 +168,7 @@ def results(file: Path) -> dict[str, dict]:
     return {row["name"]: row for row in map(json.loads, lines)}
 
 
-def run_all(wanted: list[Mutation], tree: Path, folder: Path) -> None:
+def run_all(wanted: list[Mutation], tree: Path, folder: Path, record: Path) -> None:
     scratches: queue.SimpleQueue[Path] = queue.SimpleQueue()
     for number in range(1, WORKERS + 1):
         scratch = folder / f"tree-{number}"
@@ -182,7 +182,7 @@ def run_all(wanted: list[Mutation], tree: Path, folder: Path) -> None:
         finally:
             scratches.put(scratch)
         row = {"name": mutation.name, "verdict": what, "by": by, "seconds": round(time.monotonic() - since)}
-        with WRITING, (folder / "results.jsonl").open("a") as file:
+        with WRITING, record.open("a") as file:
             if not STOPPED.is_set():  # else it was not the mutation that ended it
                 print(f"{row['seconds']:6} s  {what:8}  {mutation.name}  {by}", flush=True)
                 file.write(json.dumps(row) + "\n")
@@ -209,22 +209,25 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = tree / "build" / "mutants"
     folder.mkdir(parents=True, exist_ok=True)
+    # What was found of other tests or sources says nothing of these.
+    commit = subprocess.check_output(["git", "-C", tree, "describe", "--always", "--dirty"], text=True).strip()
+    record = folder / f"{commit}.jsonl"
     # For the copies, which otherwise would each compile the emulation.
     subprocess.run(
         [".venv/bin/python", "tests/cuda_emulation/build.py"], cwd=tree, check=True, stdout=subprocess.DEVNULL
     )
-    done = results(folder / "results.jsonl")
+    done = results(record)
     wanted = [known[name] for name in options.names or known if options.names or name not in done]
     wanted = [each for each in wanted if not each.equivalent]
     if UNCHANGED in wanted:
-        run_all([UNCHANGED], tree, folder)
-    done = results(folder / "results.jsonl")
+        run_all([UNCHANGED], tree, folder, record)
+    done = results(record)
     if done.get(UNCHANGED.name, {}).get("verdict") == "killed":
         print(f"the tests fail on the tree as it is: {done[UNCHANGED.name]['by']}")
         return 2
-    run_all([each for each in wanted if each != UNCHANGED], tree, folder)
+    run_all([each for each in wanted if each != UNCHANGED], tree, folder, record)
 
-    done, survivors = results(folder / "results.jsonl"), []
+    done, survivors = results(record), []
     print()
     for name, mutation in known.items():
         row = done.get(name, {"verdict": "not run", "by": ""})

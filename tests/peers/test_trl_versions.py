@@ -19,7 +19,7 @@ TESTS = sorted(str(path) for path in (ROOT / "tests" / "integrations").glob("tes
 @pytest.mark.parametrize("version", ["1.13.0", "1.14.1", "1.15.0"])
 def test_functions_of_an_older_trl(version):
     if not VERSIONS.is_dir():
-        pytest.skip("older versions of TRL are not installed: make test-peers")
+        pytest.skip("older versions of TRL are not installed: make test-all")
     assert TESTS
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(VERSIONS / version), str(ROOT)])}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]

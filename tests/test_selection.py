@@ -1,12 +1,12 @@
-"""The cases that `make test` takes of a product of parameters."""
+"""The tests that `make test` leaves to `make test-all`."""
 
 from itertools import combinations, product
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-import conftest
-from pairwise import cover
+from selection import cover, mark_thorough
 
 
 def pairs_of(cases):
@@ -34,6 +34,15 @@ def test_cases_that_do_not_exist_are_not_asked_for():
 PRODUCT = """
 import pytest
 
+@pytest.fixture(params=[1, 2])
+def made(request):
+    return request.param
+
+@pytest.mark.parametrize("dtype", ["f", "h"])
+@pytest.mark.parametrize("option", ["on", "off"])
+def test_with_a_fixture(dtype, option, made):
+    pass
+
 @pytest.mark.parametrize("dtype", ["f", "h", "b"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2), (3, 4)])
 @pytest.mark.parametrize("option", ["on", "off", pytest.param("slow", marks=pytest.mark.thorough)])
@@ -47,21 +56,33 @@ def test_of_two(dtype, rows, columns):
 """
 
 
-class Collected:
+class Selection:
     names: list[str]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items):
+        mark_thorough(items)
 
     def pytest_collection_finish(self, session):
         self.names = [item.originalname for item in session.items]
 
 
 @pytest.mark.parametrize(
-    ("expression", "three", "two"), [("thorough", 12, 0), ("not thorough", 6, 6), ("thorough or not thorough", 18, 6)]
+    ("expression", "of_three", "of_two", "with_a_fixture"),
+    [("thorough", 12, 0, 4), ("not thorough", 6, 6, 4), ("thorough or not thorough", 18, 6, 8)],
 )
-def test_the_rest_of_a_product_is_thorough(tmp_path, expression, three, two):
+def test_the_rest_of_a_product_is_thorough(tmp_path, expression, of_three, of_two, with_a_fixture):
     """And what was marked by hand stays so. Two names that are given together are one parameter."""
     (tmp_path / "test_product.py").write_text(PRODUCT)
     configuration = Path(__file__).parents[1] / "pyproject.toml"
-    collected = Collected()
+    selection = Selection()
     options = ["--collect-only", "-qq", "-c", str(configuration), "-m", expression]
-    pytest.main([str(tmp_path), *options], plugins=[conftest, collected])
-    assert (collected.names.count("test_of_three"), collected.names.count("test_of_two")) == (three, two)
+    pytest.main([str(tmp_path), *options], plugins=[selection])
+    counts = [selection.names.count(f"test_{name}") for name in ("of_three", "of_two", "with_a_fixture")]
+    assert counts == [of_three, of_two, with_a_fixture]
+
+
+def test_the_hypothesis_profile_is_the_one_asked_for(request):
+    """Not undone by a file that is collected later."""
+    wanted = request.config.getoption("--hypothesis-profile") or "quick"
+    assert settings.get_current_profile_name() == wanted
