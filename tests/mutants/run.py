@@ -5,8 +5,8 @@
     python tests/mutants/run.py --tree DIR NAME ...  in another checkout, by its own tests
 
 First come the tests that a mutation names, then the parts of `make test` that hold the file it is in. Results are kept
-in build/mutants of the tree, by its commit; a run that was stopped goes on where it was. The exit status is 1 if a mutation survives
-that is not said to be equivalent, and 2 if the tests fail on the tree as it is.
+in build/mutants of the tree, by its commit; a run that was stopped goes on where it was. The exit status is 1 if a
+mutation survives that is not said to be equivalent, and 2 if the tests fail on the tree as it is.
 """
 
 import argparse
