@@ -334,6 +334,16 @@ def test_sampler_weights_by_hand(backend, device, correction):
     assert named(metrics)["sampler_capped"] == pytest.approx(1 / 6 if correction.startswith("token") else 1 / 2)
 
 
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_a_weight_at_the_cap_is_not_capped(backend, device, correction):
+    inputs = make_inputs([3, 4], 4, device)
+    wanted = run(policy_loss, inputs)
+    inputs["sampler_logprobs"] = inputs["old_logprobs"].clone()
+    got = run(policy_loss, inputs, sampler_correction=correction, sampler_cap=1.0)
+    assert named(got[1])["sampler_capped"] == 0
+    torch.testing.assert_close(got[0], wanted[0])
+
+
 @pytest.mark.parametrize("objective", ["ppo", "gmpo", "vespo"])
 def test_a_sampler_without_numbers_changes_nothing(backend, device, objective):
     inputs = make_inputs([7, 12, 3], 12, device)
