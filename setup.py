@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))  # where pip runs this file, its folder is not there
 from build_tools.compile import CompileError, build
-from build_tools.modules import Lacking, cpu_module, cuda_module
+from build_tools.modules import CannotBuild, cpu_module, cuda_module
 
 
 class BuildModules(build_ext):
@@ -26,7 +26,7 @@ class BuildModules(build_ext):
         target, inplace = Path(self.get_ext_fullpath(extension.name)), Path(self.get_ext_filename(extension.name))
         try:
             library = build(cuda_module() if cuda else cpu_module())
-        except (Lacking, CompileError) as error:
+        except (CannotBuild, CompileError) as error:
             for earlier in (target, inplace):  # which must not pass for this build's
                 earlier.unlink(missing_ok=True)
             if isinstance(error, CompileError) and not cuda:

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import triton  # noqa: E402
 
 from build_tools.compile import build  # noqa: E402
-from build_tools.modules import CUDA_TARGETS, Lacking, cuda_module  # noqa: E402
+from build_tools.modules import CUDA_TARGETS, CannotBuild, cuda_module  # noqa: E402
 from gpu_assembly import LOAD, TARGETS, compile_for, disassemble, dump, resource_usage  # noqa: E402
 
 THREADS_UNBOUND = 256
@@ -184,9 +184,9 @@ def main() -> int:
     try:
         by_architecture = cuda_kernels(str(build(cuda_module(CUDA_TARGETS))))
         print(f"CUDA kernels without launch bounds are given {THREADS_UNBOUND} threads a block.")
-    except Lacking as lacking:
+    except CannotBuild as error:
         by_architecture = {}
-        print(f"The CUDA extension is not built: {lacking}.")
+        print(f"The CUDA extension is not built: {error}.")
     for architecture in TARGETS:
         print(f"\n## {architecture}: Triton\n\n{table(list(triton_kernels(architecture)))}", flush=True)
         if kernels := by_architecture.get(architecture):

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -58,8 +59,9 @@ def compile_step(step: Step) -> None:
     command = [*step.command, "-MD", "-MF", str(dependencies), "-c", step.source, "-o", str(step.output)]
     inputs = [step.source]
     if (ROOT / dependencies).exists():
-        # The compiler wrote these as a make rule: "output: input input \\\n input".
-        inputs = (ROOT / dependencies).read_text().replace("\\\n", " ").split(":", 1)[1].split()
+        # The compiler wrote these as a make rule: "output: input my\\ input \\\n input".
+        rule = (ROOT / dependencies).read_text().split(":", 1)[1]
+        inputs = [re.sub(r"\\(.)", r"\1", name) for name in re.findall(r"(?:\\.|[^\s\\])+", rule)]
     run(command, step.output, inputs, before=["ccache"] if shutil.which("ccache") else [])
 
 
@@ -71,14 +73,19 @@ def run(command: list[str], output: Path, inputs: list[str], before: list[str] |
     if up_to_date(ROOT / output, inputs) and stamp.exists() and stamp.read_text() == line:
         return
     stamp.parent.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)  # else what a killed command leaves half-written would count as made
     done = subprocess.run(
         [*(before or []), *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode != 0:
-        errors = (said.strip() for said in done.stdout.splitlines() if "error" in said)
-        raise CompileError(next(errors, f"{command[0]} ended with status {done.returncode}"), done.stdout)
+        raise CompileError(first_error(done), done.stdout)
     print(done.stdout, end="", file=sys.stderr)
     stamp.write_text(line)
+
+
+def first_error(failed: subprocess.CompletedProcess[str]) -> str:
+    errors = (said.strip() for said in failed.stdout.splitlines() if "error" in said)
+    return next(errors, f"the compiler ended with status {failed.returncode}")
 
 
 def up_to_date(output: Path, inputs: list[str]) -> bool:

@@ -16,9 +16,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from build_tools.compile import ROOT, Module, Step, build
+from build_tools.compile import ROOT, CompileError, Module, Step, build, first_error
 
-CXX = shlex.split(os.environ.get("CXX", "c++"))
+CXX = shlex.split(os.environ.get("CXX") or "c++")
+if len(CXX) > 1 and Path(CXX[0]).name == "ccache":
+    del CXX[0]  # build_tools/compile.py runs it where it is installed
 CUDA_TARGETS = (80, 90, 100)
 # Each CPU kernel is compiled once for each of these; bindings/module.cpp chooses when the module is loaded.
 INSTRUCTION_SETS = {"kBaseline": []}
@@ -30,8 +32,26 @@ CPU_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract
 CPU_FLAGS += ["-Icsrc/include", "-Icsrc"]
 
 
-class Lacking(Exception):
-    """What a module cannot be built without, in one line."""
+# What the kernels use that a compiler or its library may be too old for.
+PROBE = """
+#include <bit>
+#include <concepts>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+using Floats = float __attribute__((vector_size(16)));
+using Ints = int __attribute__((vector_size(16)));
+Ints bits(Floats x) { return std::bit_cast<Ints>(x); }
+template <std::integral T> T same(T x) { return x; }
+template int same(int);
+#ifdef __AVX512F__
+__m512i widened(__m256i halves) { return _mm512_maskz_cvtepu16_epi32(0xffff, halves); }
+#endif
+"""
+
+
+class CannotBuild(Exception):
+    """Why a module cannot be built on this machine, in one line."""
 
 
 def instruction_set_flags(isa: str) -> list[str]:
@@ -40,14 +60,17 @@ def instruction_set_flags(isa: str) -> list[str]:
 
 @functools.cache
 def compiler_fault() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """Why the C++ of this project cannot be compiled on this machine, or None."""
     if shutil.which(CXX[0]) is None:
         return f"there is no C++ compiler {CXX[0]!r}; install g++ or clang, or name one: CXX=..."
-    # One of the kernels, for the widest vectors: it takes of the compiler what all of them take.
-    flags = [*CPU_FLAGS, *instruction_set_flags(list(INSTRUCTION_SETS)[-1])]
-    probe = [*CXX, *flags, "-fsyntax-only", "csrc/cpu/masked.cpp"]
-    if subprocess.run(probe, cwd=ROOT, capture_output=True).returncode != 0:
-        return f"{shlex.join(CXX)!r} is no compiler of C++20 as the kernels are written in it; g++ is since version 11"
+    # Not a file of this project: a mistake in one must not pass for a fault of the compiler.
+    command = [*CXX, *CPU_FLAGS, *instruction_set_flags(list(INSTRUCTION_SETS)[-1]), "-fsyntax-only", "-x", "c++", "-"]
+    probe = subprocess.run(
+        command, cwd=ROOT, input=PROBE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+    )
+    if probe.returncode != 0:
+        name = shlex.join(CXX)
+        return f"{name!r} cannot compile the C++20 of the kernels ({first_error(probe)}); g++ can from version 11 on"
     header = Path(sysconfig.get_path("include"), "Python.h")
     if not header.exists():
         return f"{header} is missing; install Python's headers (Debian: python3-dev)"
@@ -57,13 +80,13 @@ def compiler_fault() -> str | None:
 def binding_flags() -> tuple[list[str], list[str]]:
     """What compiling and what linking a module takes: PyTorch's stable ABI, and pybind11 for Python's."""
     if fault := compiler_fault():
-        raise Lacking(fault)
+        raise CannotBuild(fault)
     folders = {}
     for package in ("torch", "pybind11"):
         # Found, not imported: importing torch takes longer than all else here where nothing changed.
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise Lacking(f"{package} is not installed")
+            raise CannotBuild(f"{package} is not installed")
         folders[package] = Path(spec.origin).parent
     root = folders["torch"]
     includes = (root / "include", folders["pybind11"] / "include", sysconfig.get_path("include"))
@@ -103,13 +126,13 @@ def own_architectures() -> tuple[int, ...]:
 def cuda_module(architectures: tuple[int, ...] = ()) -> Module:
     """For the architectures named, else for those of the GPUs that are here, else for CUDA_TARGETS."""
     if shutil.which("nvcc") is None:
-        raise Lacking("there is no nvcc")
+        raise CannotBuild("there is no nvcc")
     torch_flags, libraries = binding_flags()
     listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     wanted = architectures or own_architectures() or CUDA_TARGETS
     known = [number for number in wanted if f"compute_{number}" in listed]
     if not known:
-        raise Lacking(f"this nvcc does not compile for compute capability {', '.join(map(str, wanted))}")
+        raise CannotBuild(f"this nvcc does not compile for compute capability {', '.join(map(str, wanted))}")
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in known]
     targets.append(targets[-1].replace("code=sm", "code=compute"))  # newer GPUs compile this themselves
     host = [f"-ccbin={CXX[0]}", "-forward-unknown-to-host-compiler"]
@@ -130,4 +153,9 @@ def cuda_module(architectures: tuple[int, ...] = ()) -> Module:
 
 # python -m build_tools.modules 90: the CUDA module, for the tests that read its machine code.
 if __name__ == "__main__":
-    build(cuda_module(tuple(map(int, sys.argv[1:]))))
+    try:
+        build(cuda_module(tuple(map(int, sys.argv[1:]))))
+    except CannotBuild as error:
+        sys.exit(f"error: the CUDA extension is not built: {error}")
+    except CompileError as error:
+        sys.exit(f"{error.output}\nerror: the CUDA extension is not built: {error}")

@@ -2,6 +2,7 @@
 here are small shell scripts."""
 
 import os
+import runpy
 import shutil
 import stat
 import subprocess
@@ -25,7 +26,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ -z "$dependencies" ] || echo "$output: $source shared.h" > "$dependencies"
+[ -z "$dependencies" ] || echo "$output: $source shared\\ header.h" > "$dependencies"
 [ -z "$output" ] || : > "$output"
 """
 
@@ -43,7 +44,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(compile, "ROOT", tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     compiler = make_program(tmp_path / "bin" / "compiler", COMPILER)
-    for name in ("a.cpp", "b.cpp", "shared.h"):
+    for name in ("a.cpp", "b.cpp", "shared header.h"):
         (tmp_path / name).touch()
 
     def build(*flags: str) -> list[str]:
@@ -72,12 +73,12 @@ def test_what_changed_is_compiled_again(project):
     assert build() == []
     make_newer(root / "b.cpp")
     assert build() == ["build/b.cpp.o", "build/module.so"]
-    make_newer(root / "shared.h")
+    make_newer(root / "shared header.h")
     assert build() == everything
     assert build("-DCHANGED") == everything
     (root / "build" / "a.cpp.o").unlink()
     assert build("-DCHANGED") == ["build/a.cpp.o", "build/module.so"]
-    (root / "shared.h").unlink()
+    (root / "shared header.h").unlink()
     assert build("-DCHANGED")[:2] == everything[:2]
 
 
@@ -100,6 +101,17 @@ def test_a_failed_compilation_names_the_error(project):
         build()
     assert "in a function" in failed.value.output
     assert not list((root / "build").glob("*.command")), "what failed does not pass for up to date"
+
+
+def test_what_a_killed_compiler_leaves_is_compiled_again(project):
+    root, build = project
+    build()
+    make_newer(root / "a.cpp")
+    compiler = make_program(root / "bin" / "compiler", COMPILER + "kill -9 $$\n")
+    with pytest.raises(compile.CompileError, match="the compiler ended with status -9"):
+        build()
+    make_program(compiler, COMPILER)
+    assert build() == ["build/a.cpp.o", "build/module.so"]
 
 
 @pytest.fixture
@@ -163,8 +175,8 @@ def test_a_compiler_of_an_older_cxx_builds_nothing(checkout):
     lines, built = run(RLKERNELS_CUDA="0")
     assert (run.status, built) == (0, set())
     assert lines == [
-        "warning: rlkernels._C is not built: 'c++' is no compiler of C++20 as the kernels are written in it; "
-        "g++ is since version 11; the reference serves instead"
+        "warning: rlkernels._C is not built: 'c++' cannot compile the C++20 of the kernels "
+        "(error: unrecognized command-line option -std=c++20); g++ can from version 11 on; the reference serves instead"
     ]
 
 
@@ -202,6 +214,34 @@ def test_a_kernel_that_does_not_compile_ends_the_build(checkout):
     assert (run.status, built) == (1, set())
     assert lines[-1] == "error: rlkernels._C is not built: kl.cpp:9: error: a mistake"
     assert "Traceback" not in "\n".join(lines)
+
+
+def test_a_header_that_does_not_compile_ends_the_build(checkout):
+    """The compiler is not blamed for it, though it compiles no kernel."""
+    programs, run = checkout
+    mistake = "case \"$*\" in *csrc/cpu/*.cpp*) echo 'simd.h:9: error: a mistake' >&2; exit 1 ;; esac"
+    make_program(programs / "c++", COMPILER.replace("\n", f"\n{mistake}\n", 1))
+    lines, built = run(RLKERNELS_CUDA="0")
+    assert (run.status, built) == (1, set())
+    assert lines[-1] == "error: rlkernels._C is not built: simd.h:9: error: a mistake"
+
+
+@pytest.mark.parametrize(
+    ("variable", "command"),
+    [("", ["c++"]), ("ccache g++ -m64", ["g++", "-m64"]), ("/usr/bin/ccache g++", ["g++"]), ("ccache", ["ccache"])],
+)
+def test_the_compiler_that_is_named(monkeypatch, variable, command):
+    """Without ccache before it, which is put there where it serves."""
+    monkeypatch.setenv("CXX", variable)
+    assert runpy.run_path(modules.__file__)["CXX"] == command
+
+
+def test_the_compiler_here_is_good_enough_and_an_older_standard_is_not(monkeypatch):
+    if shutil.which(modules.CXX[0]) is None:
+        pytest.skip("there is no C++ compiler")
+    assert modules.compiler_fault() is None
+    monkeypatch.setattr(modules, "CPU_FLAGS", ["-std=c++17"])
+    assert "cannot compile the C++20 of the kernels (<stdin>:" in modules.compiler_fault.__wrapped__()
 
 
 @pytest.mark.parametrize(
