@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build cuda-module test test-all test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-transformers-oldest test-peers test-vllm mutants vllm-cpu
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' Makefile
 
 demo: build $(STAMPS)/demo $(STAMPS)/demo-model ## train a real language model on verifiable rewards
 	@$(BIN)/python examples/demo.py
@@ -104,10 +104,9 @@ test-gpu: test-setup ## the same tests on a GPU; skipped, and counted, where the
 test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, under the newest Triton
 	@PYTHONPATH=$(CURDIR)/.venv/triton-next $(MAKE) --no-print-directory test-triton test-compile REPORTS=$(REPORTS)/triton-next
 
-test-transformers-oldest: export PYTHONPATH := $(CURDIR)/.venv/transformers-oldest
 test-transformers-oldest: export OMP_NUM_THREADS := 1
 test-transformers-oldest: test-setup $(STAMPS)/transformers-oldest ## the trainers again, under the oldest transformers that they run on
-	@$(PYTEST) $(BY_FILE) $(SELECT) tests/trainers tests/test_cli_train.py; $(COUNT)
+	@export PYTHONPATH=$(CURDIR)/.venv/transformers-oldest; $(PYTEST) $(BY_FILE) $(SELECT) tests/trainers tests/test_cli_train.py; $(COUNT)
 
 test-peers: private BIN := $(PEERS)
 test-peers: export OMP_NUM_THREADS := 1
@@ -164,18 +163,23 @@ $(STAMPS)/install: setup.py pyproject.toml $(STAMPS)/compiler $(STAMPS)/base
 	@RLKERNELS_BUILD=0 $(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
-# The stamp alone does not show that the modules are still there.
+# The CUDA extension is built where a GPU would run it: nothing takes longer to compile.
+WITH_CUDA = $(or $(RLKERNELS_CUDA),$(shell command -v nvcc >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo 1 || echo 0))
+
+# The stamp alone shows neither that the modules are still there, nor that there has been a GPU since.
 .PHONY: missing
 missing:
+CUDA_IS_MISSING = $(if $(wildcard rlkernels/_C_cuda.*so),,$(filter-out 0,$(WITH_CUDA)))
+MISSING = $(if $(wildcard rlkernels/_C.*so),$(if $(CUDA_IS_MISSING),missing),missing)
 
-# Where no GPU would run it, the CUDA extension is not built: nothing takes longer to compile.
-WITHOUT_GPU = $(shell nvidia-smi -L >/dev/null 2>&1 || echo RLKERNELS_CUDA=$(or $(RLKERNELS_CUDA),0))
-$(STAMPS)/build: $(STAMPS)/install $(if $(wildcard rlkernels/_C.*so),,missing) $(wildcard build_tools/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+$(STAMPS)/build: $(STAMPS)/install $(MISSING) $(wildcard build_tools/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	@echo "building the extensions"
-	@$(WITHOUT_GPU) CXX="$(CXX)" $(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
+	@RLKERNELS_CUDA=$(WITH_CUDA) CXX="$(CXX)" $(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
+	@[ "$(RLKERNELS_BUILD)" = 0 ] || compgen -G 'rlkernels/_C.*so' >/dev/null || { \
+	  echo "error: the CPU extension is not built, although its compiler is good enough; the lines above say why"; exit 1; }
 	@touch $@
 
-# The tests read its machine code, which takes no GPU: of one architecture, and with THOROUGH=1 of all.
+# The tests read its machine code, which needs no GPU: for sm_90, or with THOROUGH=1 for all.
 CUDA_FOR = $(if $(THOROUGH),80 90 100,90)
 cuda-module: $(STAMPS)/base $(STAMPS)/compiler ## the CUDA extension for the tests, where there is nvcc
 	@if command -v nvcc >/dev/null; then CXX="$(CXX)" $(BIN)/python -m build_tools.modules $(CUDA_FOR); fi

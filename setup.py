@@ -24,11 +24,17 @@ class BuildModules(build_ext):
     def build_extension(self, extension: Extension) -> None:
         cuda = extension.name == "rlkernels._C_cuda"
         target, inplace = Path(self.get_ext_fullpath(extension.name)), Path(self.get_ext_filename(extension.name))
+
+        def remove_earlier() -> None:
+            for earlier in (target, inplace):  # which must not pass for this build's
+                earlier.unlink(missing_ok=True)
+
+        if cuda and not cuda_is_wanted():
+            return remove_earlier()
         try:
             library = build(cuda_module() if cuda else cpu_module())
         except (CannotBuild, CompileError) as error:
-            for earlier in (target, inplace):  # which must not pass for this build's
-                earlier.unlink(missing_ok=True)
+            remove_earlier()
             if isinstance(error, CompileError) and not cuda:
                 sys.exit(f"{error.output}\nerror: {extension.name} is not built: {error}")
             serving = "Triton's kernels serve" if cuda else "the reference serves"
@@ -38,15 +44,14 @@ class BuildModules(build_ext):
         shutil.copy2(library, target)
 
 
+def cuda_is_wanted() -> bool:
+    return os.environ.get("RLKERNELS_CUDA", "1" if shutil.which("nvcc") else "0") != "0"
+
+
 def extensions() -> list[Extension]:
     if os.environ.get("RLKERNELS_BUILD") == "0":
         return []
-    with_cuda = os.environ.get("RLKERNELS_CUDA", "1" if shutil.which("nvcc") else "0") != "0"
-    return [
-        Extension(name, sources=[], optional=True)
-        for name in ("rlkernels._C", "rlkernels._C_cuda")
-        if with_cuda or name == "rlkernels._C"
-    ]
+    return [Extension(name, sources=[], optional=True) for name in ("rlkernels._C", "rlkernels._C_cuda")]
 
 
 setup(

@@ -153,7 +153,8 @@ def test_both_modules_are_built_where_the_compilers_are(checkout):
 def test_variables_choose_the_modules(checkout):
     _, run = checkout
     assert run(RLKERNELS_BUILD="0") == ([], set())
-    assert run(RLKERNELS_CUDA="0") == ([], {"_C"})
+    assert run() == ([], {"_C", "_C_cuda"})
+    assert run(RLKERNELS_CUDA="0") == ([], {"_C"}), "an earlier module that is not built again is not loaded either"
 
 
 def test_without_a_cxx_compiler_nothing_is_built(checkout):
