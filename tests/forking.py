@@ -2,7 +2,8 @@
 has imported it and computed nothing.
 
 `[*FORKED, script or "-m", ...]` stands for `[sys.executable, script or "-m", ...]`: it is a process with the program's
-output and exit code, and passes signals on. `run_together` is what `torchrun` does."""
+output and exit code, and passes signals on; where it is killed the program is, too. `run_together` starts a group of
+them with the variables that `torchrun` sets; it does nothing else of what `torchrun` does."""
 
 import atexit
 import contextlib
@@ -10,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import runpy
 import select
 import signal
@@ -74,15 +76,21 @@ def run_together(processes: int, *arguments: str, cwd: Path | None = None) -> tu
             time.sleep(0.01)
             codes = [process.poll() for process in started]
         for process in started:
-            if process.poll() is None:
-                process.terminate()
-            process.wait()
+            process.terminate()
+        for process in started:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         output.seek(0)
         return next((code for code in codes if code), 0), output.read()
 
 
 def program() -> list[str]:
     """In the server: waits for what is to be run, and returns its arguments in a process of its own."""
+    import numpy
+
     for name in IMPORTED:
         importlib.import_module(name)
     gc.collect()
@@ -100,8 +108,11 @@ def program() -> list[str]:
     message, files, _, _ = socket.recv_fds(connection, 2**20, 3)
     child = os.fork()
     if child:
+        ended = os.pidfd_open(child)
         with contextlib.suppress(OSError):
             connection.sendall(f"{child}\n".encode())
+        if ended not in select.select([connection, ended], [], [])[0]:  # the relay is gone
+            os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         with contextlib.suppress(OSError):
             connection.sendall(f"{code}\n".encode())
@@ -114,6 +125,8 @@ def program() -> list[str]:
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["environment"])
+    random.seed()
+    numpy.random.seed()
     path = os.environ.get("PYTHONPATH")
     sys.path[:0] = path.split(os.pathsep) if path else []
     return asked["arguments"]
@@ -148,6 +161,8 @@ def run(arguments: list[str]) -> int:
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if error.code is not None and not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -20,6 +20,7 @@ WORKER = Path(__file__).with_name("processes_worker.py")
 sys.path.insert(0, str(WORKER.parent))
 from processes_worker import CASES, OF_DDP, TEXTS, build_model, build_tokenizer, run  # noqa: E402
 
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 QUICK = {("ddp", "reward"), ("ddp", "grpo, groups on both")}
 QUICK |= {("fsdp2", case) for case in ("sft", "dpo", "grpo, sampled", "ppo, sampled")}
 
@@ -149,8 +150,8 @@ def test_accelerate_knows_every_option_of_the_configs(file):
 
 @pytest.fixture(params=[pytest.param(True, id="forked"), thorough(False, id="launched")])
 def launch(request, tmp_path, forked):
-    """Runs a command in two processes, which a launcher starts or the tests do. Returns exit code and what was
-    printed."""
+    """Runs a command in two processes, which the launcher starts or, instead of any but torchrun, the tests do. Returns
+    exit code and what was printed."""
     build_model().save_pretrained(tmp_path / "model")
     build_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "rows.json").write_text(json.dumps(TEXTS))
@@ -158,7 +159,7 @@ def launch(request, tmp_path, forked):
     def launch(launcher: list[str], *arguments: str) -> tuple[int, str]:
         command = ["-m", "rlkernels", "sft", "--model", "model", "--max_steps", "2", "--dataset", "rows.json"]
         command += ["--output_dir", "out", "--report_to", "none", "--bf16", "False", *arguments]
-        if request.param:
+        if request.param and launcher is not TORCHRUN:
             code, printed = forked.run_together(2, *command, cwd=tmp_path)
             return int(code != 0), printed
         path = os.pathsep.join(map(os.path.abspath, sys.path))
@@ -180,8 +181,7 @@ def test_a_command_in_two_processes_says_all_once(launch, tmp_path):
     assert state["train_batch_size"] == 8 and state["epoch"] == pytest.approx(2 / 3)  # of 48 rows, 16 in a step
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "rows.json"]
 
-    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    code, printed = launch(torchrun)
+    code, printed = launch(TORCHRUN)
     assert code == 1
     assert printed.count("rlkernels sft: error:") == 1
     assert "--output_dir out: holds checkpoint-2 of an earlier run" in printed
