@@ -7,10 +7,10 @@ option need not wait.
 import argparse
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -120,19 +120,21 @@ def main(
     console, stop = Console(), Stop()
     try:
         with stop.listening():
-            output_dir.mkdir(parents=True, exist_ok=True)
             # Made aside and moved when complete, so that a run that ends at once leaves the last one as it was.
-            aside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output_dir))
+            aside = output_dir / f".unfinished-{secrets.token_hex(4)}"
             try:
+                aside.mkdir(parents=True)
                 shown = train(Run(aside, output_dir, options.seed, options.steps, console, stop))
                 stop.is_over = True
                 for made in aside.iterdir():
                     replace(made, output_dir / made.name)
             finally:
-                stop.is_over = True
-                shutil.rmtree(aside, ignore_errors=True)
-                if not any(output_dir.iterdir()):
-                    output_dir.rmdir()
+                try:
+                    stop.is_over = True
+                finally:  # also where a signal comes before that is noted
+                    shutil.rmtree(aside, ignore_errors=True)
+                    with contextlib.suppress(OSError):  # it is not empty, or was never made
+                        output_dir.rmdir()
     except KeyboardInterrupt:
         print(f"{stop.word}; {output_dir} is as it was before", file=sys.stderr)
         return 128 + (stop.number or signal.SIGINT)
