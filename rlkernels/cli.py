@@ -30,7 +30,7 @@ def serving_backends(device_type: str) -> dict[str, str]:
 
 def faster_backends(op: str, backend: str, device_type: str) -> dict[str, str]:
     """The backends faster than `backend` that have kernels for `op`, and for each the reason why it does not serve."""
-    by_speed = [*sorted(_registry.PREFERENCE[op], key="cpu".__eq__), "reference"]  # those of GPUs first, in their order
+    by_speed = [*sorted(_registry.PREFERENCE[op], key=lambda name: name == "cpu"), "reference"]  # GPUs first
     faster = by_speed[: by_speed.index(backend)]
     return {name: _registry.status(name, device_type) or "another was asked for" for name in faster}
 

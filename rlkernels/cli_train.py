@@ -315,6 +315,8 @@ def train(name: str, arguments: list[str]) -> None:
     try:
         import rlkernels.trainers as trainers
     except ImportError as error:
+        if "pip install rlkernels[trainers]" not in str(error):
+            raise  # a mistake, not something that can be installed
         raise BadValue(str(error)) from error
 
     if local_rank() > 0:

@@ -452,6 +452,18 @@ def test_interrupted_before_the_first_step(run, workplace, monkeypatch, capsys, 
     assert not (workplace / "out").exists()
 
 
+def test_a_release_candidate_of_transformers_is_accepted(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.18rc1")
+    trainers._require_transformers()
+
+
+def test_a_mistake_in_the_trainers_is_not_told_as_something_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rlkernels.trainers.ppo", None)
+    monkeypatch.delitem(sys.modules, "rlkernels.trainers")
+    with pytest.raises(ModuleNotFoundError, match=r"^import of rlkernels\.trainers\.ppo halted"):
+        cli.main(["grpo"])
+
+
 def test_older_transformers_are_refused(monkeypatch, capsys):
     """Those that are older than pyproject.toml has it."""
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()

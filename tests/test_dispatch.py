@@ -115,10 +115,11 @@ assert os.waitpid(child, 0)[1] == 0
     assert done.stdout.splitlines() == ["None True", "0.5", "0.5"]
 
 
-def test_without_a_gpu_its_backends_say_so():
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_without_a_gpu_its_backends_say_so(visible):
     """Or where the environment hides it."""
     code = WITH_A_GPU + "print(_registry.status('triton', 'cuda'), '|', _registry.status('cuda', 'cuda'))"
-    done = run_python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    done = run_python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES=visible)
     assert done.stdout == "no GPU is available | no NVIDIA GPU is available\n", done.stderr
 
 

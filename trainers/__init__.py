@@ -1,12 +1,19 @@
 """Trainers on `transformers.Trainer`: thin clients of the public functions of `rlkernels`."""
 
-import importlib.metadata
 
-try:
+def _require_transformers() -> None:
+    import importlib.metadata
+
+    from packaging.version import Version
+
     found = importlib.metadata.version("transformers")
-    if tuple(map(int, found.split(".")[:2])) < (5, 17):
+    if Version(found).release < (5, 17):
         told = f"rlkernels.trainers needs transformers 5.17 or later; got {found}"
         raise ImportError(f"{told}; pip install rlkernels[trainers]", name="transformers")
+
+
+try:
+    _require_transformers()
     from .checkpoints import CheckpointError
     from .common import NonFiniteLoss
     from .configs import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
@@ -20,6 +27,8 @@ try:
     from .sft import SFTTrainer
     from .vllm import ServerLost, VLLMEngine
 except ModuleNotFoundError as error:
+    if error.name and error.name.partition(".")[0] == "rlkernels":
+        raise
     missing = f"{error.name} is not installed" if error.name else str(error)
     raise ModuleNotFoundError(f"{missing}; pip install rlkernels[trainers]", name=error.name) from error
 

@@ -36,7 +36,7 @@ struct LogprobOptions {
 // entropy may be null.
 void launch_token_logprobs_forward(const Launcher& launch, const Logits& logits, const int64_t* token_ids,
                                    const LogprobOptions& options, float* logprobs, float* entropy, RowStats stats);
-// Either gradient and entropy may be null; gradient may be logits.
+// grad_logprobs and grad_entropy may be null, and entropy where grad_entropy is. `gradient` may be `logits`.
 void launch_token_logprobs_backward(const Launcher& launch, const float* grad_logprobs, const float* grad_entropy,
                                     const Logits& logits, const int64_t* token_ids, const float* logprobs,
                                     const float* entropy, RowStats stats, const LogprobOptions& options,

@@ -63,7 +63,7 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-// Of a padded [count, length] or packed [tokens] tensor.
+// The sequences of a padded [count, length] or packed [tokens] tensor.
 inline Sequences sequences_of(const Tensor& tensor, const std::optional<Tensor>& cu_seqlens) {
   if (!cu_seqlens) return {nullptr, tensor.numel(), tensor.size(0), tensor.size(1)};
   return {cu_seqlens->const_data_ptr<int32_t>(), tensor.numel(), cu_seqlens->numel() - 1, 0};

@@ -34,9 +34,9 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 """For each public op the backends that have kernels for it, the first of those that serve a tensor's device first; an
 op without any is plain PyTorch.
 
-On NVIDIA GPUs the CUDA kernels precede Triton's, whose launch costs more host time. Not for logits, where what counts
-is the arithmetic of each: per element Triton's kernels take 9.3 instructions forward and CUDA's 18, with entropy 12.1
-and 22.6, or 38 with a temperature too, and backward 12.4 and 40 (bfloat16, sm_90, read in the machine code). Under
+On NVIDIA GPUs the CUDA kernels precede Triton's, whose launch costs more host time. Logits are the exception: there the
+arithmetic per element decides. Per element Triton's kernels take 9.3 instructions forward and CUDA's 18, with entropy
+12.1 and 22.6, or 38 with a temperature too, and backward 12.4 and 40 (bfloat16, sm_90, read in the machine code). Under
 Triton's interpreter the CPU kernels precede it."""
 
 # A plain module global, so that torch.compile guards on it and recompiles when it changes.
@@ -161,9 +161,9 @@ def loaded(backend: str, device_types: tuple[str, ...]) -> None:
 
 
 def gpu_driver() -> bool:
-    """Whether the driver of a GPU is there that this PyTorch serves. CUDA itself is not asked: from then on no process
-    that is forked could use it."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    """Whether a GPU driver that this PyTorch can use is installed. CUDA is not asked: after its first call no forked
+    process can use it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     if torch.version.hip:
         return os.path.exists("/dev/kfd")

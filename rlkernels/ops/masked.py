@@ -6,8 +6,6 @@ from torch import Tensor
 from rlkernels.ops import _checks, _registry
 from rlkernels.reference import masked as reference
 
-BACKENDS = _registry.WITHOUT_CUDA
-
 
 def masked_mean(x: Tensor, mask: Tensor | None, *, dim: int | None = None) -> Tensor:
     """Mean of the scored elements of a tensor.
@@ -151,7 +149,7 @@ _registry.define(
     "masked_mean",
     "(Tensor x, Tensor? mask) -> (Tensor means, Tensor scale)",
     lambda x, mask: (x.new_empty(x.shape[0]), x.new_empty(x.shape[0])),
-    backends=BACKENDS,
+    backends=_registry.WITHOUT_CUDA,
     setup_context=_mean_setup_context,
     backward=lambda backend: _mean_backward,
 )
@@ -159,11 +157,11 @@ _registry.define(
     "masked_moments",
     "(Tensor x, Tensor? mask) -> Tensor",
     lambda x, mask: x.new_empty(3, dtype=torch.float64),
-    backends=BACKENDS,
+    backends=_registry.WITHOUT_CUDA,
 )
 _registry.define(
     "masked_whiten",
     "(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, float eps, bool unbiased, bool eps_floor) -> Tensor",
     lambda x, *rest: x.new_empty(x.shape),
-    backends=BACKENDS,
+    backends=_registry.WITHOUT_CUDA,
 )
