@@ -1,4 +1,4 @@
-"""Compiles and links a module: what changed since the last time, as many files at once as there are processors."""
+"""Compiles what changed of a module since the last time, one file per processor at once, and links it."""
 
 import fcntl
 import os

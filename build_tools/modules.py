@@ -1,4 +1,4 @@
-"""The two extension modules: what each is compiled from, with which flags, and what that takes of a machine.
+"""The two extension modules: what each is compiled from, with which flags, and what a machine needs for that.
 
 Both use PyTorch's stable ABI. Nothing here needs more than Python itself before a module is asked for, so that
 `make` can look for a compiler before anything is installed.
@@ -78,12 +78,12 @@ def compiler_fault() -> str | None:
 
 
 def binding_flags() -> tuple[list[str], list[str]]:
-    """What compiling and what linking a module takes: PyTorch's stable ABI, and pybind11 for Python's."""
+    """The flags that compile and those that link a module: for PyTorch's stable ABI, and for pybind11."""
     if fault := compiler_fault():
         raise CannotBuild(fault)
     folders = {}
     for package in ("torch", "pybind11"):
-        # Found, not imported: importing torch takes longer than all else here where nothing changed.
+        # Found, not imported: where nothing changed, to import torch would take longer than all the rest.
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise CannotBuild(f"{package} is not installed")

@@ -1,4 +1,4 @@
-"""Building the extension modules: what is compiled again, and what is said where something is lacking. The compilers
+"""Building the extension modules: what is compiled again, and what is said where something is missing. The compilers
 here are small shell scripts."""
 
 import os
