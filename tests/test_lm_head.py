@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from cases import thorough
 from rlkernels import linear_policy_loss, policy_loss, unwrap_lm_head, wrap_lm_head
 
 VOCAB, BATCH, TIME = 101, 3, 9
@@ -393,14 +394,15 @@ def test_autocast(name):
         assert nn.functional.cosine_similarity(found_grads[name].flatten(), gradient.flatten(), 0) > 0.999
 
 
-def test_torch_compile():
+@pytest.mark.parametrize("compiler", ["eager", thorough("aot_eager")])
+def test_torch_compile(compiler):
     """Backbone and head in one graph, which breaks where the hook on the head comes and goes; later calls compile
     nothing."""
     inputs, labels = batch()
-    model = wrap_lm_head(build("gemma2", torch.float32))
+    model = wrap_lm_head(build("gemma2", torch.float32, num_hidden_layers=1))
     wanted = from_head(model, inputs, labels)
     wanted_grads = gradients(model, *wanted)
-    graphs = CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend(compiler)
     compiled = torch.compile(model, backend=graphs)
     for _ in range(3):
         found = from_head(compiled, inputs, labels)

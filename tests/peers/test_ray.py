@@ -55,6 +55,7 @@ def aggregate_loss():
     return loss.aggregate_loss.__module__
 
 
+@pytest.mark.thorough
 def test_setup_hook_patches_openrlhf_in_each_worker(workers):
     run = workers(patch_openrlhf)
     assert run(aggregate_loss) == "rlkernels.integrations._openrlhf_losses"
