@@ -15,6 +15,18 @@ def thorough(*values, **options):
     return pytest.param(*values, marks=pytest.mark.thorough, **options)
 
 
+def by_turns(names: str, values, others):
+    """Parameters: every value with every other, each of which by turns stands with a value in `make test`."""
+    return pytest.mark.parametrize(
+        names,
+        [
+            (value, other) if (place - turn) % len(others) == 0 else thorough(value, other)
+            for place, value in enumerate(values)
+            for turn, other in enumerate(others)
+        ],
+    )
+
+
 def thorough_emulated(*values, **options):
     """Values of a parameter that `make test` leaves out where kernels are interpreted or emulated."""
     return pytest.param(*values, marks=THOROUGH_EMULATED, **options)

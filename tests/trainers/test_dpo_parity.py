@@ -6,6 +6,7 @@ import torch
 
 trl = pytest.importorskip("trl")
 
+from cases import by_turns  # noqa: E402
 from rlkernels.trainers import DPOConfig, DPOTrainer  # noqa: E402
 
 # Of uneven lengths: prompts, completions, and which of a pair is the longer; with the token that is end and padding.
@@ -87,8 +88,7 @@ def assert_equal(theirs: tuple, ours: tuple, with_reference: bool = True) -> Non
         assert our_metrics == pytest.approx({name: metrics[name] for name in our_metrics}, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4], ids=["one_batch", "four_micro_batches"])
-@pytest.mark.parametrize("loss", LOSSES)
+@by_turns("loss, accumulation", LOSSES, (1, 4))  # in one batch, or in four micro-batches
 def test_losses(train_both, loss, accumulation):
     results = train_both(loss_type=[loss], gradient_accumulation_steps=accumulation)
     assert_equal(*results, with_reference=loss != "sft")
@@ -101,8 +101,7 @@ def test_mixtures(train_both, losses, accumulation):
     assert_equal(*train_both(loss_type=losses, loss_weights=weights, gradient_accumulation_steps=accumulation))
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
-@pytest.mark.parametrize("loss", OF_DIFFERENCE)
+@by_turns("loss, divergence", OF_DIFFERENCE, ["forward_kl", "js_divergence", "alpha_divergence"])
 def test_divergences(train_both, loss, divergence):
     """The log-ratios of these pairs stay below forward_kl's and alpha_divergence's greatest exponents."""
     results = train_both(loss_type=[loss], f_divergence_type=divergence, f_alpha_divergence_coef=0.7)

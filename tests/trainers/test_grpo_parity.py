@@ -11,6 +11,7 @@ trl = pytest.importorskip("trl")
 import trl.trainer.grpo_trainer as trl_grpo  # noqa: E402
 import trl.trainer.rloo_trainer as trl_rloo  # noqa: E402
 
+from cases import by_turns, thorough  # noqa: E402
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, Rollout, SamplingOptions  # noqa: E402
 
 MAX_LENGTH = 6
@@ -192,8 +193,7 @@ def test_delta(train_both, loss_type, level):
     assert_equal(*train_both(steps=2, num_iterations=2, loss_type=loss_type, **options))
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "truncated_masked"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@by_turns("loss_type, masked", LOSS_TYPES, (False, True))
 def test_top_entropy(train_both, loss_type, masked):
     """The second step too: the tokens of highest entropy are those of the weights then."""
     options = {"top_entropy_quantile": 0.35, "beta": 0.3, "mask_truncated_completions": masked}
@@ -207,7 +207,9 @@ CORRECTED = [(name, mode) for name in LOSS_TYPES for mode in MODES if name != "v
 CORRECTED += [("gspo", mode) for mode in MODES if mode.startswith("sequence")]
 
 
-@pytest.mark.parametrize(("loss_type", "mode"), CORRECTED)
+@pytest.mark.parametrize(
+    ("loss_type", "mode"), [each if each in CORRECTED[1::3] else thorough(*each) for each in CORRECTED]
+)
 def test_sampler_correction(train_both, loss_type, mode):
     theirs = {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.5}
     ours = {"importance_sampling_mode": mode, "importance_sampling_cap": 1.5}
@@ -217,8 +219,7 @@ def test_sampler_correction(train_both, loss_type, mode):
     assert_equal(*train_both(loss_type=loss_type, theirs=theirs, ours=ours, sampler=True, **options))
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", CLIPPED)
+@by_turns("loss_type, level", CLIPPED, ("token", "sequence"))
 def test_tokens_of_tools(train_both, loss_type, level):
     """They are read by the model, but neither the loss nor what it is divided by knows them."""
     options = {"steps": 2, "num_iterations": 2, "importance_sampling_level": level, "beta": 0.1}
@@ -243,8 +244,7 @@ def test_generation_batch_of_two_steps(train_both, loss_type):
     )
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3], ids=["no_kl", "kl"])
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo"])
+@by_turns("loss_type, beta", ["grpo", "dapo", "bnpo", "dr_grpo"], (0.0, 0.3))
 def test_truncated_completions_masked(train_both, loss_type, beta):
     assert_equal(*train_both(loss_type=loss_type, beta=beta, mask_truncated_completions=True))
 

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 trl = pytest.importorskip("trl")
 
-from cases import thorough  # noqa: E402
+from cases import by_turns, thorough  # noqa: E402
 from rlkernels.trainers import SFTConfig, SFTTrainer  # noqa: E402
 
 WORDS = ["a", "bcd", "efghijk", "lm nop", "qrstuvwxyz", "", "0123", "z 9"]
@@ -98,12 +98,7 @@ def assert_equal(theirs, ours):
         assert ours[2][name] == pytest.approx(theirs[2][name], rel=1e-5), name
 
 
-# By turns in one batch and in four micro-batches; the other way round too.
-EITHER = [(form, (1, 4)[place % 2]) for place, form in enumerate(FORMATS)]
-OTHER = [thorough(form, (4, 1)[place % 2]) for place, form in enumerate(FORMATS)]
-
-
-@pytest.mark.parametrize("form, accumulation", EITHER + OTHER)
+@by_turns("form, accumulation", FORMATS, (1, 4))  # in one batch, or in four micro-batches
 def test_formats(train_both, form, accumulation):
     rows, options = FORMATS[form]
     assert_equal(*train_both(rows, **options, gradient_accumulation_steps=accumulation))
