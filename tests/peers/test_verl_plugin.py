@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 import verl_rows
+from cases import thorough
 
 verl_rows.rows()
 
@@ -27,13 +28,22 @@ def registered(script, folder, **environment):
     return {name for name in done.stdout.split() if name.startswith("rk_")}
 
 
-def test_verl_finds_it(tmp_path):
+@pytest.mark.parametrize(
+    "script",
+    [
+        "import verl, sys; assert 'rlkernels.integrations.verl' in sys.modules",
+        thorough("import rlkernels.integrations.verl"),
+    ],
+)
+def test_verl_finds_it(script, tmp_path):
     """By the entry point as it is installed, in a process that knows nothing of us."""
     from rlkernels.integrations.verl import ESTIMATORS, LOSSES
 
-    everything = ESTIMATORS.keys() | LOSSES.keys()
-    assert registered("import verl, sys; assert 'rlkernels.integrations.verl' in sys.modules", tmp_path) == everything
-    assert registered("import rlkernels.integrations.verl", tmp_path) == everything
+    assert registered(script, tmp_path) == ESTIMATORS.keys() | LOSSES.keys()
+
+
+@pytest.mark.thorough
+def test_verl_is_told_to_find_none(tmp_path):
     assert registered("import verl", tmp_path, VERL_USE_EXTERNAL_PLUGINS="none") == set()
 
 
