@@ -32,15 +32,14 @@ def thorough_emulated(*values, **options):
     return pytest.param(*values, marks=THOROUGH_EMULATED, **options)
 
 
-# That an op can be traced has nothing to do with how its kernel is run. Inductor takes seconds.
-_inductor = pytest.mark.thorough_on("reference", "triton", "cuda")
-COMPILERS = [thorough_emulated("aot_eager"), pytest.param("inductor", marks=_inductor)]
+# That an op can be traced has nothing to do with how its kernel is run. Inductor takes seconds, the first time many.
+COMPILERS = [thorough_emulated("aot_eager"), thorough("inductor")]
 COMPILERS_AND_LAYOUTS = pytest.mark.parametrize(
     ("compiler", "packed"),
     [
         thorough_emulated("aot_eager", False, id="aot_eager-padded"),
         thorough_emulated("aot_eager", True, id="aot_eager-packed"),
-        pytest.param("inductor", True, id="inductor-packed", marks=_inductor),
         thorough("inductor", False, id="inductor-padded"),
+        thorough("inductor", True, id="inductor-packed"),
     ],
 )

@@ -105,10 +105,11 @@ print(_registry.status("triton", "cuda"), "triton" in sys.modules, flush=True)
 child = os.fork()
 value = rlkernels.kl_penalty(torch.tensor([-1.0]), torch.tensor([-1.5]), estimator="k1").item()
 assert not torch.cuda._is_in_bad_fork()
-print(value, flush=True)
 if child == 0:
+    print(value, flush=True)
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
+print(value, flush=True)
 """
     done = run_python(code, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr

@@ -499,7 +499,7 @@ def test_rewards_opcheck(backend, device, packed):
     check_ops(lambda: shaped_rewards(**inputs, kl_coef=0.1), backend, "shaped_rewards")
 
 
-@pytest.mark.thorough_on("reference", "triton", "cuda")
+@pytest.mark.thorough
 @pytest.mark.parametrize("packed", [False, True])
 def test_rewards_compile(backend, device, packed):
     torch._dynamo.reset()

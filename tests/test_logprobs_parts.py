@@ -436,6 +436,7 @@ def test_no_rows(backend, device):
     )
 
 
+@pytest.mark.thorough_on("reference")
 def test_more_rows_than_a_grid_dimension_holds(backend, device, emulated):
     """65,535 is the limit of a CUDA grid's second and third dimension."""
     if emulated:

@@ -139,6 +139,7 @@ def test_lengths(backend, device, length, sequences):
             assert_matches_oracles(inputs, aggregation=aggregation, kl_coef=0.1)
 
 
+@pytest.mark.thorough_on("reference")
 def test_many_short_sequences(backend, device, emulated):
     lengths = [index % 4 for index in range(70 if emulated else 700)]
     for packed in (False, True):
@@ -392,6 +393,7 @@ def test_clipped_ratio_that_overflows_has_no_gradient(backend, device):
 
 
 @pytest.mark.only("reference", "cpu")
+@pytest.mark.thorough_on("reference")
 def test_compile_once_for_changing_options(backend, device):
     """Floats that change become inputs of the graph, which the checks must let through."""
     torch._dynamo.reset()

@@ -640,6 +640,7 @@ def test_compile(backend, device, compiler, packed):
 
 
 @pytest.mark.only("reference", "cpu")
+@pytest.mark.thorough_on("reference")
 def test_compile_once_for_changing_options(backend, device):
     """Floats that change become inputs of the graph, which the checks must let through."""
     torch._dynamo.reset()

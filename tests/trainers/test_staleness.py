@@ -186,6 +186,7 @@ def test_a_checkpoint_of_a_run_without_it_and_the_other_way_round(make_trainer, 
     assert back.engine.weights_of == {5: 5}
 
 
+@pytest.mark.thorough
 def test_evaluation_in_between_does_not_disturb_it(make_trainer):
     options = {"eval_strategy": "steps", "eval_steps": 1}
     with_it, without = make_trainer(eval_dataset=ROWS[:2], **options), make_trainer()
@@ -201,6 +202,7 @@ def test_dynamic_sampling_stays_in_step(make_trainer):
     assert logged(trainer, "dynamic_sampling/rounds") == [1.0] * 6
 
 
+@pytest.mark.thorough
 def test_the_last_step_samples_nothing_ahead(make_trainer):
     trainer = make_trainer()
     trainer.train()

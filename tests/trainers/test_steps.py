@@ -109,6 +109,7 @@ def test_both_sides_take_their_steps(make_job, monkeypatch):
     assert measured == {name: {"seconds": 2.0, "peak": 1, "whole": 2} for name in started}
 
 
+@pytest.mark.thorough
 def test_a_side_in_a_process_of_its_own(make_job):
     job, method = make_job("grpo"), steps.METHODS["grpo"]
     with steps.started(job, method) as side:

@@ -272,6 +272,7 @@ def test_a_request_that_kills_each_start_of_the_server_is_given_up(server, make_
     assert len(server.of("/v1/completions")) == 6
 
 
+@pytest.mark.thorough
 def test_answers_of_other_weights_are_not_taken(server, make_engine, update, expected):
     """A restart that no request has noticed: connections are made anew, and all goes well."""
     engine, said = make_engine(max_concurrency=1), expected(1)
@@ -366,7 +367,7 @@ def same_weights(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("method", ["grpo", "ppo"])
+@pytest.mark.parametrize("method", ["grpo", pytest.param("ppo", marks=pytest.mark.thorough)])
 def test_a_run(method, server, make_trainer):
     trainer = make_trainer(method=method)
     trainer.train()
@@ -379,6 +380,7 @@ def test_a_run(method, server, make_trainer):
     assert same_weights(served(server), trainer.generating_model().state_dict())
 
 
+@pytest.mark.thorough
 def test_one_update_per_generation_batch_and_evaluation(server, make_trainer):
     trainer = make_trainer(
         steps_per_generation=2, eval_dataset=[{"prompt": "ab"}] * 2, eval_strategy="steps", eval_steps=2
@@ -419,6 +421,7 @@ def losses(trainer):
     return [(log["step"], log["loss"], log["reward"]) for log in trainer.state.log_history if "loss" in log]
 
 
+@pytest.mark.thorough
 def test_a_server_that_stays_away_ends_the_run_and_it_goes_on(server, make_trainer, make_model, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "vllm_server_timeout": 0.5}
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **options)
@@ -439,6 +442,7 @@ def test_a_server_that_stays_away_ends_the_run_and_it_goes_on(server, make_train
     assert losses(resumed) == losses(whole)
 
 
+@pytest.mark.thorough
 def test_a_server_lost_in_a_further_round_of_dynamic_sampling(server, make_trainer):
     """What is saved is the state before the first round."""
 
@@ -460,6 +464,7 @@ def test_a_server_lost_in_a_further_round_of_dynamic_sampling(server, make_train
     assert resumed.state.log_history[0] == whole.state.log_history[0]
 
 
+@pytest.mark.thorough
 def test_without_checkpoints_it_saves_where_it_stops(server, make_trainer, tmp_path):
     server.fail = lambda count: server.stop if count == 10 else None
     trainer = make_trainer(vllm_server_timeout=0.3)
