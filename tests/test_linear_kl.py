@@ -185,7 +185,7 @@ def test_rows_match_reference(
 
 @kernels_only
 @ALSO_EMULATED
-@pytest.mark.parametrize("dtype", [*DTYPES[:2], thorough_emulated(DTYPES[2])], ids=str)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *map(thorough_emulated, DTYPES[1:])], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wide", [False, thorough(True)], ids=["", "wide"])
 def test_every_pair_of_rows(backend, device, emulated, quick, kind, dtype, wide):

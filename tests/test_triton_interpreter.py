@@ -171,7 +171,7 @@ BOUNDS = Path(__file__).with_name("triton_bounds.py")
 
 @pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not 1")
 @pytest.mark.parametrize("how", [[], thorough(["thorough"])], ids=["", "thorough"])
-@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("side", [thorough("before"), "after"])
 def test_kernels_stay_in_range(side, how):
     """Whatever ids and cu_seqlens hold."""
     run = subprocess.run([sys.executable, BOUNDS, side, *how], capture_output=True, text=True)
