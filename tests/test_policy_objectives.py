@@ -334,6 +334,15 @@ def test_sampler_weights_by_hand(backend, device, correction):
     assert named(metrics)["sampler_capped"] == pytest.approx(1 / 6 if correction.startswith("token") else 1 / 2)
 
 
+@pytest.mark.parametrize("far", [-30.0, 30.0])
+def test_vespo_clamps_the_log_ratio_of_a_token(backend, device, far):
+    """To 20, before the sequence's are added up: another token brings the sum back to where it counts."""
+    inputs = make_inputs([2], 2, device, drop=0.0)
+    near = -19.5 if far > 0 else 19.5
+    inputs["logprobs"] = inputs["old_logprobs"] + torch.tensor([[far, near]], device=device)
+    assert_matches_oracles(inputs, objective="vespo")
+
+
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_a_weight_at_the_cap_is_not_capped(backend, device, correction):
     inputs = make_inputs([3, 4], 4, device)
