@@ -16,7 +16,7 @@ def thorough(*values, **options):
 
 
 def by_turns(names: str, values, others):
-    """Parameters: every value with every other, each of which by turns stands with a value in `make test`."""
+    """Every first value with every other. `make test` has each first value once, with the others by turns."""
     return pytest.mark.parametrize(
         names,
         [
