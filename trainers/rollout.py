@@ -4,16 +4,17 @@ An engine is any function of the shape of `Engine`. The default one is transform
 several turns, with tools in between, is another.
 """
 
+import contextlib
 import math
 import numbers
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -171,6 +172,22 @@ def pad_left(rows: list[list[int]], value: int, device: torch.device) -> tuple[T
     return filled.to(device), real.to(device)
 
 
+@contextlib.contextmanager
+def generating_by(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Inside, generate() follows this config. Wrappers, such as PEFT's, pass it on to the model within and leave it
+    there: afterwards every module has what it had before."""
+    before = [(module, vars(module).get("generation_config")) for module in model.modules()]
+    model.generation_config = config  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, own in before:
+            if own is not None:
+                module.generation_config = own
+            else:
+                vars(module).pop("generation_config", None)
+
+
 class TransformersEngine:
     """Completes prompts with transformers `generate`: padded on the left, until every row has ended.
 
@@ -213,20 +230,20 @@ class TransformersEngine:
         )
         # generate() fills what a config leaves open from the model's own, where a top_k or a repetition penalty would
         # make the sampler another policy than the one whose log-probabilities are trained.
-        own_config, training = model.generation_config, model.training
-        model.generation_config = GenerationConfig(
+        config = GenerationConfig(
             max_new_tokens=options.max_completion_length, pad_token_id=self.pad_token_id, disable_compile=True
         )
+        training = model.training
         model.eval()
         try:
-            sequences = model.generate(
-                input_ids=input_ids,
-                attention_mask=real.long(),
-                past_key_values=self._read_prompts(model, prompt_ids, together),
-                custom_generate=decoder,
-            )
+            with generating_by(model, config):
+                sequences = model.generate(
+                    input_ids=input_ids,
+                    attention_mask=real.long(),
+                    past_key_values=self._read_prompts(model, prompt_ids, together),
+                    custom_generate=decoder,
+                )
         finally:
-            model.generation_config = own_config
             model.train(training)
         rollouts = []
         for prompt, row in zip(prompt_ids, sequences[:, input_ids.shape[1] :].tolist(), strict=True):

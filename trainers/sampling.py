@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -79,13 +79,17 @@ def unread_masks(model: Any) -> Iterator[None]:
         yield
         return
     name = f"{own}_with_mask"
+    # A part of the model may have another implementation.
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
     AttentionInterface.register(name, ALL_ATTENTION_FUNCTIONS[own])
     AttentionMaskInterface.register(name, lambda **options: sdpa_mask(**options | {"allow_is_causal_skip": False}))
     model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(own)
+        for config, implementation in before:
+            config._attn_implementation = implementation
 
 
 class Decoder:

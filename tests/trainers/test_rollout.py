@@ -1,9 +1,12 @@
 """Sampling from the distribution that is trained. The padding token is the end-of-sequence token throughout."""
 
+import copy
 import dataclasses
+import json
 import math
 from functools import partial
 
+import peft
 import pytest
 import torch
 
@@ -81,6 +84,59 @@ def test_sampling_leaves_the_model_as_it_was(engine):
     model.train()
     engine.complete([[3, 4], [5]], options())
     assert model.training and model.generation_config is config
+
+
+class Wrapper(torch.nn.Module):
+    """Passes its generation config on to the model within, as PEFT's models do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.within = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.within, name)
+
+    def forward(self, *args, **kwargs):
+        return self.within(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        self.within.generation_config = self.generation_config
+        return self.within.generate(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["adapters", "a wrapper", "a wrapper of adapters"])
+def test_sampling_leaves_the_model_within_a_wrapper_as_it_was(kind, make_model, tokenizer, tmp_path):
+    model = make_model()
+    model.generation_config.eos_token_id = [2, 4]
+    model.save_pretrained(tmp_path / "before")
+    config = model.generation_config
+    wrapped = model
+    if "adapters" in kind:
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    if "wrapper" in kind:
+        wrapped = Wrapper(wrapped)
+    engine = rollout.TransformersEngine(wrapped, tokenizer)
+    engine.complete([[3, 4], [5]], options())
+    with pytest.raises(IndexError):  # no sampling goes on to its end
+        engine.complete([[3, 4], [5_000]], options())
+    assert model.generation_config is config
+    assert [each for each in wrapped.modules() if "generation_config" in vars(each)] == [model]
+    (wrapped.merge_and_unload() if "adapters" in kind else model).save_pretrained(tmp_path / "after")
+    before, after = (
+        json.loads((tmp_path / name / "generation_config.json").read_text()) for name in ("before", "after")
+    )
+    assert after == before and after["eos_token_id"] == [2, 4]
+
+
+def test_sampling_leaves_each_part_its_attention(make_model, tokenizer):
+    model = make_model()
+    model.model.config = copy.deepcopy(model.config)
+    model.model.config._attn_implementation = "eager"
+    rollout.TransformersEngine(model, tokenizer).complete([[3, 4], [5]], options())
+    assert (model.config._attn_implementation, model.model.config._attn_implementation) == ("sdpa", "eager")
 
 
 def test_prompts_read_once_give_the_same_samples(engine, monkeypatch):
