@@ -27,6 +27,7 @@ class FakeServer:
         self.calls: list[tuple[int, str, Any]] = []  # start, path, body
         self.running = self.most_running = 0
         self.delay = 0.0
+        self.sent = 0  # bytes of replies that never end
         self.port = 0
         self.start()
 
@@ -66,11 +67,18 @@ class FakeServer:
                 if self.start != server.starts or status is None:
                     self.close_connection = True
                     return
-                text = json.dumps(answer).encode()
+                text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(text)))
+                unending = {"drip": (b" ", 0.05), "flood": (b" " * (1 << 16), 0.0)}
+                part, pause = unending.get(str(answer), (None, 0.0))
+                self.send_header("content-length", str(len(text) if part is None else 1 << 40))
                 self.end_headers()
+                with contextlib.suppress(OSError):  # who asked has had enough
+                    while part is not None:
+                        self.wfile.write(part)
+                        server.sent += len(part)
+                        time.sleep(pause)
                 if answer == "cut":
                     text = b""
                     self.close_connection = True
@@ -133,8 +141,8 @@ class FakeServer:
                 return wrong, {"error": {"message": f"no luck\nwith {count}"}}
             if wrong == "gone":
                 return None, None
-            if wrong == "cut":
-                return 200, "cut"
+            if isinstance(wrong, str | bytes):
+                return 200, wrong
             tokens, logprobs = sample(self.served, body)
             choice = {
                 "prompt_token_ids": body["prompt"],

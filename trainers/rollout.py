@@ -177,7 +177,7 @@ def generating_by(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     """Inside, generate() follows this config. Wrappers, such as PEFT's, pass it on to the model within and leave it
     there: afterwards every module has what it had before."""
     before = [(module, vars(module).get("generation_config")) for module in model.modules()]
-    model.generation_config = config  # type: ignore[assignment]
+    model.generation_config = config
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ with, so that nothing is taken from it before it has got the current.
 
 import asyncio
 import contextlib
+import json
 import math
 import random
 import shutil
@@ -14,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +37,8 @@ FIRST_DELAY, LONGEST_DELAY = 0.25, 8.0
 CONNECT_TIMEOUT = 10.0
 # Of a server that dies at the same request each time.
 MOST_STARTS = 5
+# A longer reply is not read on. That to a completion may have as much for each of its tokens.
+MOST_BYTES, BYTES_PER_TOKEN = 1 << 20, 1 << 10
 # vLLM's JSON has this in the place of -inf.
 NO_LOGPROB = -9999.0
 # A lower one it raises to this.
@@ -47,6 +51,74 @@ class ServerLost(RolloutError):
 
 class Unanswered(Exception):
     """A request that may be sent again: there was no answer, or one that says nothing about the request."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is read of a reply to /v1/completions."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float] | None  # NaN where the server has none
+    finish_reason: str | None
+    stop_reason: Any
+
+    @classmethod
+    def of(cls, reply: Any, with_logprobs: bool) -> "Answer":
+        """Raises ValueError, which names what is wrong with the reply."""
+        choices = _field(reply, "", "choices", list)
+        if len(choices) != 1:
+            raise ValueError(f"choices must be a list of one; got {len(choices)}")
+        choice, place = choices[0], "choices[0]"
+        logprobs = None
+        if with_logprobs:
+            values = _field(_field(choice, place, "logprobs", dict), f"{place}.logprobs", "token_logprobs", list)
+            logprobs = [_logprob(value) for value in values]
+        return cls(
+            _token_ids(choice, place, "prompt_token_ids"),
+            _token_ids(choice, place, "token_ids"),
+            logprobs,
+            _field(choice, place, "finish_reason", str, optional=True),
+            choice.get("stop_reason"),
+        )
+
+
+def _url(base_url: str) -> httpx2.URL:
+    try:
+        url = httpx2.URL(base_url)
+        reason = "" if url.scheme in ("http", "https") and url.host else "it has no host"
+        reason = reason or ("" if (url.port or 0) < 1 << 16 else f"there is no port {url.port}")
+    except (httpx2.InvalidURL, TypeError) as error:
+        reason = str(error)
+    if reason:
+        raise ValueError(f"base_url must be the address of a server, such as http://127.0.0.1:8000: {reason}")
+    return url
+
+
+def _field(parent: Any, place: str, name: str, kind: type, optional: bool = False) -> Any:
+    if not isinstance(parent, dict):
+        raise ValueError(f"{place or 'it'} must be an object; got {parent!r:.60}")
+    value = parent.get(name)
+    if not isinstance(value, kind) and not (optional and value is None):
+        wanted = {"list": "a list", "dict": "an object", "str": "a string"}[kind.__name__]
+        raise ValueError(f"{f'{place}.{name}'.lstrip('.')} must be {wanted}; got {value!r:.60}")
+    return value
+
+
+def _token_ids(choice: Any, place: str, name: str) -> list[int]:
+    ids = _field(choice, place, name, list)
+    for token in ids:
+        if type(token) is not int:  # a bool is none
+            raise ValueError(f"{place}.{name} must be a list of integers; got {token!r:.60} in it")
+    return ids
+
+
+def _logprob(value: Any) -> float:
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float):
+        raise ValueError(f"choices[0].logprobs.token_logprobs must be a list of numbers; got {value!r:.60} in it")
+    return float(value) if value > NO_LOGPROB else math.nan
 
 
 class VLLMEngine:
@@ -66,7 +138,8 @@ class VLLMEngine:
         weights_folder: where weights are written for the server to read; of this run alone.
         chat_template_kwargs: keyword arguments of `apply_chat_template`, for prompts of messages.
         timeout: seconds that a server which does not answer is waited for.
-        request_timeout: seconds that one completion may take, the time in which it waits for its turn included.
+        request_timeout: seconds that one completion may take, to the end of its reply; the time in which it waits for
+            its turn is included.
         max_concurrency: most requests at a time, of this process.
     """
 
@@ -84,12 +157,15 @@ class VLLMEngine:
     ) -> None:
         self.tokenizer, self.chat_template_kwargs = tokenizer, chat_template_kwargs
         self.end_token_ids = end_tokens(model, tokenizer)
-        self.base_url, self.weights_folder = base_url.rstrip("/"), Path(weights_folder).absolute()
+        self.base_url, self.weights_folder = _url(base_url), Path(weights_folder).absolute()
+        #: How messages name the server: without a password.
+        self.shown_url = str(self.base_url.copy_with(userinfo=b"", query=None)).rstrip("/")
         self.timeout, self.request_timeout, self.max_concurrency = timeout, request_timeout, max_concurrency
         self._is_main = not (dist.is_initialized() and dist.get_rank())
         self._folder: Path | None = None  # of the current weights
         self._loaded: str | None = None  # the start of the server that has them
         self._instance: str | None = None  # the one that requests may be sent to; None: to be found out
+        self._starts: list[str] = []  # all that have answered, in their order
         self._is_lost = False
         self._failure: Unanswered | None = None  # of the latest attempt to connect
         # Blocks of the server's prefix cache that other weights have computed must not be found.
@@ -168,16 +244,11 @@ class VLLMEngine:
             **({"logprobs": 0} if options.logprobs else {}),
         }
 
-    def _rollout(self, prompt: list[int], answer: dict[str, Any], options: SamplingOptions) -> Rollout:
-        try:
-            choice = answer["choices"][0]
-            read, tokens = choice["prompt_token_ids"], choice["token_ids"]
-            logprobs = choice["logprobs"]["token_logprobs"] if options.logprobs else None
-            counts = len(tokens), len(tokens if logprobs is None else logprobs)
-        except (KeyError, IndexError, TypeError) as error:
-            raise self._error(f"an answer without token ids or log-probabilities ({error!r})") from error
-        if read != prompt:
-            raise self._error(f"it read {len(read)} other tokens than the {len(prompt)} of the prompt")
+    def _rollout(self, prompt: list[int], answer: Answer, options: SamplingOptions) -> Rollout:
+        tokens, logprobs = answer.completion_ids, answer.logprobs
+        counts = len(tokens), len(tokens if logprobs is None else logprobs)
+        if answer.prompt_ids != prompt:
+            raise self._error(f"it read {len(answer.prompt_ids)} other tokens than the {len(prompt)} of the prompt")
         ended = bool(tokens) and tokens[-1] in self.end_token_ids
         if counts[0] != counts[1] or counts[0] > options.max_completion_length:
             raise self._error(
@@ -186,15 +257,13 @@ class VLLMEngine:
             )
         if not ended and counts[0] < options.max_completion_length:
             raise self._error(
-                f"a completion stopped after {counts[0]} tokens, at none that ends it ({choice.get('stop_reason')}); "
+                f"a completion stopped after {counts[0]} tokens, at none that ends it ({answer.stop_reason!s:.60}); "
                 "start the server with --generation-config vllm"
             )
-        if logprobs is not None:
-            logprobs = [math.nan if value is None or not value > NO_LOGPROB else float(value) for value in logprobs]
         return Rollout(prompt, tokens, ended=ended, logprobs=logprobs)
 
     def _error(self, message: str) -> RolloutError:
-        return RolloutError(f"vLLM at {self.base_url}: {message}")
+        return RolloutError(f"vLLM at {self.shown_url}: {message}")
 
     # Requests run in a loop of their own, so that they may come from any thread, also of one that has a loop.
 
@@ -203,7 +272,9 @@ class VLLMEngine:
             self._loop = asyncio.new_event_loop()
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.max_concurrency)
             # A proxy of the environment is meant for the web.
-            self._client = httpx2.AsyncClient(base_url=self.base_url, limits=limits, trust_env=False)
+            self._client = httpx2.AsyncClient(
+                base_url=self.base_url, limits=limits, trust_env=False, headers={"accept-encoding": "identity"}
+            )
             self._slots, self._connecting = asyncio.Semaphore(self.max_concurrency), asyncio.Lock()
             threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -213,10 +284,16 @@ class VLLMEngine:
             future.cancel()
             raise
 
-    async def _answers(self, requests: list[dict[str, Any]], options: SamplingOptions) -> list[dict[str, Any]]:
+    async def _answers(self, requests: list[dict[str, Any]], options: SamplingOptions) -> list[Answer]:
         answers: list[Any] = [None] * len(requests)
         missing = list(range(len(requests)))
+        starts = 0
         while missing:
+            if starts == MOST_STARTS:
+                raise ServerLost(
+                    f"vLLM at {self.shown_url} was started anew {starts} times while it was asked for {len(requests)} "
+                    "completions"
+                )
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = {row: group.create_task(self._answer(requests[row], options)) for row in missing}
@@ -233,19 +310,24 @@ class VLLMEngine:
             missing = [row for row in missing if anew and served[row] == last]
             if anew:
                 self._instance = None
+                starts += 1
         return answers
 
-    async def _answer(self, request: dict[str, Any], options: SamplingOptions) -> tuple[str, dict[str, Any]]:
+    async def _answer(self, request: dict[str, Any], options: SamplingOptions) -> tuple[str, Answer]:
         """Which start of the server has answered, by the current weights; and what."""
+        most_bytes = MOST_BYTES + BYTES_PER_TOKEN * (len(request["prompt"]) + options.max_completion_length)
 
-        async def ask() -> tuple[str, dict[str, Any]]:
+        async def ask() -> tuple[str, Answer]:
             async with self._slots:
                 instance = await self._connected(logprobs=options.logprobs)
                 body = {**request, "cache_salt": self._salt}
-                answer = await self._send("POST", "/v1/completions", json=body, timeout=self.request_timeout)
-                reasons = [choice.get("finish_reason") for choice in answer.get("choices", [])]
-                if not set(reasons) <= {"stop", "length"}:
-                    raise Unanswered(f"it broke a completion off ({reasons[0]})")
+                reply = await self._send("POST", "/v1/completions", self.request_timeout, most_bytes, json=body)
+                try:
+                    answer = Answer.of(reply, options.logprobs)
+                except ValueError as error:
+                    raise self._error(f"a bad reply to /v1/completions: {error}") from None
+                if answer.finish_reason not in ("stop", "length"):
+                    raise Unanswered(f"it broke a completion off ({answer.finish_reason!s:.60})")
                 # Another request may have found that the server was gone; this one may be by another start of it.
                 if self._instance != instance and await self._connected() != instance:
                     raise Unanswered("it was started anew")
@@ -267,16 +349,16 @@ class VLLMEngine:
                     since, attempts, instance = now, 0, self._loaded
                 if starts == MOST_STARTS:
                     raise ServerLost(
-                        f"vLLM at {self.base_url} was started anew {starts} times, and never answered this request: "
+                        f"vLLM at {self.shown_url} was started anew {starts} times, and never answered this request: "
                         f"{error}"
                     ) from error
                 if now - since >= self.timeout:
                     raise ServerLost(
-                        f"vLLM at {self.base_url} did not answer for {self.timeout:g} s (vllm_server_timeout): {error}"
+                        f"vLLM at {self.shown_url} did not answer for {self.timeout:g} s (vllm_server_timeout): {error}"
                     ) from error
                 if not self._is_lost:
                     self._is_lost = True
-                    logger.warning(f"vLLM at {self.base_url}: {error}; it is waited for up to {self.timeout:g} s")
+                    logger.warning(f"vLLM at {self.shown_url}: {error}; it is waited for up to {self.timeout:g} s")
                 delay = min(FIRST_DELAY * 2**attempts, LONGEST_DELAY) * random.uniform(0.5, 1.0)
                 attempts += 1
                 await asyncio.sleep(min(delay, since + self.timeout - now))
@@ -321,41 +403,66 @@ class VLLMEngine:
     async def _instance_id(self, logprobs: bool) -> str:
         info = await self._send("GET", "/server_info", params={"config_format": "json"}, timeout=60.0)
         try:
-            config = info["vllm_config"]
-            mode = config["model_config"]["logprobs_mode"]
-            instance = str(config["instance_id"])
-        except (KeyError, TypeError) as error:
-            raise self._error(f"/server_info has no {error}; this is no vLLM that is known here") from error
+            config = _field(info, "", "vllm_config", dict)
+            model_config = _field(config, "vllm_config", "model_config", dict)
+            mode = _field(model_config, "vllm_config.model_config", "logprobs_mode", str)
+            instance = _field(config, "vllm_config", "instance_id", str)
+        except ValueError as error:
+            raise self._error(f"a bad reply to /server_info: {error}; this is no vLLM that is known here") from None
         if logprobs and mode != "processed_logprobs":
             raise self._error(
-                f"its log-probabilities are {mode}, not those of the sampling distribution; start it with "
+                f"its log-probabilities are {mode:.60}, not those of the sampling distribution; start it with "
                 "--logprobs-mode processed_logprobs"
             )
+        if instance not in self._starts[-1:]:
+            # No start of a server has the name of an earlier one.
+            if instance in self._starts:
+                raise self._error(
+                    f"several servers answer by turns ({instance:.60} again after {self._starts[-1]:.60}), each with "
+                    "weights of its own; give the address of one"
+                )
+            self._starts.append(instance)
         return instance
 
-    async def _send(self, method: str, path: str, timeout: float = 30.0, **options: Any) -> Any:
-        limits = httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT)
+    async def _send(
+        self, method: str, path: str, timeout: float = 30.0, most_bytes: int = MOST_BYTES, **options: Any
+    ) -> Any:
+        limits, body = httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT), bytearray()
         try:
-            response = await self._client.request(method, path, timeout=limits, **options)
+            # Those limits are for each read, so that a server which sends a byte now and then would never reach one.
+            async with (
+                asyncio.timeout(timeout),
+                self._client.stream(method, path, timeout=limits, **options) as response,
+            ):
+                async for part in response.aiter_raw():
+                    body += part
+                    if len(body) > most_bytes:
+                        break
             response.raise_for_status()
-            return response.json() if response.content else None
+        except TimeoutError:
+            raise Unanswered(f"{path}: no whole reply within {timeout:g} s") from None
         except httpx2.HTTPStatusError as error:
-            said = _message(error.response)
+            said = _message(body)
             if error.response.status_code == 404 and path in ("/server_info", "/collective_rpc", "/reset_prefix_cache"):
                 raise self._error(f"it has no {path}; start it with VLLM_SERVER_DEV_MODE=1") from error
             if error.response.status_code < 500:
                 raise self._error(f"{path} was refused ({error.response.status_code}): {said}") from error
             raise Unanswered(f"{path} failed ({error.response.status_code}): {said}") from error
-        except httpx2.UnsupportedProtocol as error:
-            raise self._error(f"base_url must begin with http:// or https:// ({error})") from error
         except (httpx2.RequestError, ValueError) as error:  # no answer, or no whole one
+            raise Unanswered(f"{path}: {type(error).__name__} {error}".rstrip()) from error
+        if len(body) > most_bytes:
+            raise self._error(f"its reply to {path} has more than {most_bytes:,} bytes")
+        try:
+            return json.loads(body) if body else None
+        except RecursionError:
+            raise self._error(f"a bad reply to {path}: it is nested too deep") from None
+        except ValueError as error:
             raise Unanswered(f"{path}: {type(error).__name__} {error}".rstrip()) from error
 
 
-def _message(response: httpx2.Response) -> str:
+def _message(body: bytes | bytearray) -> str:
     """What the server says of an error, in one line."""
-    try:
-        text = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        text = response.text
-    return " ".join(str(text).split())[:500]
+    text = body.decode(errors="replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        text = str(json.loads(text)["error"]["message"])
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text[:2000]).split())[:500]

@@ -138,8 +138,6 @@ def test_what_the_server_refuses_is_one_error(status, server, make_engine):
             "stopped after 2 tokens.*generation-config",
         ),
         ({"token_ids": [], "logprobs": {"token_logprobs": []}}, "stopped after 0 tokens"),
-        ({"token_ids": None}, "an answer without token ids"),
-        ({"logprobs": None}, "an answer without token ids or log-probabilities"),
         ({"prompt_token_ids": [3, 3]}, r"it read 2 other tokens than the \d+ of the prompt"),
     ],
 )
@@ -147,6 +145,175 @@ def test_a_wrong_answer_is_one_error(wrong, message, server, make_engine):
     server.fail = lambda count: wrong if count == 0 else None
     with pytest.raises(RolloutError, match=message):
         texts(make_engine(max_concurrency=1))
+
+
+def whole(**changes):
+    """A sound reply but for these changes of its choice."""
+    choice = {"prompt_token_ids": [1], "token_ids": [5] * 5, "finish_reason": "length", "stop_reason": None}
+    return {"choices": [choice | {"logprobs": {"token_logprobs": [-1.0] * 5}} | changes]}
+
+
+ODD = [None, [], {}, 3, "no", True, [None], [[]], [{}], ["5"], [True], {"a": 1}]
+
+
+@pytest.mark.parametrize(
+    "place, replies",
+    [
+        ("it", [None, [], 3, "no", True, [{}]]),
+        ("choices", [{"choices": odd} for odd in [*ODD[:6], {"0": {}}, [{}, {}]]]),
+        (r"choices\[0\]", [{"choices": odd} for odd in ODD if isinstance(odd, list) and odd not in ([], [{}])]),
+        (r"choices\[0\]\.prompt_token_ids", [whole(prompt_token_ids=odd) for odd in ODD if odd != []]),
+        (r"choices\[0\]\.token_ids", [whole(token_ids=odd) for odd in [*ODD, [1.0] * 5] if odd != []]),
+        (r"choices\[0\]\.logprobs", [whole(logprobs=odd) for odd in ODD if odd != {} and odd != {"a": 1}]),
+        (
+            r"choices\[0\]\.logprobs\.token_logprobs",
+            [whole(logprobs={"token_logprobs": odd}) for odd in ODD if odd not in ([], [None])] + [whole(logprobs={})],
+        ),
+        (r"choices\[0\]\.finish_reason", [whole(finish_reason=odd) for odd in ODD if odd not in (None, "no")]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_malformed_reply_is_one_line_that_names_the_place(place, replies, server, make_engine):
+    """None of them may end in an error of Python's own, nor be taken."""
+    engine = make_engine()
+    for reply in replies:
+        server.fail = lambda count: json.dumps(reply).encode()  # noqa: B023
+        with pytest.raises(RolloutError) as error:
+            engine(["a"], OPTIONS)
+        message = str(error.value)
+        assert re.match(rf"vLLM at http://\S+: a bad reply to /v1/completions: {place} must be .*; got .", message), (
+            reply
+        )
+        assert "\n" not in message and len(message) < 300
+
+
+def test_a_reply_that_is_no_json_is_sent_again(server, make_engine):
+    expected = texts(make_engine(), prompts=PROMPTS[:3])
+    before = len(server.calls)
+    broken = [b"<html>", b"{", b"\xff\xfe\x00", b'{"choices": [' + b"9" * 5_000 + b"]}"]
+    server.fail = lambda count: broken.pop() if broken else None
+    assert texts(make_engine(), prompts=PROMPTS[:3]) == expected
+    assert not broken and len([call for call in server.calls[before:] if call[1] == "/v1/completions"]) == 3 + 4
+
+
+def test_a_reply_nested_too_deep_is_one_error(server, make_engine):
+    server.fail = lambda count: b"[" * 100_000
+    with pytest.raises(RolloutError, match=r"a bad reply to /v1/completions: it is nested too deep$"):
+        texts(make_engine())
+
+
+@pytest.mark.parametrize(
+    "info, message",
+    [
+        (None, "it must be an object; got None"),
+        ([], r"it must be an object; got \[\]"),
+        ({"vllm_config": 3}, "vllm_config must be an object; got 3"),
+        ({"vllm_config": {"model_config": []}}, r"vllm_config.model_config must be an object; got \[\]"),
+        ({"vllm_config": {"model_config": {}}}, "vllm_config.model_config.logprobs_mode must be a string; got None"),
+        (
+            {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}, "instance_id": None}},
+            "vllm_config.instance_id must be a string; got None",
+        ),
+    ],
+)
+def test_a_server_that_says_nothing_of_itself(info, message, server, make_engine):
+    sound = server.answer
+    server.answer = lambda path, *rest: (200, info) if path == "/server_info" else sound(path, *rest)
+    with pytest.raises(RolloutError, match=f"a bad reply to /server_info: {message}; this is no vLLM that is known"):
+        texts(make_engine())
+
+
+def test_a_reply_that_drips_has_the_time_of_one_request(server, make_engine):
+    """Each byte comes in time, the last one never."""
+    expected = texts(make_engine(), prompts=PROMPTS[:2])
+    before = len(server.of("/v1/completions"))
+    server.fail = lambda count: "drip" if count == before else None
+    began = time.monotonic()
+    assert texts(make_engine(request_timeout=0.3), prompts=PROMPTS[:2]) == expected
+    assert time.monotonic() - began < 5
+    server.fail = lambda count: "drip"
+    with pytest.raises(ServerLost, match=r"/v1/completions: no whole reply within 0.3 s$"):
+        texts(make_engine(request_timeout=0.3, timeout=0.5), prompts=PROMPTS[:2])
+
+
+def test_a_reply_that_does_not_end_is_not_kept(server, make_engine):
+    server.fail = lambda count: "flood"
+    with pytest.raises(RolloutError, match=r"its reply to /v1/completions has more than 1,\d+,\d+ bytes$"):
+        make_engine()(["a"], OPTIONS)
+    assert server.sent < 50_000_000  # what lies in the buffers of the connection besides
+
+
+def test_servers_that_answer_by_turns_are_told(server, make_engine, update):
+    """As behind a balancer: no one of them has the weights for long."""
+    engine = make_engine()
+    update(engine, 1, step=1)
+    turns = iter(range(10**6))
+    sound = server.answer
+
+    def answer(path, body, count, handler):
+        status, said = sound(path, body, count, handler)
+        if path == "/server_info":
+            said["vllm_config"]["instance_id"] = "ab"[next(turns) % 2]
+        return status, said
+
+    server.answer = answer
+    for ask in (lambda: texts(engine), lambda: update(engine, 2, step=2)):
+        with pytest.raises(
+            RolloutError, match=r"several servers answer by turns \(. again after .\).*give the address of one"
+        ):
+            ask()
+    assert len(server.loads) <= 3
+
+
+def test_a_server_with_a_new_name_each_time_is_given_up(server, make_engine):
+    names = iter(range(10**6))
+    sound = server.answer
+
+    def answer(path, body, count, handler):
+        status, said = sound(path, body, count, handler)
+        if path == "/server_info":
+            said["vllm_config"]["instance_id"] = str(next(names))
+        return status, said
+
+    server.answer = answer
+    with pytest.raises(ServerLost, match="was started anew 5 times while it was asked for 2 completions"):
+        texts(make_engine(), prompts=PROMPTS[:2])
+
+
+@pytest.mark.parametrize(
+    "url, reason",
+    [
+        ("ftp://h", "it has no host"),
+        ("localhost:8000", "it has no host"),
+        ("http://", "it has no host"),
+        ("", "it has no host"),
+        (None, "Invalid type for url"),
+        ("http://[::1", "Invalid port"),
+        ("http://h:99999", "there is no port 99999"),
+        ("http://h\n", "Invalid non-printable ASCII"),
+    ],
+)
+def test_an_address_that_is_none(url, reason, make_model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=f"^base_url must be the address of a server, such as .*: {reason}"):
+        VLLMEngine(make_model(), tokenizer, url, tmp_path)
+
+
+def test_a_password_in_the_address_is_used_and_not_shown(server, make_engine, make_model, tokenizer, tmp_path, caplog):
+    url = server.url.replace("//", "//me:secret@") + "?key=secret"
+    engine = VLLMEngine(make_model(), tokenizer, url, tmp_path, timeout=0.3)
+    server.fail = lambda count: 500
+    with pytest.raises(ServerLost, match=rf"^vLLM at {server.url} did not answer") as error:
+        texts(engine)
+    assert "secret" not in str(error.value) + caplog.text
+
+
+def test_what_a_server_says_stays_one_printable_line(server, make_engine):
+    server.fail = lambda count: lambda: 400
+    sound = server.complete
+    server.complete = lambda body, count: (400, {"error": {"message": "a\x1b[2Jb\r\n\u202ec"}})
+    with pytest.raises(RolloutError, match=r"was refused \(400\): a \[2Jb c$"):
+        texts(make_engine())
+    server.complete = sound
 
 
 def test_tokens_without_a_logprob_have_nan(server, make_engine):
