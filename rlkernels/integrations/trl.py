@@ -12,9 +12,14 @@ Its trainers need no other change, not even those that exist already. Replaced, 
   `rlkernels.token_logprobs`.
 - `_chunked_divergence_loss`, the loss of the distillation trainer: by `rlkernels.linear_kl_divergence`.
 
-Left as it is: what is written out in the trainers and is no function, that is the advantages, ratios and losses of GRPO
-and RLOO, the losses of DPO and KTO, and SFT's own chunked cross-entropy before 1.15; `nanstd`, a function of few
-numbers a step; and the Reward trainer, which calls none of the above.
+Left as it is:
+
+- the functions of logits where these are bfloat16 or float16 on a CPU: TRL's own tests want them equal, bit for bit, to
+  log_softmax in that dtype, and theirs serve;
+- what is written out in the trainers and is no function: the advantages, ratios and losses of GRPO and RLOO, the losses
+  of DPO and KTO, and SFT's own chunked cross-entropy before 1.15;
+- `nanstd`, a function of few numbers a step;
+- the Reward trainer, which calls none of the above.
 
 What differs from TRL:
 
@@ -78,22 +83,32 @@ def chunked_logprobs_and_entropy(
 
 
 def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
-    """Of the dtype of theirs, but in float32 until then, where theirs divides and normalizes in bfloat16."""
+    """The dtype is that of theirs, and float32 until then."""
+    if _theirs_serves(logits, index, row_mask):
+        return _theirs("selective_log_softmax")(logits, index, temperature, row_mask)
     return _scored(logits, index, temperature, row_mask)[0]
 
 
 def selective_log_softmax_of_logits(logits, index):
     """As it was before 1.14."""
-    return selective_log_softmax(logits, index)
+    if _theirs_serves(logits, index):
+        return _theirs("selective_log_softmax")(logits, index)
+    return _scored(logits, index)[0]
 
 
 def entropy_from_logits(logits, chunk_size=128):
-    """Of the dtype of theirs."""
-    return _scored(logits, logits.new_zeros(logits.shape[:-1], dtype=torch.long), with_entropy=True)[1]
+    """The dtype is that of theirs."""
+    index = logits.new_zeros(logits.shape[:-1], dtype=torch.long)
+    if _theirs_serves(logits, index):
+        return _theirs("entropy_from_logits")(logits, chunk_size)
+    return _scored(logits, index, with_entropy=True)[1]
 
 
 def selective_log_softmax_and_entropy(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
-    """Both of the dtypes of theirs."""
+    """The dtypes are those of theirs."""
+    if _theirs_serves(logits, index, row_mask):
+        name = "selective_log_softmax_and_entropy"
+        return _theirs(name)(logits, index, entropy_requires_grad, temperature, row_mask)
     logprobs, entropy = _scored(logits, index, temperature, row_mask, with_entropy=True)
     return logprobs, entropy if entropy_requires_grad else entropy.detach()
 
@@ -211,12 +226,25 @@ def _at_least_float32(value):
     return value.float() if value is not None and value.dtype in _HALF else value
 
 
+def _theirs(name):
+    return PATCH.original(f"trl.trainer.utils:{name}")
+
+
+def _theirs_serves(logits, index, row_mask=None):
+    """No function that rounds less often than log_softmax of 16 bits gives the same bits."""
+    if logits.device.type != "cpu" or logits.dtype not in _HALF or not logits.numel():
+        return False
+    return _dtype_of_theirs(logits, index, row_mask) in _HALF
+
+
 def _scored(logits, index, temperature=1.0, row_mask=None, with_entropy=False):
     """Log-probabilities of `index`, and the entropy if it is asked for."""
     if temperature <= 0:
         raise ValueError("temperature must be positive")
     several = index.dim() == logits.dim()
     dtype = _dtype_of_theirs(logits, index, row_mask)
+    if dtype in _HALF and temperature != 1.0:
+        logits, temperature = logits / temperature, 1.0  # rounded as theirs
     # Of several tokens a row, the likeliest gives the logsumexp, since it has a log-probability that is finite.
     ids = logits.detach().argmax(-1) if several else index
     if row_mask is not None and not several:

@@ -161,6 +161,40 @@ def test_selective_log_softmax_and_entropy(dtype, temperature, requires_grad, ma
     compare(call(ours), call(theirs), truth, [logits], upstream)
 
 
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("tokens", [(), (1,), (8,)], ids=["one", "a list of one", "several"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("where", ["a CPU", "a GPU"])
+def test_16_bits_are_those_of_log_softmax(dtype, tokens, temperature, where, monkeypatch):
+    """TRL's own tests hold its functions equal to it, bit for bit. On a GPU both are float32 until the end, where one
+    in a hundred may be rounded to the other side; here that is shown on a CPU."""
+    _, ours = pair("selective_log_softmax", *(["temperature"] if temperature != 1.0 else []))
+    _, entropy = pair("entropy_from_logits")
+    logits, ids, _ = random_logits((4, 32), dtype, tokens)
+    logps = (logits / temperature).log_softmax(-1)
+    expected = logps.gather(-1, ids if tokens else ids.unsqueeze(-1)).reshape(ids.shape)
+    if where == "a GPU":
+        monkeypatch.setattr("rlkernels.integrations.trl._theirs_serves", lambda *given: False)
+    found = ours(logits, ids, **({"temperature": temperature} if temperature != 1.0 else {}))
+    assert found.dtype == dtype
+    if where == "a CPU":
+        assert torch.equal(found, expected)
+        logps = logits.log_softmax(-1)
+        assert torch.equal(entropy(logits), -(logps.exp() * logps).sum(-1))
+        if "selective_log_softmax_and_entropy" in ROWS and not tokens:
+            both = ROWS["selective_log_softmax_and_entropy"].ours(logits, ids, temperature=temperature)
+            logps = (logits / temperature).log_softmax(-1)
+            assert torch.equal(both[0], expected) and torch.equal(both[1], -(logps.exp() * logps).sum(-1))
+    else:
+        expected = (logits / temperature).float().log_softmax(-1).to(dtype)
+        expected = expected.gather(-1, ids if tokens else ids.unsqueeze(-1)).reshape(ids.shape)
+        assert (found == expected).float().mean() >= 0.99
+        torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=0.0)
+
+
 def test_temperature_must_be_positive():
     for name in ("selective_log_softmax", "selective_log_softmax_and_entropy"):
         theirs, ours = pair(name, "temperature")
