@@ -23,8 +23,9 @@ def scale_and_softcap(lm: Any) -> tuple[float, float | None]:
         points = torch.tensor(POINTS, dtype=torch.float64, device=output.device)
         rows = torch.arange(tokens.numel(), device=output.device).view(*tokens.shape, 1)
         index = rows + torch.arange(output.shape[-1], device=output.device)
-        seen.append((only_input(lm, inputs, kwargs).detach(), points[index % len(points)]))
-        return seen[-1][1]
+        # Copies, because the model may change in place what it has.
+        seen.append((only_input(lm, inputs, kwargs).detach().clone(), points[index % len(points)]))
+        return seen[-1][1].clone()
 
     # The first of the head's hooks, so that what another changes is measured as well.
     handle = lm.get_output_embeddings().register_forward_hook(replace, with_kwargs=True, prepend=True)
@@ -46,6 +47,8 @@ def scale_and_softcap(lm: Any) -> tuple[float, float | None]:
     if len(seen) != 1:
         raise refusal(lm, f"its LM head was called {len(seen)} times, not once")
     hidden, x = seen[0]
+    if hidden.shape[:-1] != tokens.shape:
+        raise refusal(lm, f"its LM head gets hidden states {list(hidden.shape)} of tokens {list(tokens.shape)}")
     change, size = (hidden[1] - hidden[0]).abs().mean(-1), hidden[0].abs().mean(-1)
     if (change > 4 * max(torch.finfo(hidden.dtype).eps, 1e-6) * size)[:-1].any():
         raise refusal(lm, "positions see the tokens after them")
@@ -54,7 +57,7 @@ def scale_and_softcap(lm: Any) -> tuple[float, float | None]:
     if logits.shape != x.shape:
         raise refusal(lm, f"the LM head's {list(x.shape)} become logits {list(logits.shape)}")
     x, y = x.cpu(), logits.double().cpu()
-    scale, ceiling = (y[x == LEAST][0] / LEAST).item(), y[x == GREATEST][0].item()
+    scale, ceiling = (y[x == LEAST].median() / LEAST).item(), y[x == GREATEST].median().item()
     softcap = None if ceiling > scale * GREATEST / 2 else ceiling
     if scale > 0 and ceiling > 0:
         expected = scale * x if softcap is None else softcap * torch.tanh(x * (scale / softcap))

@@ -564,17 +564,28 @@ def odd(function):
     return type("Odd", (Odd,), {"odd": function})(config).double()
 
 
+def leave_out(logits):
+    """As Chameleon does with its images."""
+    logits[:, :, [7, 9]] = torch.finfo(torch.float32).min
+    return logits
+
+
 ODD = {
     "a power": (lambda self, h: self.lm_head(h) ** 3, "neither scaled nor soft-capped"),
     "another cap": (lambda self, h: self.lm_head(h).clamp(-5, 5), "changed in another way: 1.00024 from the LM head"),
     "a bias": (lambda self, h: self.lm_head(h) + self.bias, "changed in another way: .* from the LM head becomes"),
     "a mask": (lambda self, h: self.lm_head(h).index_fill(-1, torch.tensor([7]), -1e9), "becomes -1e\\+09"),
+    "a mask in place": (lambda self, h: self.lm_head(h).index_fill_(-1, torch.tensor([7]), -1e9), "becomes -1e\\+09"),
+    "tokens left out in place": (lambda self, h: leave_out(self.lm_head(h)), "changed in another way: .* becomes -3"),
+    "another cap in place": (lambda self, h: self.lm_head(h).clamp_(-5, 5), "1.00024 from the LM head becomes"),
     "negative": (lambda self, h: -self.lm_head(h), "changed in another way"),
     "normalised": (lambda self, h: self.lm_head(h).log_softmax(-1), "changed in another way"),
     "rounded": (lambda self, h: (self.lm_head(h) * 0.3).bfloat16(), "changed in another way"),
     "a parameter": (lambda self, h: self.lm_head(h) * self.temper, "depend on more than the LM head's output"),
     "hidden states": (lambda self, h: self.lm_head(h) + h.mean(-1, keepdim=True), "depend on more"),
     "cut": (lambda self, h: self.lm_head(h)[..., :90], r"the LM head's \[2, 4, 101\] become logits \[2, 4, 90\]"),
+    "the last alone": (lambda self, h: self.lm_head(h[:, -1:]), r"gets hidden states \[2, 1, 32\] of tokens \[2, 4\]"),
+    "again": (lambda self, h: self.lm_head(h.repeat(1, 2, 1)), r"gets hidden states \[2, 8, 32\] of tokens \[2, 4\]"),
     "twice": (lambda self, h: self.lm_head(h) + self.lm_head(h.flip(1)), "was called 2 times, not once"),
     "by its weight": (lambda self, h: nn.functional.linear(h, self.lm_head.weight), "was called 0 times, not once"),
     "flattened": (lambda self, h: self.lm_head(h.flatten(0, 1)), r"gets \[\[8, 32\]\] and \[\], not just"),
@@ -598,9 +609,29 @@ def test_what_is_done_before_the_head_is_served():
     assert_same_as_logits(model, *batch())
 
 
-def test_a_cap_that_no_config_tells_of_is_served():
-    model = wrap_lm_head(odd(lambda self, h: 4 * torch.tanh(self.lm_head(h) * 0.7 / 4)))
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, h: 4 * torch.tanh(self.lm_head(h) * 0.7 / 4),
+        lambda self, h: self.lm_head(h).mul_(0.7 / 4).tanh_() * 4,
+        lambda self, h: self.lm_head(h).mul_(0.3),
+    ],
+    ids=["cap", "cap in place", "scale in place"],
+)
+def test_a_cap_or_scale_that_no_config_tells_of_is_served(function):
+    model = wrap_lm_head(odd(function))
     assert_same_as_logits(model, *batch())
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "weight_norm", "old weight_norm"])
+def test_a_head_whose_weight_is_computed(kind):
+    model = build()
+    if kind == "old weight_norm":
+        with pytest.warns(FutureWarning):
+            nn.utils.weight_norm(model.lm_head)
+    else:
+        getattr(nn.utils.parametrizations, kind)(model.lm_head)
+    assert_same_as_logits(wrap_lm_head(model), *batch())
 
 
 def test_a_hook_on_the_head_is_measured():
