@@ -8,7 +8,6 @@ import threading
 import types
 from typing import Any
 
-import torch
 from torch import nn
 
 from rlkernels.causal_lm import find_causal_lm, linear_map, only_input, refusal, scale_and_softcap
@@ -21,6 +20,14 @@ FROM_MODEL = {"hidden", "weight", "token_ids", "bias", "adapter", "softcap", "sc
 OPTIONS = set(inspect.signature(linear_token_logprobs).parameters) - FROM_MODEL
 
 _COUNT = itertools.count()
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.ident = threading.get_ident()  # which torch.compile cannot trace, where it can trace an attribute
+
+
+_THREAD = _Thread()
 
 
 def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float | None = None, **options: Any) -> Any:
@@ -44,7 +51,8 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
 
     `linear_token_logprobs` is given what the model hands to its output embedding, and that embedding's weight and bias.
     What becomes of the logits afterwards (Gemma's softcap, Cohere's and Granite's scale) is measured: the model runs
-    once, on two rows of four tokens, in evaluation mode, with known numbers in the place of the head's output.
+    once, on two rows of four tokens, in evaluation mode, with known numbers in the place of the head's output. A hook
+    on the head that changes logits and comes later is not seen: wrap again.
 
     Args:
         model: a causal LM, as it is or inside PEFT, DDP or torch.compile; call what it is inside of as ever. Wrap it
@@ -57,7 +65,8 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
 
     Returns:
         model. Wrapping it again replaces the options; `unwrap_lm_head` makes it what it was. Parameters, state_dict and
-        save_pretrained are untouched, and a deep copy is wrapped too (but not a pickle: unwrap before pickling).
+        save_pretrained are untouched, and a deep copy is wrapped too (but not a pickle: wrap it again). Several threads
+        may call it at once, and head_function may call it.
 
     Differentiable: as in linear_token_logprobs. PEFT may come before or after: LoRA on the head (several adapters,
     disabled, merged) and modules_to_save are served; with prompt tuning the results have the virtual tokens too, as the
@@ -141,11 +150,15 @@ def _run(lm, own, kwargs, head_function, constants, options):
     else:
         linear_map(lm, head)  # before a hook makes one that is sharded in another way whole for a moment
     results = []
-    thread = None if torch.compiler.is_compiling() else threading.get_ident()
+    ident, scoring = _THREAD.ident, False
 
-    def score(head, args, kwargs):
-        if thread is not None and threading.get_ident() != thread:  # another call of the model, at the same time
+    def score(module, args, kwargs=None):
+        nonlocal scoring
+        # Of another call: in another thread (without kwargs if this one ends meanwhile), within the head's function, or
+        # of a copy that was made there.
+        if _THREAD.ident != ident or scoring or module is not head:
             return None
+        scoring = True
         hidden = only_input(lm, args, kwargs)
         if hidden.shape[:-1] != targets.shape:
             wanted, got = list(hidden.shape[:-1]), list(targets.shape)
@@ -154,6 +167,7 @@ def _run(lm, own, kwargs, head_function, constants, options):
         hidden, token_ids = hidden.to(weight.device), targets.to(weight.device)
         inputs = {"bias": bias, "adapter": adapter, **constants, **({} if head_function else options)}
         results.append((head_function or linear_token_logprobs)(hidden, weight, token_ids, **inputs))
+        scoring = False
         return (hidden[:, :0],), {}  # the head runs as ever, with all its hooks, on no rows
 
     handle = head.register_forward_pre_hook(score, with_kwargs=True)

@@ -3,8 +3,11 @@
 import copy
 import functools
 import inspect
+import pickle
+import sys
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cases import thorough
-from rlkernels import linear_policy_loss, policy_loss, unwrap_lm_head, wrap_lm_head
+from rlkernels import linear_policy_loss, linear_token_logprobs, policy_loss, unwrap_lm_head, wrap_lm_head
 
 VOCAB, BATCH, TIME = 101, 3, 9
 SIZES = dict(
@@ -208,6 +211,75 @@ def test_a_call_in_another_thread_has_its_own_labels():
     output = model(**inputs, labels=labels, head_function=in_the_middle)
     assert output.head_output == (BATCH, TIME, 32)
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+@pytest.fixture
+def hasty():
+    """Threads take turns all the time."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_calls_from_several_threads_are_those_of_one(hasty):
+    """Values and gradients, also of calls that want logits."""
+    model = wrap_lm_head(build("gemma2"))
+    batches = [batch(seed) for seed in range(8)]
+
+    def call(inputs, labels, plain=False):
+        values = (from_logits if plain else from_head)(model, inputs, labels)
+        loss = (upstream(values[0]) * values[0] + 0.3 * values[1]).sum()
+        return *values, *torch.autograd.grad(loss, list(model.parameters()))
+
+    wanted = [call(*each, plain) for each in batches for plain in (False, True)]
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(call, *each, plain) for _ in range(3) for each in batches for plain in (False, True)]
+        for future, values in zip(futures, 3 * wanted, strict=True):
+            torch.testing.assert_close(future.result(), values, rtol=1e-12, atol=1e-14)
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_a_call_within_a_call():
+    """Of the model itself, and of a copy that is made meanwhile."""
+    model = wrap_lm_head(build())
+    inputs, labels = batch()
+    others, other_labels = batch(seed=2, rows=2)
+    wanted, wanted_others = from_head(model, inputs, labels), from_head(model, others, other_labels)
+    logits = model(**others).logits
+    found, copies = [], []
+
+    def within(*args, **options):
+        copies.append(copy.deepcopy(model))
+        for each in (model, copies[-1]):
+            found.extend([from_head(each, others, other_labels), model(**others).logits])
+        return linear_token_logprobs(*args, **options, return_entropy=True)
+
+    output = model(**inputs, labels=labels, head_function=within)
+    torch.testing.assert_close(found, [wanted_others, logits] * 2)
+    torch.testing.assert_close(output.head_output[0][:, :-1], wanted[0][:, 1:])
+    torch.testing.assert_close(from_head(copies[0], inputs, labels), wanted)
+
+
+def test_a_call_that_fails_leaves_nothing():
+    model = wrap_lm_head(build())
+    wanted = from_head(model, *batch())
+    inputs, labels = batch()
+    for what in (model.model, model.lm_head):
+        handle = what.register_forward_pre_hook(lambda *_: 1 / 0)
+        for options in ({}, {"return_token_logprobs": True}):
+            with pytest.raises(ZeroDivisionError):
+                model(**inputs, labels=labels, **options)
+        handle.remove()
+        assert not model.lm_head._forward_pre_hooks
+    torch.testing.assert_close(from_head(model, *batch()), wanted)
+
+
+def test_a_pickle_can_be_wrapped_again():
+    model = wrap_lm_head(build())
+    again = pickle.loads(pickle.dumps(model))
+    assert_same_as_logits(wrap_lm_head(again), *batch())
+    torch.testing.assert_close(from_head(again, *batch()), from_head(model, *batch()))
 
 
 def test_one_token_is_predicted_by_none():
