@@ -114,12 +114,12 @@ def no_second_derivative(name: str) -> Callable:
 
 
 class _Refused(torch.autograd.Function):
-    """A gradient that must not pass for differentiable."""
+    """Gradients that must not pass for differentiable by the sources that they were made of."""
 
     @staticmethod
-    def forward(ctx, value, name):
+    def forward(ctx, name, gradients, *sources):
         ctx.name = name
-        return value.view_as(value)
+        return gradients
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -127,20 +127,28 @@ class _Refused(torch.autograd.Function):
 
 
 def first_order_only(name: str) -> Callable:
-    """Decorates the backward of an autograd.Function: using its results in a graph is refused, not left out of it."""
+    """Decorates the backward of an autograd.Function: that its results are differentiated is refused, not left out of
+    the graph. The tensors that it saved must lead to all inputs that are differentiated; `leads_to_inputs` is one that
+    does."""
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def once(ctx, *gradients):
+            again = torch.is_grad_enabled()
+            sources = (*ctx.saved_tensors, *gradients) if again else ()
             with torch.no_grad():
                 results = backward(ctx, *gradients)
-            if not torch.is_grad_enabled():
-                return results
-            return tuple(None if v is None else _Refused.apply(v.requires_grad_(), name) for v in results)
+            return _Refused.apply(name, results, *sources) if again else results
 
         return once
 
     return decorate
+
+
+def leads_to_inputs(like: torch.Tensor) -> torch.Tensor:
+    """What the forward of an autograd.Function returns and saves where it does not save its inputs themselves: as an
+    output it leads to them, and it holds no memory."""
+    return like.new_empty(0)
 
 
 def implement(name: str, backend: str, implementation: Callable) -> None:

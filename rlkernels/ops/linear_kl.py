@@ -180,7 +180,7 @@ def _evaluate(inputs: Inputs, teacher: Inputs, options: Options, pair: _Options)
     if torch.compiler.is_compiling():
         op = _registry.op("linear_kl_divergence_forward", options.backend)
         return op(*tensors, *astuple(pair), options.num_scored, list(options.tile or ()), options.budget)[0]
-    return _LinearKl.apply(*tensors, options, pair)
+    return _LinearKl.apply(*tensors, options, pair)[0]
 
 
 def _tensors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -312,13 +312,14 @@ class _LinearKl(torch.autograd.Function):
         hidden, teacher_hidden = heads.rows.hidden, heads.teacher_rows.hidden
         # Hidden states are saved by autograd alone, so that checkpointing and offloading hooks can let go of them.
         ctx.rows = tuple(replace(rows, hidden=hidden.new_empty(0)) for rows in (heads.rows, heads.teacher_rows))
-        ctx.save_for_backward(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, results, stats)
-        return divergence
+        path = _registry.leads_to_inputs(hidden)
+        ctx.save_for_backward(path, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, results, stats)
+        return divergence, path
 
     @staticmethod
     @_registry.first_order_only("linear_kl_divergence")
-    def backward(ctx, grad):
-        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, results, stats = ctx.saved_tensors
+    def backward(ctx, grad, grad_path):
+        _, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, results, stats = ctx.saved_tensors
         rows = replace(ctx.rows[0], hidden=hidden), replace(ctx.rows[1], hidden=teacher_hidden)
         inputs = Inputs(hidden, weight, bias, None, None, rows[0].token_ids)
         teacher = Inputs(teacher_hidden, teacher_weight, teacher_bias, None, None, rows[1].token_ids)

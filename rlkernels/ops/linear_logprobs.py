@@ -138,7 +138,7 @@ def evaluate(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, list[Ten
         )
         others = list(packed.unbind())
     else:
-        logprobs, entropy, *others = _LinearLogprobs.apply(*inputs.tensors(), options)
+        logprobs, entropy, *others, _ = _LinearLogprobs.apply(*inputs.tensors(), options)
     return logprobs, entropy, [v.bool() if n == "is_top1" else v for n, v in zip(options.outputs, others, strict=True)]
 
 
@@ -174,15 +174,16 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.too_few = too_few
         # Hidden states are saved by autograd alone, so that checkpointing and offloading hooks can let go of them.
         ctx.rows = replace(rows, hidden=rows.hidden.new_empty(0), adapter=None)
-        ctx.save_for_backward(weight, bias, adapter_weight, rows.hidden, rows.adapter, *results)
+        path = _registry.leads_to_inputs(hidden)
+        ctx.save_for_backward(path, weight, bias, adapter_weight, rows.hidden, rows.adapter, *results)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*values[2:], *([] if options.return_entropy else [values[1]]))
-        return tuple(values)
+        return *values, path
 
     @staticmethod
     @_registry.first_order_only("linear_token_logprobs")
     def backward(ctx, grad_logprobs, grad_entropy, *others):
-        weight, bias, adapter_weight, hidden, adapter, *results = ctx.saved_tensors
+        _, weight, bias, adapter_weight, hidden, adapter, *results = ctx.saved_tensors
         rows = replace(ctx.rows, hidden=hidden, adapter=adapter)
         grad_logprobs, grad_entropy = (None if g is None else rows.select(g) for g in (grad_logprobs, grad_entropy))
         with torch.autocast(hidden.device.type, enabled=False):

@@ -108,7 +108,7 @@ def linear_policy_loss(
     if plan is None:
         logprobs, entropy, _ = evaluate(inputs, head_options)
         return loss(logprobs.view(token_ids.shape), entropy.view(token_ids.shape))
-    return _LinearPolicyLoss.apply(*inputs.tensors(), loss, plan)
+    return _LinearPolicyLoss.apply(*inputs.tensors(), loss, plan)[:2]
 
 
 @dataclass
@@ -218,11 +218,13 @@ class _LinearPolicyLoss(torch.autograd.Function):
             total = torch.where(plan.too_few, float("nan"), total)
         ctx.too_few = plan.too_few
         ctx.mark_non_differentiable(metrics)
-        return total, metrics
+        path = _registry.leads_to_inputs(hidden)
+        ctx.save_for_backward(path)
+        return total, metrics, path
 
     @staticmethod
     @_registry.first_order_only("linear_policy_loss")
-    def backward(ctx, grad_loss, grad_metrics):
+    def backward(ctx, grad_loss, *others):
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_policy_loss cannot be differentiated a second time: the first backward pass took its gradients"

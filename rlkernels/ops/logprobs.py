@@ -148,7 +148,7 @@ class _InplaceBackward(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_registry.first_order_only("token_logprobs")
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, token_ids, logprobs, entropy, row_stats = ctx.saved_tensors
         _registry.op("token_logprobs_backward_", ctx.backend)(
@@ -163,7 +163,7 @@ class _InplaceBackward(torch.autograd.Function):
         )
         # The op runs below autograd, which would not notice: whoever saved these logits must find them changed.
         torch.autograd.graph.increment_version(logits)
-        return logits, None, None, None, None, None, None
+        return logits.detach(), None, None, None, None, None, None
 
 
 def _contiguous(gradient: Tensor | None) -> Tensor | None:
