@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from op_cases import CASES
 from rlkernels.ops import _registry
@@ -116,3 +117,100 @@ def test_second_derivatives_of_a_mean(backend, device, name):
         return value.sum(1) / scored.sum(1) if "rows" in name else value.sum() / scored.sum()
 
     torch.testing.assert_close(second(lambda value: case_of(name, device)(x=value)[0]), second(mean))
+
+
+def dual_numbers(function, value, tangent):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(value, tangent))).tangent
+
+
+FORWARD = {
+    "jvp": lambda function, value, tangent: torch.func.jvp(function, (value,), (tangent,))[1],
+    "jacfwd": lambda function, value, tangent: (torch.func.jacfwd(function)(value) * tangent).sum(),
+    "dual numbers": dual_numbers,
+    "jvp of vmap": lambda function, value, tangent: torch.func.jvp(
+        lambda x: torch.func.vmap(function)(x.unsqueeze(0))[0], (value,), (tangent,)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode_is_right_or_refused(backend, device, name):
+    """Nowhere is a tangent of 0 given instead."""
+    case = case_of(name, device)
+    right = backend == "reference" or name.startswith(("preference_loss", "reward_pair_loss"))
+    right = right and name != "linear_preference_logps, packed"  # PyTorch's segment_reduce refuses it
+    result = case()[0]
+    weights = torch.arange(1.0, 1 + result.numel(), device=device).view(result.shape)
+    for key, value in {**case.differentiable, **case.data}.items():
+
+        def first(x, key=key):
+            return (case(**{key: x})[0] * weights).sum()
+
+        tangent = torch.linspace(1, 2, value.numel(), device=device).view(value.shape)
+        for way, forward in FORWARD.items():
+            if key in case.differentiable and right:
+                if "vmap" in way:  # of what the reference does, PyTorch has no rule for some
+                    continue
+                leaf = value.clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(first(leaf), leaf)
+                torch.testing.assert_close(forward(first, value, tangent), (gradient * tangent).sum())
+            else:
+                with pytest.raises(RuntimeError, match=r"forward mode|forward AD|functorch"):
+                    forward(first, value, tangent)
+
+
+@pytest.mark.only("cpu")
+@pytest.mark.parametrize("name", ["token_logprobs", "kl_penalty", "gae", "masked_whiten"])
+def test_forward_mode_is_refused_under_compile(backend, device, name):
+    case = case_of(name, device)
+    key, value = next(iter({**case.differentiable, **case.data}.items()))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: torch.func.jvp(lambda x: case(**{key: x})[0], (x,), (x,))[1], backend="eager", fullgraph=True
+    )
+    with pytest.raises(RuntimeError, match="forward"):
+        compiled(value)
+
+
+TRANSFORMS = {
+    "grad": (torch.func.grad, lambda function, value: torch.autograd.functional.jacobian(function, value)),
+    "vmap": (
+        lambda function: lambda value: torch.func.vmap(function)(torch.stack([value, 2 * value])),
+        lambda function, value: torch.stack([function(value), function(2 * value)]),
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", CASES)
+def test_transforms_are_right_or_refused(backend, device, name, transform):
+    case = case_of(name, device)
+    transformed, expected = TRANSFORMS[transform]
+    for key, value in {**case.differentiable, **case.data}.items():
+
+        def first(x, key=key):
+            return case(**{key: x})[0].sum()
+
+        try:
+            result = transformed(first)(value)
+        except (RuntimeError, ValueError) as error:
+            text = str(error)
+            assert any(word in text for word in ("functorch", "vmap", "must not require a gradient", "Batching rule"))
+        else:
+            # A teacher's gradient is 0, as its docstring says.
+            assert transform == "vmap" or key in case.differentiable or key.startswith("teacher_")
+            torch.testing.assert_close(result, expected(first, value))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_data_must_not_require_a_gradient(backend, device, name):
+    """Floating-point masks are data too. Of a teacher it is told that no gradient reaches it."""
+    case = case_of(name, device)
+    masks = {key: value.float() for key, value in case.others.items() if key in ("mask", "labels")}
+    for key, value in {**case.data, **masks}.items():
+        if not key.startswith("teacher_"):
+            with pytest.raises(ValueError, match=rf"^{key} must not require a gradient .*: detach it$"):
+                case(**{key: value.clone().requires_grad_()})
+            with torch.no_grad():
+                case(**{key: value.clone().requires_grad_()})

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 
 import torch
+from torch.autograd import forward_ad
 
 CHECK_VALUES = os.environ.get("RLKERNELS_CHECK") == "1"
 
@@ -34,6 +35,17 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
 def no_gradient(name: str, value: torch.Tensor, because: str) -> None:
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require a gradient ({because}); got requires_grad=True: detach it")
+    no_tangent(name, value, because)
+
+
+def no_tangent(name: str, value: torch.Tensor, because: str = "it is differentiated backward alone") -> None:
+    """An op that does not know forward mode would leave the tangent out."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    while torch._C._functorch.is_batchedtensor(value):  # vmap has no rule for unpack_dual
+        value = torch._C._functorch.get_unwrapped(value)
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{name} cannot be differentiated in forward mode ({because}); got a dual tensor")
 
 
 def choice(name: str, value: object, valid: Iterable[str]) -> None:
@@ -78,6 +90,7 @@ def mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> 
     tensor(name, value, (torch.bool, *INTEGERS, *FLOATS))
     shape(name, value, tuple(like.shape), because=f"that of {like_name}")
     same_device(name, value, like_name, like)
+    no_gradient(name, value, "nothing is differentiated by it")
     return (value if value.dtype == torch.bool else value != 0).contiguous()
 
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("rlkernels", "DEF")
 KERNEL_BACKENDS = ("cpu", "cuda", "triton")
@@ -101,6 +102,9 @@ def call(name: str, backend: str, *inputs):
 
 
 def op(name: str, backend: str) -> torch._ops.OpOverload:
+    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        # Whether a tensor has a tangent cannot be seen here, and the op would leave it out.
+        raise NotImplementedError(f"rlkernels::{name} cannot be compiled within forward-mode differentiation")
     return getattr(getattr(torch.ops.rlkernels, name), backend)
 
 

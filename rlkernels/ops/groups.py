@@ -51,14 +51,15 @@ def group_advantages(
     Returns:
         float32 [B] (float64 for float64 rewards); with return_signal also bool [B].
 
-    Not differentiable: rewards are data.
+    Not differentiable: rewards are data. Forward mode raises NotImplementedError.
 
     Edge cases: a row without any reward gets advantage 0, no signal, and counts in no statistic. A group whose scores
     are all equal gets exactly 0 (with a baseline) and no signal. A standard deviation needs two scores: one alone is
     not scaled but by 1 / (1 + eps). Beside an infinite reward a group has no finite mean: where the formula then gives
     NaN the advantage is 0, as in TRL.
 
-    Raises: TypeError, ValueError for wrong dtypes, shapes and options, and for rewards that require a gradient.
+    Raises: TypeError, ValueError for wrong dtypes, shapes and options, and for rewards or weights that require a
+    gradient.
 
     Traffic: reads the rewards and writes one float and one byte a row; scale="batch" and normalize="before_sum", whose
     output waits for a statistic of the whole batch, read [B] floats once more.
@@ -136,6 +137,7 @@ def _weights(weights: Tensor | Sequence[float] | None, kinds: int, rewards: Tens
     _checks.tensor("weights", weights, _checks.FLOATS)
     _checks.shape("weights", weights, (kinds,), because="one weight a column of rewards")
     _checks.same_device("weights", weights, "rewards", rewards)
+    _checks.no_gradient("weights", weights, "advantages are data for the loss")
     return weights.detach().to(rewards.dtype).contiguous()
 
 

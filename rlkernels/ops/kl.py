@@ -39,7 +39,8 @@ def kl_penalty(
     Returns:
         float32 of the same shape (float64 for float64 logprobs).
 
-    Differentiable: with respect to both inputs; the gradients are each other's negatives.
+    Differentiable: with respect to both inputs, once; the gradients are each other's negatives. Second derivatives and
+    forward mode raise NotImplementedError, but in the reference.
 
     Edge cases: -inf in both inputs gives NaN; empty input gives empty output.
 
@@ -119,7 +120,7 @@ def shaped_rewards(
     Returns:
         float32 of the shape of logprobs (float64 for float64 logprobs).
 
-    Not differentiable: rewards are data.
+    Not differentiable: rewards are data. Forward mode raises NotImplementedError.
 
     Edge cases: tokens that are not scored may hold NaN or inf and leave no trace. A sequence without a scored token has
     rewards of 0, and its score is lost: there is no token that it could reward (verl and OpenRLHF put it on the last

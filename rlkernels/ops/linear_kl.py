@@ -76,8 +76,9 @@ def linear_kl_divergence(
     Returns:
         float32 [...] (float64 for float64 hidden), >= 0.
 
-    Differentiable: with respect to hidden, weight and bias, once. The teacher is data: no gradient reaches it, also
-    where it is the student.
+    Differentiable: with respect to hidden, weight and bias, once. Second derivatives and forward mode raise
+    NotImplementedError, but in the reference. The teacher is data: no gradient reaches it, also where it is the
+    student, and a tangent is refused.
 
     Edge cases: rows that are not scored are 0, and so is their gradient, whatever they hold. A logit of -inf has
     probability 0, which adds nothing where both have it; where T_v > 0 = S_v "forward" is inf, where S_v > 0 = T_v
@@ -122,6 +123,9 @@ def linear_kl_divergence(
         (weight.shape[0], teacher_hidden.shape[-1]),
         because="the vocabulary of weight and the width of teacher_hidden",
     )
+    for name, value in (("hidden", teacher_hidden), ("weight", teacher_weight), ("bias", teacher_bias)):
+        if value is not None:
+            _checks.no_tangent(f"teacher_{name}", value, "the teacher is data")
     teacher, teacher_options = check_head(
         teacher_hidden.detach(),
         teacher_weight.detach(),

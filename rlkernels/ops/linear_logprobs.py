@@ -76,7 +76,8 @@ def linear_token_logprobs(
         float32 [...] (float64 for float64 hidden), or a tuple (logprobs, entropy, *outputs) of those asked for;
         is_top1 is bool.
 
-    Differentiable: logprobs and entropy with respect to hidden, weight, bias and both parts of adapter, once.
+    Differentiable: logprobs and entropy with respect to hidden, weight, bias and both parts of adapter, once. Second
+    derivatives and forward mode raise NotImplementedError, but in the reference.
 
     Edge cases: as in token_logprobs. With nothing scored all results and gradients are 0. Logprobs are never above 0.
 

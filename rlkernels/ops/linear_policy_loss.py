@@ -72,7 +72,7 @@ def linear_policy_loss(
     Returns: loss and metrics, as policy_loss does; the entropy is always among them.
 
     Differentiable: the loss with respect to hidden, weight, bias and both parts of adapter, once: a second backward
-    pass raises RuntimeError.
+    pass raises RuntimeError. Second derivatives and forward mode raise NotImplementedError, but in the reference.
 
     Edge cases, Raises: as in linear_token_logprobs and policy_loss.
 

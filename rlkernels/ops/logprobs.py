@@ -43,7 +43,8 @@ def token_logprobs(
     Returns:
         float32 [...] (float64 for float64 logits), or the pair (logprobs, entropy).
 
-    Differentiable: both outputs with respect to logits, once.
+    Differentiable: both outputs with respect to logits, once. Second derivatives and forward mode raise
+    NotImplementedError, but in the reference.
 
     Edge cases: a -inf logit has probability 0 and contributes 0 to the entropy (but a softcap makes it -softcap: mask
     after capping, not before); a token whose own logit is -inf has the logprob -inf; a row that is -inf throughout, or
@@ -84,6 +85,7 @@ def token_logprobs(
         )
         return (logprobs, entropy) if return_entropy else logprobs
 
+    _checks.no_tangent("logits", logits)
     rows = _rows(logits)
     ids = token_ids.reshape(rows.shape[:-1]).long().contiguous()
     options = (temperature, softcap, ignore_index, return_entropy)

@@ -20,7 +20,8 @@ def masked_mean(x: Tensor, mask: Tensor | None, *, dim: int | None = None) -> Te
     Returns:
         float32 (float64 for float64 x), 0-d or the shape of x without `dim`.
 
-    Differentiable: with respect to x; the gradient is 1 / number of scored elements at these, 0 elsewhere.
+    Differentiable: with respect to x; the gradient is 1 / number of scored elements at these, 0 elsewhere. Forward mode
+    raises NotImplementedError, but in the reference.
 
     Edge cases: elements that are not scored may hold NaN or inf and leave no trace. Where nothing is scored the mean is
     0, as it is in verl's `masked_mean`; in TRL's and OpenRLHF's it is NaN. Where something is, all three agree (verl
@@ -47,6 +48,7 @@ def masked_mean(x: Tensor, mask: Tensor | None, *, dim: int | None = None) -> Te
     backend = _registry.select(rows, "masked_mean")
     if backend == "reference":
         return reference.masked_mean(rows, mask).reshape(shape)
+    _checks.no_tangent("x", x)
     means, _ = _registry.op("masked_mean", backend)(rows, mask)
     return means.reshape(shape)
 
@@ -86,7 +88,7 @@ def masked_whiten(
     Returns:
         float32 of the shape of x (float64 for float64 x), 0 where nothing is scored.
 
-    Not differentiable: advantages and rewards are data.
+    Not differentiable: advantages and rewards are data. Forward mode raises NotImplementedError.
 
     Edge cases: elements that are not scored may hold NaN or inf and leave no trace. With one element scored, or all
     equal, the variance is 0 and the result 0 (TRL divides by 0, verl raises). With nothing scored the result is 0.

@@ -114,9 +114,10 @@ def policy_loss(
             ref_kl, the mean of the estimator, 0 without a reference; entropy, 0 if not given; sampler_weight, of u as
             capped, 1 without a sampler, and sampler_capped, where u > sampler_cap; num_tokens.
 
-    Differentiable: the loss with respect to logprobs and entropy, once. The gradient of gspo is that of GSPO-token,
-    where each token's ratio is r with the derivative of its own; with one advantage and one weight a sequence it is
-    that of the sequence's ratio. Everything else is data and must not require a gradient.
+    Differentiable: the loss with respect to logprobs and entropy, once. Second derivatives and forward mode raise
+    NotImplementedError, but in the reference. The gradient of gspo is that of GSPO-token, where each token's ratio is r
+    with the derivative of its own; with one advantage and one weight a sequence it is that of the sequence's ratio.
+    Everything else is data and must not require a gradient.
 
     Edge cases: tokens that are not scored may hold NaN or inf and leave no trace, nor do those of weight 0, but in the
     metrics. With nothing scored the loss, its gradient and the metrics are 0.

@@ -45,7 +45,7 @@ def gae(
     Returns:
         advantages, returns: float32 (float64 for float64 rewards), the shape of rewards, 0 where not scored.
 
-    Differentiable: no. Inputs that require a gradient are refused.
+    Differentiable: no. Inputs that require a gradient are refused, and forward mode raises NotImplementedError.
 
     Edge cases: tokens that are not scored may hold NaN or inf and leave no trace. What is not finite at a scored token
     leaves everything before it in its episode undefined. Whitened advantages of fewer than two scored tokens are 0.

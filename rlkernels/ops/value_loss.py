@@ -43,8 +43,9 @@ def value_loss(
             square is the larger; value_mean; return_mean; squared_error, the mean of (values - returns)^2;
             explained_variance, 1 - variance(returns - values) / variance(returns); num_tokens.
 
-    Differentiable: the loss with respect to values, once; 0 where the second square is the larger. Everything else is
-    data and must not require a gradient.
+    Differentiable: the loss with respect to values, once; 0 where the second square is the larger. Second derivatives
+    and forward mode raise NotImplementedError, but in the reference. Everything else is data and must not require a
+    gradient.
 
     Edge cases: tokens that are not scored may hold NaN or inf and leave no trace. With nothing scored the loss, its
     gradient and the metrics are 0. Where all returns are the same, one token included, explained_variance is NaN.
