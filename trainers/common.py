@@ -26,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from .configs import BaseConfig
 from .packing import Sequence, lay_out, prepare_packing
 from .reporting import CurvesCallback
+from .router_loss import find_router_loss
 from .saving import SavingTrainer
 from .scoring import needs_no_logits
 from .sharding import accumulating, load_whole_state_dict, prepare_frozen, refuse_zero3, reshard
@@ -307,6 +308,16 @@ class BaseTrainer(SavingTrainer):
             self.reference_model = prepare_frozen(self.accelerator, reference)
         # Now that they are on their device.
         self.padding_free = args.padding_free and all(prepare_packing(each, args.device) for each in models)
+        #: What a mixture of experts adds to its loss; None: it has none, or it is not wanted.
+        self.router = None
+        if hasattr(args, "router_aux_loss_coef"):
+            self.router = find_router_loss(model, args.router_aux_loss_coef, args.device)
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if self.router is not None and (getattr(args, name, None) or {}).get("use_reentrant"):
+                raise ValueError(
+                    f"{name}: use_reentrant must be false with a router loss, which would have no gradient; got true. "
+                    "router_aux_loss_coef 0 trains without it"
+                )
         # A model with adapters is not loaded from a folder as the others are: a resumed run is given it again.
         self.keeps_reference = self.has_own_reference and ref_model is None and not hasattr(reference, "get_base_model")
         self.metrics = Metrics(self.accelerator.device)
@@ -361,6 +372,24 @@ class BaseTrainer(SavingTrainer):
         has a `normalizer`, what the losses of the step are divided by."""
         raise NotImplementedError
 
+    def parts(self, rows: Any) -> list:
+        """The rows of one optimizer step, or of one batch of evaluation, in those parts of which the router loss is
+        taken, TRL's micro-batches. All in one if there is none."""
+        size = self.args.per_device_train_batch_size
+        if self.router is None or not self.model.training:
+            return [rows]
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def joined(self, parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """The micro-batches of all parts, each with the share of its router loss in the step's: parts have equal
+        shares, as in TRL, and of one that token_budget split, its tokens do."""
+        if self.router is not None:
+            for part in parts:
+                counts = [len(batch["token_ids"]) for batch in part]
+                for batch, count in zip(part, counts, strict=True):
+                    batch["router_share"] = count / sum(counts) / len(parts)
+        return [batch for part in parts for batch in part]
+
     def even_out(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """So that every process takes part in each forward and backward pass, one with fewer runs its first again,
         whose loss then counts for nothing."""
@@ -411,9 +440,19 @@ class BaseTrainer(SavingTrainer):
 
     def _counted_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         if not batch.get("is_filler"):
-            return self.compute_loss(model, batch)
+            return self._whole_loss(model, batch)
         with self.metrics_into(Metrics(self.accelerator.device)):
-            return self.compute_loss(model, batch) * 0.0
+            return self._whole_loss(model, batch) * 0.0
+
+    def _whole_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        if self.router is None:
+            return self.compute_loss(model, batch)
+        with self.router.watching() as seen:
+            loss = self.compute_loss(model, batch)
+        # The last pass is the model's own: one before it was that of the reference, the model without its adapters.
+        router_loss, share = seen[-1].to(loss.device), batch["router_share"]
+        self.metrics.add("aux_loss", router_loss.detach(), share)
+        return loss + self.router.coef * share * router_loss
 
     def _stop(self, loss: float, inputs: list[dict[str, Any]]) -> None:
         # Of several rows in the place of one it is a list.

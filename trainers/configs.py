@@ -39,6 +39,16 @@ def _computes_bf16(use_cpu: bool) -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+def _router_aux_loss_coef() -> Any:
+    return field(
+        default=None,
+        metadata={
+            "help": "Weight of the loss by which a mixture of experts uses all of its experts alike, the mean over "
+            "parts of per_device_train_batch_size rows; what the model declares if unset. 0: without."
+        },
+    )
+
+
 @dataclass
 class BaseConfig(TrainingArguments):
     """What every trainer here adds to, or defaults differently from, `transformers.TrainingArguments`."""
@@ -109,6 +119,9 @@ class BaseConfig(TrainingArguments):
         for name in self._VALID_DICT_FIELDS:
             if name.endswith("_kwargs") and not isinstance(getattr(self, name), dict | None):
                 raise ValueError(f"{name} must be a mapping (JSON on the command line); got {getattr(self, name)!r}")
+        coefficient = getattr(self, "router_aux_loss_coef", None)
+        if coefficient is not None and not 0 <= coefficient < math.inf:
+            raise ValueError(f"router_aux_loss_coef must be a finite number, at least 0; got {coefficient}")
         for name in ("label_smoothing_factor", "torch_empty_cache_steps", "bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):  # of the Trainer's own steps and evaluation, which are others here
                 raise ValueError(f"{name} is not supported; got {getattr(self, name)}")
@@ -164,6 +177,7 @@ class OnlineConfig(BaseConfig):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `apply_chat_template`, as JSON, for chat prompts."}
     )
+    router_aux_loss_coef: float | None = _router_aux_loss_coef()
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward function; 1 each if unset."}
     )
@@ -331,6 +345,7 @@ class SFTConfig(BaseConfig):
             "{%% generation %%}."
         },
     )
+    router_aux_loss_coef: float | None = _router_aux_loss_coef()
     loss_type: str = field(
         default="nll",
         metadata={
@@ -706,6 +721,7 @@ class DPOConfig(BaseConfig):
         },
     )
 
+    router_aux_loss_coef: float | None = _router_aux_loss_coef()
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={

@@ -152,13 +152,15 @@ class DPOTrainer(BaseTrainer):
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.model.training:
             self.add_tokens_seen(sum(row["num_tokens"] for row in inputs))
-        if OVER_THE_BATCH.isdisjoint(self.args.loss_type):
-            chunks = fill([row["num_tokens"] for row in inputs], self.args.token_budget)
-        else:
-            size = self.args.per_device_train_batch_size if self.model.training else len(inputs)
-            chunks = fill([1] * len(inputs), size)
-        batches = [self._pairs([inputs[index] for index in chunk]) for chunk in chunks]
-        return self.even_out([{**batch, "normalizer": len(inputs)} for batch in batches])
+        parts = []
+        for rows in self.parts(inputs):
+            if OVER_THE_BATCH.isdisjoint(self.args.loss_type):
+                chunks = fill([row["num_tokens"] for row in rows], self.args.token_budget)
+            else:
+                size = self.args.per_device_train_batch_size if self.model.training else len(rows)
+                chunks = fill([1] * len(rows), size)
+            parts.append([self._pairs([rows[index] for index in chunk]) for chunk in chunks])
+        return self.even_out([{**batch, "normalizer": len(inputs)} for batch in self.joined(parts)])
 
     def _pairs(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """One batch: the chosen completions of all pairs, then the rejected ones."""

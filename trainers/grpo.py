@@ -161,7 +161,7 @@ class GRPOTrainer(OnlineTrainer):
         if self.steps_per_rollout == 1:
             rollouts.old_logprobs = None
         elif rollouts.old_logprobs is None:
-            rows = [rollouts.has_gradient(row) for row in range(len(inputs))]
+            rows = [self._is_run(rollouts, row) for row in range(len(inputs))]
             rollouts.old_logprobs = self._score(self.model_wrapped, rollouts, rows)
         return rollouts
 
@@ -271,25 +271,31 @@ class GRPOTrainer(OnlineTrainer):
         first = step * self.accumulation_steps % self.args.steps_per_generation * size
         rows = range(first, first + size * self.accumulation_steps)
         # bnpo is a mean over the tokens of each micro-batch of so many rows; for the others they are all the same.
-        width = size if self.args.loss_type == "bnpo" else len(rows)
+        is_bnpo = self.args.loss_type == "bnpo"
+        width = size if is_bnpo or self.router is not None else len(rows)
         kept = None
         if self.args.top_entropy_quantile < 1:
             wanted = [row in rows and counts for row, counts in enumerate(rollouts.in_loss)]
             entropies = self._score(self.model_wrapped, rollouts, wanted, entropy=True)
             kept = objectives.top_entropy(entropies, self.args.top_entropy_quantile, self.accelerator)
-        batches = []
+        parts: list[list[dict[str, Any]]] = []
         for start in range(rows.start, rows.stop, width):
             part = range(start, start + width)
-            normalizer = self._normalizer(rollouts, part)
-            for chunk in self._fill(rollouts, [row for row in part if rollouts.has_gradient(row)]):
+            normalizer = self._normalizer(rollouts, part if is_bnpo else rows)
+            parts.append([])
+            for chunk in self._fill(rollouts, [row for row in part if self._is_run(rollouts, row)]):
                 batch = {**self._lay_out(rollouts, chunk), "normalizer": normalizer}
                 if kept is not None:
                     batch["top_entropy"] = torch.cat([kept[row] for row in chunk])
-                batches.append(batch)
-        if not batches:
+                parts[-1].append(batch)
+        if not any(parts):
             # Gradients must be zero, not missing.
-            batches = [{**self._lay_out(rollouts, [rows.start]), "normalizer": 1.0, "is_filler": True}]
-        return self.even_out(batches)
+            parts = [[{**self._lay_out(rollouts, [rows.start]), "normalizer": 1.0, "is_filler": True}]]
+        return self.even_out(self.joined(parts))
+
+    def _is_run(self, rollouts: Rollouts, row: int) -> bool:
+        """The router loss is of all completions, with or without signal, but of those that are left out."""
+        return rollouts.in_loss[row] and (self.router is not None or rollouts.has_gradient(row))
 
     def _normalizer(self, rollouts: Rollouts, rows: range) -> float:
         """What the sum over these rows is divided by: TRL's, in which all of them count, also those not run."""

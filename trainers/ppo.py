@@ -279,8 +279,9 @@ class PPOTrainer(OnlineTrainer):
         epoch, part = divmod(step, self.args.num_mini_batches)
         size = len(rollouts.input_ids) // self.args.num_mini_batches
         rows = rollouts.order[epoch][part * size : (part + 1) * size]
-        chunks = fill_by_length([len(ids) for ids in rollouts.input_ids], self.args.token_budget, rows)
-        batches = [self._lay_out(rollouts, chunk) for chunk in chunks]
+        lengths = [len(ids) for ids in rollouts.input_ids]
+        chunks = [fill_by_length(lengths, self.args.token_budget, part) for part in self.parts(rows)]
+        batches = self.joined([[self._lay_out(rollouts, chunk) for chunk in part] for part in chunks])
         counts = torch.stack([batch[name].sum() for batch in batches for name in ("mask", "has_value")])
         # Losses are means over the tokens of all processes, whose gradients are averaged.
         counts = self.accelerator.reduce(counts.view(-1, 2).sum(0)) / self.accelerator.num_processes

@@ -89,12 +89,15 @@ class SFTTrainer(BaseTrainer):
     # The optimizer step
 
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        # By length: then attention does neighbours together.
-        sequences = sorted((sequence for row in inputs for sequence in sequences_of(row)), key=len)
         if self.model.training:
-            self.add_tokens_seen(sum(map(len, sequences)))
-        chunks = fill(map(len, sequences), self.args.token_budget)
-        batches = [self.lay_out([sequences[index] for index in chunk]) for chunk in chunks]
+            self.add_tokens_seen(sum(row["num_tokens"] for row in inputs))
+        parts = []
+        for rows in self.parts(inputs):
+            # By length: then attention does neighbours together.
+            sequences = sorted((sequence for row in rows for sequence in sequences_of(row)), key=len)
+            chunks = fill(map(len, sequences), self.args.token_budget)
+            parts.append([self.lay_out([sequences[index] for index in chunk]) for chunk in chunks])
+        batches = self.joined(parts)
         normalizer = float(sum(batch["num_scored"] for batch in batches))
         if self.model.training:
             # The mean over the processes, as they average their gradients.

@@ -8,6 +8,7 @@ trl = pytest.importorskip("trl")
 
 from cases import by_turns  # noqa: E402
 from rlkernels.trainers import DPOConfig, DPOTrainer  # noqa: E402
+from tiny_model import build_mixture  # noqa: E402
 
 # Of uneven lengths: prompts, completions, and which of a pair is the longer; with the token that is end and padding.
 PAIRS = [
@@ -31,7 +32,7 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
     """One optimizer step's loss, gradient and metrics of both trainers, of a model that has left its reference."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def run(ours=None, **options) -> list[tuple]:
+    def run(ours=None, make_model=make_model, **options) -> list[tuple]:
         make_model().save_pretrained(tmp_path / "model")
         accumulation = options.setdefault("gradient_accumulation_steps", 1)
         options = {
@@ -137,3 +138,16 @@ def test_activation_checkpointing(train_both, padding_free):
 @pytest.mark.parametrize("budget", [1, 40], ids=["a_pair_at_a_time", "some_pairs_at_a_time"])
 def test_token_budget(train_both, budget):
     assert_equal(*train_both({"token_budget": budget}, gradient_accumulation_steps=2))
+
+
+@by_turns("accumulation, padding_free", (1, 4), (True, False))
+def test_router_loss(train_both, accumulation, padding_free):
+    theirs, (*ours, metrics) = train_both(
+        {"padding_free": padding_free},
+        build_mixture,
+        loss_type=["sigmoid"],
+        router_aux_loss_coef=10.0,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert metrics.pop("aux_loss") == pytest.approx(theirs[2]["aux_loss"], rel=1e-5)
+    assert_equal(theirs, (*ours, metrics))

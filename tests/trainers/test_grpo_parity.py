@@ -13,6 +13,7 @@ import trl.trainer.rloo_trainer as trl_rloo  # noqa: E402
 
 from cases import by_turns, thorough  # noqa: E402
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, Rollout, SamplingOptions  # noqa: E402
+from tiny_model import build_mixture  # noqa: E402
 
 MAX_LENGTH = 6
 PROMPTS = ["ab", "cdefg", "a", "hijk"]
@@ -73,8 +74,10 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
     `ours` are options of one alone; with `sampler`, log-probabilities of the sampler are corrected for; with `tools`,
     some tokens are not the model's."""
 
-    def run(steps: int = 1, peer="GRPO", theirs=None, ours=None, sampler=False, tools=False, **options) -> tuple:
-        make_model().save_pretrained(tmp_path / "model")
+    def run(
+        steps: int = 1, peer="GRPO", theirs=None, ours=None, sampler=False, tools=False, make=make_model, **options
+    ) -> tuple:
+        make().save_pretrained(tmp_path / "model")
         accumulation = options.setdefault("gradient_accumulation_steps", 1)
         options = {
             "output_dir": str(tmp_path / "out"),
@@ -261,3 +264,10 @@ def test_scale_rewards(train_both, scale_rewards):
 
 def test_normalize_then_sum(train_both):
     assert_equal(*train_both(multi_objective_aggregation="normalize_then_sum"))
+
+
+@by_turns("loss_type, accumulation", ("grpo", "bnpo", "dapo"), (1, 4))
+def test_router_loss(train_both, loss_type, accumulation):
+    """Those of completions without signal count too, also where all are used again."""
+    options = {"router_aux_loss_coef": 10.0, "gradient_accumulation_steps": accumulation, "num_iterations": 2}
+    assert_equal(*train_both(steps=2, make=build_mixture, loss_type=loss_type, **options))

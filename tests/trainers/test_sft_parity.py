@@ -9,6 +9,7 @@ trl = pytest.importorskip("trl")
 
 from cases import by_turns, thorough  # noqa: E402
 from rlkernels.trainers import SFTConfig, SFTTrainer  # noqa: E402
+from tiny_model import build_mixture  # noqa: E402
 
 WORDS = ["a", "bcd", "efghijk", "lm nop", "qrstuvwxyz", "", "0123", "z 9"]
 TALKS = [[{"role": "user", "content": word}, {"role": "assistant", "content": word[::-1] + "?"}] for word in WORDS]
@@ -43,7 +44,7 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
     """Two epochs of both, then an evaluation of all rows at once."""
     monkeypatch.setattr(tokenizer, "chat_template", MARKED)
 
-    def train(rows, **options):
+    def train(rows, make_model=make_model, ours=None, **options):
         options = {
             "output_dir": str(tmp_path / "out"),
             "per_device_train_batch_size": 2,
@@ -65,7 +66,7 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
         results = []
         for config, trainer_class in (
             (trl.SFTConfig(**options), trl.SFTTrainer),
-            (SFTConfig(**options, token_budget=20), SFTTrainer),
+            (SFTConfig(**{**options, "token_budget": 20, **(ours or {})}), SFTTrainer),
         ):
             gradients = Gradients()
             trainer = trainer_class(
@@ -113,3 +114,17 @@ def test_dft(train_both, accumulation):
 def test_truncation_from_the_start(train_both):
     rows, _ = FORMATS["completion"]
     assert_equal(*train_both(rows, truncation_mode="keep_end", max_length=6))
+
+
+@pytest.mark.parametrize("coef", [10.0, thorough(None)])
+@by_turns("accumulation, padding_free", (1, 4), (False, True))
+def test_router_loss(train_both, accumulation, padding_free, coef):
+    """A mean over TRL's micro-batches; padded positions are in none."""
+    rows, _ = FORMATS["completion"]
+    ours = {"padding_free": padding_free, "token_budget": 100, "router_aux_loss_coef": coef}
+    results = train_both(rows, build_mixture, ours, router_aux_loss_coef=coef, gradient_accumulation_steps=accumulation)
+    assert_equal(*results)
+    (logs, _, evaluation), (our_logs, _, our_evaluation) = results
+    aux = [log["aux_loss"] for log in logs]
+    assert [log["aux_loss"] for log in our_logs] == pytest.approx(aux, rel=1e-5) and min(aux) > 1
+    assert our_evaluation["eval_aux_loss"] == pytest.approx(evaluation["eval_aux_loss"], rel=1e-5)
