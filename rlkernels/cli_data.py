@@ -1,25 +1,57 @@
 """Datasets of the command line. Local files are read here rather than by `load_dataset`, which does not say which line
-or row is wrong."""
+or row is wrong, and gives a column one type, to which it changes what is in the file."""
 
+import csv
 import json
-from collections.abc import Iterator
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# How deep objects and lists may stand in each other: far less than what Python's own recursion bears.
+DEEPEST = 100
+
+
+class Rows(Sequence):
+    """Rows as the JSON text that each was read from, parsed whenever one is looked at: no column has a type, and what a
+    reward function does to its values stays with it. A column that a row has not is None."""
+
+    def __init__(self, rows: Iterable[tuple[bytes, Iterable[str]]]) -> None:
+        self.texts: list[bytes] = []
+        names: dict[str, None] = {}
+        for text, columns in rows:
+            self.texts.append(text)
+            names.update(dict.fromkeys(columns))
+        self.column_names = list(names)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A row, or of a column's name the column, as of a `datasets.Dataset`."""
+        if isinstance(index, str):
+            return [row[index] for row in self]
+        return dict.fromkeys(self.column_names) | json.loads(self.texts[index])
 
 
 def load_split(path: str, configuration: str | None, split: str) -> Any:
     """The rows of a split; ValueError or OSError if there are none."""
+    if not path:
+        raise ValueError(f"want a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, a folder or a name; got ''")
     file = local_file(Path(path), split)
     if file is None:
         from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
 
         try:
             rows = load_dataset(path, configuration, split=split)
-        except DatasetsError as error:
-            raise ValueError(str(error)) from error
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # each format raises what it likes
+            raise ValueError(f"{type(error).__name__}: {error}") from error
     else:
         try:
             rows = read_rows(file)
@@ -50,70 +82,118 @@ def local_file(path: Path, split: str) -> Path | None:
 
 
 def read_rows(file: Path) -> Any:
-    from datasets import Dataset
-
     if file.suffix == ".parquet":
         import pyarrow.parquet
+        from datasets import Dataset
 
-        return Dataset(pyarrow.parquet.read_table(file))
-    if file.suffix == ".csv":
-        import pandas
-
-        return Dataset.from_pandas(pandas.read_csv(file), preserve_index=False)
-    if file.suffix == ".jsonl":
-        rows = list(read_lines(file))
-    elif file.suffix == ".json":
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(rows, list):
-            raise ValueError(f"want a list of objects; got {kind(rows)}")
-        for number, row in enumerate(rows):
-            if not isinstance(row, dict):
-                raise ValueError(f"row {number}: want an object; got {kind(row)}")
-    else:
+        try:
+            return Dataset(pyarrow.parquet.read_table(file))
+        except (NotImplementedError, LookupError, TypeError) as error:  # of kinds of columns
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+    readers = {".jsonl": read_lines, ".json": read_list, ".csv": read_csv}
+    if file.suffix not in readers:
         raise ValueError(f"want a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-    return to_dataset(rows)
+    return Rows(readers[file.suffix](file))
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
+Texts = Iterator[tuple[bytes, Iterable[str]]]
+"""Rows as JSON, and the names of their columns."""
+
+
+def read_lines(file: Path) -> Texts:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = parse(text) if text else {}
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error.msg} at column {error.colno}") from error
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number}: want an object; got {kind(row)}")
-            yield row
+            if text:
+                yield text.encode(), row
 
 
-def to_dataset(rows: list[dict[str, Any]]) -> Any:
-    import pyarrow
-    from datasets import Dataset
+def read_list(file: Path) -> Texts:
+    rows = parse(file.read_text(encoding="utf-8-sig"))
+    if not isinstance(rows, list):
+        raise ValueError(f"want a list of objects; got {kind(rows)}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number}: want an object; got {kind(row)}")
+        yield json.dumps(row).encode(), row
 
-    columns = dict.fromkeys(name for row in rows for name in row)
-    try:
-        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
-        for name in columns:
-            first = None
-            for number, row in enumerate(rows):
-                value = row.get(name)
-                first = value if first is None else first
-                if value is not None and type(value) is not type(first):
+
+def read_csv(file: Path) -> Texts:
+    """All that CSV holds is text; a field that is empty is empty text."""
+    csv.field_size_limit(sys.maxsize)
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        lines = csv.reader(text, strict=True)
+        try:
+            header = next(filter(None, lines), [])
+            for fields in filter(None, lines):
+                if len(fields) != len(header):
                     raise ValueError(
-                        f"row {number}: column '{name}' holds {kind(value)}, where rows before hold {kind(first)}"
-                    ) from None
-        raise
+                        f"line {lines.line_num}: want {len(header)} fields, as in the header; got {len(fields)}"
+                    )
+                row = once(list(zip(header, fields, strict=True)))
+                yield json.dumps(row).encode(), header
+        except csv.Error as error:
+            raise ValueError(f"line {lines.line_num}: {error}") from error
+
+
+def parse(text: str) -> Any:
+    """What JSON text stands for; ValueError if Python cannot hold all of it."""
+    try:
+        value = json.loads(text, object_pairs_hook=once, parse_float=finite)
+        too_deep = text.count("[") + text.count("{") > DEEPEST and depth(value) > DEEPEST
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise ValueError(f"want objects and lists at most {DEEPEST} deep in each other; got more")
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # else text that is UTF-8 stays so
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"\\u{ord(error.object[error.start]):04x} is half a character") from error
+    return value
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"'{name}' stands twice in a row or object")
+    return value
+
+
+def finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]} is too large for a float")
+    return value
+
+
+def depth(value: Any) -> int:
+    level, count = [value], 0
+    while level:
+        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
+        level = [part for part in level if isinstance(part, dict | list)]
+        count += 1
+    return count
 
 
 def check_prompts(rows: Any) -> None:
     if "prompt" not in rows.column_names:
         raise ValueError(f"no column 'prompt'; its columns are {', '.join(rows.column_names)}")
-    for number, prompt in enumerate(rows["prompt"]):
+    prompts = rows["prompt"]
+    for number, prompt in enumerate(prompts):
         if not is_prompt(prompt):
             raise ValueError(f"row {number}: want text, or messages with role and content, as prompt; got {prompt!r}")
+        if type(prompt) is not type(prompts[0]):
+            raise ValueError(f"row {number}: want {kind(prompts[0])} as prompt, as in the rows before; got {prompt!r}")
 
 
 def is_prompt(prompt: Any) -> bool:

@@ -248,6 +248,74 @@ def test_rows_keep_columns_and_text_as_they_are(workplace):
     assert loaded["prompt"] == ["a", text] and loaded["answer"] == [None, 1]
 
 
+AS_WRITTEN = {
+    "objects of other keys": '{"x": {"a": 1}}\n{"x": {"b": "2", "c": []}}\n{"x": {}}\n',
+    "kinds": '{"x": 1}\n{"x": "1"}\n{"x": 1.0}\n{"x": true}\n{"x": null}\n{"x": [1, "a", {"b": null}]}\n',
+    "large": '{"x": 18446744073709551616}\n{"x": -9007199254740993}\n{"x": 1e-300}\n{"x": [1, 1e22]}\n',
+    "dates": '{"x": "2024-01-31"}\n{"x": "2024-01-31T00:00:00Z"}\n{"x": "12:30"}\n',
+    "literals": '{"x": Infinity, "y": -0.0}\n{"x": -Infinity, "y": "NaN"}\n',
+    "tools": '{"x": [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"arguments": {"b": "2"}}}]}\n',
+    "deep": '{"x": ' + "[" * 98 + "]" * 98 + "}\n",
+    "text": '{"x": "caf\u00e9 \\u00e9 \\ud83d\\ude00 \\u0000"}\n{"": "no name"}\n',
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize("name", AS_WRITTEN)
+def test_json_rows_are_as_they_are_written(workplace, name, suffix):
+    lines = AS_WRITTEN[name].splitlines()
+    text = AS_WRITTEN[name] if suffix == "jsonl" else f"[{','.join(lines)}]"
+    Path(f"x.{suffix}").write_text(text, encoding="utf-8")
+    rows, expected = cli_data.load_split(f"x.{suffix}", None, "train"), [json.loads(line) for line in lines]
+    columns = dict.fromkeys(column for row in expected for column in row)
+    assert repr(list(rows)) == repr([dict.fromkeys(columns) | row for row in expected])
+    assert rows.column_names == list(columns)
+
+
+def test_what_is_done_to_a_row_stays_with_it(workplace):
+    Path("x.jsonl").write_text('{"x": [1]}\n')
+    rows = cli_data.load_split("x.jsonl", None, "train")
+    rows[0]["x"].append(2)
+    assert rows[0] == {"x": [1]}
+
+
+def test_csv_is_text(workplace):
+    fields = [
+        "007",
+        "1.0",
+        "1e5",
+        "NA",
+        "null",
+        "true",
+        "2024-1-31",
+        "",
+        " a ",
+        'a "b", c',
+        "two\r\nlines",
+        "x" * 200_000,
+    ]
+    quoted = ['"' + field.replace('"', '""') + '"' if set(field) & set('",\r\n') else field for field in fields]
+    Path("x.csv").write_bytes("".join(f"{field},{i}\r\n" for i, field in enumerate(["x", *quoted])).encode())
+    rows = cli_data.load_split("x.csv", None, "train")
+    assert list(rows) == [{"x": field, "0": str(i)} for i, field in enumerate(fields, 1)]
+
+
+@pytest.mark.parametrize("name, text", [("x.jsonl", '\r\n{"x": "a"}\r\n \n{"x": "b"}'), ("x.csv", "\r\nx\r\na\r\n\nb")])
+def test_marks_and_empty_lines_are_no_data(workplace, name, text):
+    Path(name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(cli_data.load_split(name, None, "train")) == [{"x": "a"}, {"x": "b"}]
+
+
+def test_rewards_get_what_is_in_the_file(run, workplace):
+    (workplace / "x.jsonl").write_text(
+        '{"prompt": "ab", "x": {"a": 1}}\n{"prompt": "cd", "x": [18446744073709551616]}\n'
+    )
+    with (workplace / "graders.py").open("a") as module:
+        module.write("seen = []\ndef look(x, **columns):\n    seen.extend(x)\n    return [0.0] * len(x)\n")
+    assert run("grpo", dataset="x.jsonl", reward="graders:look", reward_workers="0") == 0
+    assert sorted(map(repr, sys.modules["graders"].seen)) == ["[18446744073709551616]"] * 2 + ["{'a': 1}"] * 2
+
+
 # Bad values. Each: what stands instead of the sound options, files to write first, and what the line must contain.
 
 OF_EVERY_COMMAND = {
@@ -322,9 +390,32 @@ OF_A_COMMAND = [
     (
         "grpo",
         {"dataset": "x.jsonl"},
-        {"x.jsonl": '{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "x"}\n'},
-        ["row 1", "'n'", "text", "a number"],
+        {"x.jsonl": '{"prompt": "a"}\n\n{"prompt": [{"role": "user", "content": "b"}]}\n'},
+        ["row 1", "text", "as in the rows before"],
     ),
+    ("sft", {"dataset": ""}, {}, ["--dataset : want a .jsonl", "got ''"]),
+    ("sft", {"dataset": "x" * 300}, {}, ["--dataset xxx", "File name too long"]),
+    *[
+        ("sft", {"dataset": f"x{suffix}"}, {f"x{suffix}": text}, [f"--dataset x{suffix}: ", *expected])
+        for suffix, text, *expected in (
+            (".jsonl", '{"a": 1}\n\n{"a": 1, "a": 2}', "line 3: 'a' stands twice"),
+            (".jsonl", '{"a": {"b": 1, "b": 2}}', "line 1: 'b' stands twice"),
+            (".jsonl", '{"a": 1e999}', "line 1: the number 1e999 is too large"),
+            (".jsonl", '{"a": ' + "1" * 5000 + "}", "line 1: ", "4300 digits"),
+            (".jsonl", '{"a": ' + "[" * 900 + "]" * 900 + "}", "line 1: want objects and lists at most 100 deep"),
+            (".jsonl", "[" * 100_000, "line 1: want objects and lists at most 100 deep"),
+            (".jsonl", '{"a": "\\uD800"}', "line 1: \\ud800 is half a character"),
+            (".jsonl", "{}\nnull", "line 2: want an object; got null"),
+            (".json", '[{"a": ' + "[" * 900 + "]" * 900 + "}]", "at most 100 deep"),
+            (".json", "", "Expecting value: line 1 column 1"),
+            (".json", "[{}, 3]", "row 1: want an object; got a number"),
+            (".csv", "a,a\n1,2\n", "'a' stands twice"),
+            (".csv", 'a,b\n1,"2\n', "line 2: unexpected end of data"),
+            (".csv", "a,b\n1\n", "line 2: want 2 fields, as in the header; got 1"),
+            (".csv", "", "no rows"),
+            (".csv", "a,b\n", "no rows"),
+        )
+    ],
     ("grpo", {"dataset": "x.jsonl"}, {"x.jsonl": ""}, ["x.jsonl", "no rows"]),
     ("grpo", {"dataset": "x.json"}, {"x.json": '[{"prompt": "ab"},\n{"prompt" "cd"}]'}, ["x.json", "line 2"]),
     ("grpo", {"dataset": "x.json"}, {"x.json": '{"prompt": "ab"}'}, ["x.json", "a list of objects", "an object"]),

@@ -12,9 +12,11 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import generate_random_fingerprint
 from torch.utils import data
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -63,6 +65,7 @@ def prepare(
             if not isinstance(row, Mapping):
                 raise ValueError(f"a row must be a dict of columns; got {type(row).__name__}")
             sequences = tokenize(row) or ()
+            kept = {column: _number(column, row.get(column)) for column in keep}
         except Exception as error:  # chat templates raise what they like
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{name}, row {index}: {kind}{error}") from error
@@ -70,7 +73,7 @@ def prepare(
             "_row_id": index,
             "sequences": [vars(sequence) for sequence in sequences],
             "num_tokens": sum(map(len, sequences)),
-            **{column: row.get(column) for column in keep},
+            **kept,
         }
 
     features = Features(
@@ -81,18 +84,22 @@ def prepare(
     )
     # A transform of the user's would go on to change what is found.
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
-        rows = dataset.with_format(None).map(
-            read,
-            with_indices=True,
-            remove_columns=dataset.column_names,
-            features=features,
-            num_proc=num_proc,
-            # The cache knows a function by its name: it would give what an older version of this module found.
-            load_from_cache_file=False,
-            desc=f"Tokenizing {name}",
-        )
+        rows, function, fingerprint = dataset.with_format(None), read, None
     else:
-        rows = Dataset.from_list([read(dataset[index], index) for index in range(len(dataset))], features=features)
+        rows = Dataset.from_dict({"_row_id": range(len(dataset))})
+        function = partial(_read_at, read, dataset)
+        fingerprint = generate_random_fingerprint()  # else all of the dataset would be hashed for it
+    rows = rows.map(
+        function,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=features,
+        num_proc=num_proc,
+        # The cache knows a function by its name: it would give what an older version of this module found.
+        load_from_cache_file=False,
+        new_fingerprint=fingerprint,
+        desc=f"Tokenizing {name}",
+    )
     kept = [index for index, count in enumerate(rows["num_tokens"]) if count]
     if not kept:
         raise ValueError(f"{name}: none of its {len(rows)} rows has a token to learn from that max_length leaves")
@@ -100,6 +107,20 @@ def prepare(
         return rows
     logger.warning(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows are left out, with no token to learn from")
     return rows.select(kept)
+
+
+def _read_at(read: Callable[[Row, int], Row], dataset: Any, row: Row, index: int) -> Row:
+    return read(dataset[index], index)
+
+
+def _number(column: str, value: Any) -> Any:
+    """As it is; text, as CSV holds numbers, as the number that it stands for, and empty text as none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value) if value else None
+    except ValueError as error:
+        raise ValueError(f"{column} must be a number; got {_short(value)}") from error
 
 
 def sequences_of(row: Row) -> list[Sequence]:

@@ -1,5 +1,6 @@
 """Rows of each format to token ids and labels: those of TRL, and what is left out or refused."""
 
+import os
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from rlkernels.trainers.data import preference_pair, prepare, reward_pair, sequences_of, supervised
+from rlkernels.trainers.packing import Sequence
 
 GENERATION = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'a:' }}{% generation %}{{ m['content'] + '.' }}"
@@ -166,6 +168,29 @@ def test_prepare(kind, tokenizer):
     assert "other" not in prepared.column_names
     assert sequences_of(prepared[0]) == preference_pair(tokenizer, rows[1])
     assert prepare("train_dataset", prepared, tokenize) is prepared
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_several_processes_prepare(kind, tokenizer):
+    rows, pids = [{"text": letter} for letter in "abc"], set()
+
+    def tokenize(row):
+        return [Sequence([os.getpid(), ord(row["text"])], [0, 0])]
+
+    prepared = prepare("train_dataset", kind(rows), tokenize, num_proc=2)
+    for row in prepared:
+        (sequence,) = sequences_of(row)
+        pids.add(sequence.input_ids[0])
+        assert sequence.input_ids[1] == ord("abc"[row["_row_id"]])
+    assert prepared["_row_id"] == [0, 1, 2] and len(pids) == 2 and os.getpid() not in pids
+
+
+def test_numbers_of_csv_are_text(tokenizer):
+    rows = [{"chosen": "ab", "rejected": "ac", "margin": margin} for margin in ("0.5", "-1e-3", "")]
+    tokenize = partial(reward_pair, tokenizer)
+    assert prepare("train_dataset", rows, tokenize, keep=("margin",))["margin"] == [0.5, -1e-3, None]
+    with pytest.raises(ValueError, match=r"^train_dataset, row 3: margin must be a number; got 'much'$"):
+        prepare("train_dataset", [*rows, {**rows[0], "margin": "much"}], tokenize, keep=("margin",))
 
 
 def test_a_column_of_the_same_name(tokenizer):
