@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -63,12 +65,63 @@ def model_folder(path: str) -> Path:
 
 
 def load_model(
-    path: str, kwargs: Any = None, auto_class: Any = AutoModelForCausalLM, **defaults: Any
+    path: str,
+    args: BaseConfig,
+    auto_class: Any = AutoModelForCausalLM,
+    *,
+    name: str = "model",
+    new: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
-    """A model from a folder, or by name from the local Hugging Face cache; float32 unless asked."""
-    model_folder(path)  # there is one
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True} | defaults | (kwargs or {})
-    return auto_class.from_pretrained(path, **options)
+    """A model from a folder, or by name from the local Hugging Face cache; float32 unless asked.
+
+    Args:
+        name: what it is to the trainer.
+        new: a part that starts anew where the files have none, such as a score head.
+        **options: of `from_pretrained`, before `args.model_init_kwargs`.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it cannot be loaded, needs code of its own that `args.trust_remote_code` does not allow, or its
+            files lack weights, have others than the model, or others' shapes: these would be random, or not used.
+    """
+    kwargs: Any = args.model_init_kwargs or {}
+    folder, given = model_folder(path), {**flash_attention(args), **options, **kwargs}
+    # By themselves other shapes are an error that does not name them.
+    settings = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, "ignore_mismatched_sizes": True}
+    try:
+        if auto_class is AutoModelForCausalLM and (folder / "generation_config.json").exists():
+            _check_generation_config(folder)
+        settings |= {**given, "local_files_only": True, "output_loading_info": True}
+        model, report = auto_class.from_pretrained(path, **settings)
+    except Exception as error:  # transformers, its formats and its models raise what they like
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "its pickle holds more than tensors, and could run code; safetensors hold tensors alone"
+        raise ValueError(f"{name}: '{path}' cannot be loaded: {reason}") from error
+    lacks = {key for key in report["missing_keys"] if new is None or not key.startswith(f"{new}.")}
+    others = set(report["unexpected_keys"])
+    if auto_class is AutoModelForSequenceClassification:  # the head of a language model that it is made of is not used
+        others = {key for key in others if key.startswith(f"{model.base_model_prefix}.")}
+    shapes = {key for key, *_ in report["mismatched_keys"] if "ignore_mismatched_sizes" not in given}
+    told = [
+        f"it {verb} {', '.join(sorted(keys)[:3])}" + f" and {len(keys) - 3} more" * (len(keys) > 3)
+        for verb, keys in (("lacks", lacks), ("has, unknown to its config,", others), ("has in another shape", shapes))
+        if keys
+    ]
+    if told:
+        kind = "language model" if auto_class is AutoModelForCausalLM else "classifier"
+        raise ValueError(f"{name}: '{path}' is no trained {kind}; {'; '.join(told)}")
+    return model
+
+
+def _check_generation_config(folder: Path) -> None:
+    """One that cannot be read would be taken for none, without a word."""
+    config = GenerationConfig.from_pretrained(folder)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        if value is not None and not all(type(each) is int for each in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"generation_config.json: {name} must be a token's number, or several; got {value!r}")
 
 
 def flash_attention(args: BaseConfig) -> dict[str, str]:
@@ -86,10 +139,8 @@ def load_classifier(
 ) -> PreTrainedModel:
     """A sequence classifier with one label, from a folder, by name or as it is; `trained`: no part of it is new."""
     if isinstance(model, str):
-        path, options = model, {"num_labels": 1, "output_loading_info": True, **flash_attention(args)}
-        model, report = load_model(path, args.model_init_kwargs, AutoModelForSequenceClassification, **options)
-        if trained and report["missing_keys"]:
-            raise ValueError(f"{name}: '{path}' is no trained classifier; it lacks {', '.join(report['missing_keys'])}")
+        new = None if trained else "score"
+        model = load_model(model, args, AutoModelForSequenceClassification, name=name, new=new, num_labels=1)
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
     if num_labels != 1 or not hasattr(model, "score"):
         raise ValueError(
@@ -99,15 +150,17 @@ def load_classifier(
     return model
 
 
-def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: PreTrainedModel, args: BaseConfig, name: str = "processing_class") -> PreTrainedTokenizerBase:
     path = model.config._name_or_path
     if not path:
-        raise ValueError("processing_class: a model given in memory needs its tokenizer; got None")
+        raise ValueError(f"{name}: a model given in memory needs its tokenizer; got None")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"processing_class: no tokenizer could be loaded from '{path}': {reason}") from error
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # tokenizers raises what it likes
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{name}: no tokenizer could be loaded from '{path}': {type(error).__name__}: {reason}"
+        ) from error
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -277,7 +330,7 @@ class BaseTrainer(SavingTrainer):
         if peft_config is not None and hasattr(model, "peft_config"):
             raise ValueError("peft_config must be None where the model has adapters already; got both")
         model = self.load(model, args)
-        tokenizer = processing_class or load_tokenizer(model)
+        tokenizer = processing_class or load_tokenizer(model, args)
         self.has_own_reference = needs_reference and (ref_model is not None or peft_config is None)
         reference = None
         if self.has_own_reference:
@@ -327,7 +380,7 @@ class BaseTrainer(SavingTrainer):
 
     def load(self, model: str | PreTrainedModel, args: BaseConfig) -> PreTrainedModel:
         if isinstance(model, str):
-            return load_model(model, args.model_init_kwargs, self.auto_class, **flash_attention(args))
+            return load_model(model, args, self.auto_class)
         return model
 
     def trained(self, model: nn.Module) -> nn.Module:
@@ -563,5 +616,7 @@ class BaseTrainer(SavingTrainer):
         folder = None if checkpoint is None else Path(checkpoint) / "reference"
         if folder is not None and folder.is_dir() and self.keeps_reference:
             reference: Any = self.accelerator.unwrap_model(self.reference_model)
-            saved = self.auto_class.from_pretrained(folder, dtype=reference.dtype)
+            saved = self.auto_class.from_pretrained(
+                folder, dtype=reference.dtype, trust_remote_code=self.args.trust_remote_code
+            )
             load_whole_state_dict(reference, saved.state_dict())

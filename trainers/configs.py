@@ -77,6 +77,10 @@ class BaseConfig(TrainingArguments):
         default=None,
         metadata={"help": "Keyword arguments of `from_pretrained`, as JSON, when the model is given as a path."},
     )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the Python code that models and tokenizers bring along; they are refused without."},
+    )
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Keep only the columns that the trainer itself reads: reward functions then see no other."},

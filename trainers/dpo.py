@@ -85,7 +85,9 @@ class DPOTrainer(BaseTrainer):
         model = self.load(model, args)
         self.prepared = partial(
             prepare,
-            tokenize=partial(preference_pair, processing_class or load_tokenizer(model), max_length=args.max_length),
+            tokenize=partial(
+                preference_pair, processing_class or load_tokenizer(model, args), max_length=args.max_length
+            ),
             columns=("chosen", "rejected"),
             num_proc=args.dataset_num_proc,
         )

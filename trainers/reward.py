@@ -17,7 +17,7 @@ from transformers import (
 
 import rlkernels
 
-from .common import BaseTrainer, disable_dropout, each_part, flash_attention, load_model, load_tokenizer
+from .common import BaseTrainer, disable_dropout, each_part, load_model, load_tokenizer
 from .configs import BaseConfig, RewardConfig
 from .data import prepare, reward_pair, sequences_of
 from .packing import fill
@@ -69,7 +69,7 @@ class RewardTrainer(BaseTrainer):
         model = self.load(model, args)
         self.prepared = partial(
             prepare,
-            tokenize=partial(reward_pair, processing_class or load_tokenizer(model), max_length=args.max_length),
+            tokenize=partial(reward_pair, processing_class or load_tokenizer(model, args), max_length=args.max_length),
             columns=("chosen", "rejected"),
             keep=("margin",),
             num_proc=args.dataset_num_proc,
@@ -93,8 +93,7 @@ class RewardTrainer(BaseTrainer):
     def load(self, model: str | PreTrainedModel, args: BaseConfig) -> PreTrainedModel:
         if isinstance(model, str):
             set_seed(args.seed)
-            options = flash_attention(args)
-            model = load_model(model, args.model_init_kwargs, self.auto_class, num_labels=1, **options)
+            model = load_model(model, args, self.auto_class, new="score", num_labels=1)
         score_head(model)
         if model.config.num_labels != 1:
             raise ValueError(f"model must have one label, num_labels=1; got {model.config.num_labels}")

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from . import scoring
+from .common import load_tokenizer, model_folder
 from .configs import OnlineConfig
 from .packing import Sequence, fill_by_length, lay_out, prepare_packing
 from .rollout import encode, is_chat
@@ -26,7 +27,7 @@ class RewardModel:
     def prepare(self, accelerator: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """Before the first call: on what it runs, and the policy's tokenizer."""
         self.accelerator, self.tokenizer = accelerator, tokenizer
-        own = _tokenizer(self.path)
+        own = _tokenizer(self.model, self.args)
         self.own_tokenizer = None if own is None or own.get_vocab() == tokenizer.get_vocab() else own
         self.model.to(accelerator.device).eval()
         if self.model.config.pad_token_id is None:
@@ -61,8 +62,11 @@ class RewardModel:
         return [[*row, end] if add and row[-1] != end else row for row, add in zip(rows, ended, strict=True)]
 
 
-def _tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+def _tokenizer(model: Any, args: OnlineConfig) -> PreTrainedTokenizerBase | None:
+    """None if it has none. One that cannot be loaded is an error: the policy's tokens would mean something else."""
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True) if path else None
-    except (OSError, ValueError):
+        folder = model_folder(model.config._name_or_path or ".")
+    except FileNotFoundError:
         return None
+    has_one = any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model"))
+    return load_tokenizer(model, args, "reward_funcs") if has_one else None

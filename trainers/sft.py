@@ -59,7 +59,7 @@ class SFTTrainer(BaseTrainer):
         model = self.load(model, args)
         tokenize = partial(
             supervised,
-            processing_class or load_tokenizer(model),
+            processing_class or load_tokenizer(model, args),
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             completion_only_loss=args.completion_only_loss,
