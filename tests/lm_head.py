@@ -61,6 +61,17 @@ def random_problem(
     return problem.to(device, dtype), token_ids.to(device)
 
 
+def rows_under_a_cap(rows: int, vocab_size: int, softcap: float, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits from a twentieth of a softcap to all of it, and token ids, some of them of the largest: what a low
+    temperature makes of the rounding of each shows in rows where one token has all, and where two are nearly equal."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = softcap * torch.tensor([0.05, 0.1, 0.3, 1.0]).repeat(rows // 4).unsqueeze(-1)
+    logits = spread * torch.randn(rows, vocab_size, generator=generator)
+    token_ids = torch.randint(vocab_size, (rows,), generator=generator)
+    token_ids[::3] = logits[::3].argmax(-1)
+    return logits, token_ids
+
+
 def eager_logits(hidden, weight, token_ids, bias, adapter, scale):
     """As a model computes them: in the dtype of the hidden state, then in float32."""
     ignored = (token_ids == IGNORE).unsqueeze(-1)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import ALSO_EMULATED, COMPILERS, THOROUGH_EMULATED, thorough, thorough_emulated
+from lm_head import rows_under_a_cap
 from op_calls import OpCalls
 from rlkernels import linear_kl_divergence
 from rlkernels.ops.kl_divergence import divergence_and_centre
@@ -197,6 +198,15 @@ def test_every_pair_of_rows(backend, device, emulated, quick, kind, dtype, wide)
                 continue
             student, teacher = (rows.to(device, dtype) for rows in random_pairs(whats, vocab_size, seed=1))
             assert_rows_match(backend, student, teacher, options_of(kind))
+
+
+@kernels_only
+@ALSO_EMULATED
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.01, thorough_emulated(0.05)])
+def test_softcap_at_a_low_temperature(backend, device, emulated, temperature, kind):
+    student, teacher = (rows_under_a_cap(40 if emulated else 600, 37, 50.0, seed=s)[0].to(device) for s in (0, 1))
+    assert_rows_match(backend, student, teacher, options_of(kind, 0.5, temperature, 3 * temperature, 50.0, 50.0))
 
 
 @kernels_only

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlkernels
-from cases import ALSO_EMULATED, COMPILERS, THOROUGH_EMULATED, thorough
-from lm_head import IGNORE, NAN, eager, random_problem
+from cases import ALSO_EMULATED, COMPILERS, THOROUGH_EMULATED, thorough, thorough_emulated
+from lm_head import IGNORE, NAN, Problem, eager, random_problem, rows_under_a_cap
 from op_calls import OpCalls
 from peak_memory import peak_memory
 from rlkernels import linear_token_logprobs, token_logprobs
@@ -134,6 +134,21 @@ def test_matches_reference(
     for name in ("logprobs", "entropy", "hidden", "adapter"):
         if name in got:
             assert not got[name][token_ids == IGNORE].any(), name
+
+
+@ALSO_EMULATED
+@pytest.mark.parametrize("temperature", [0.01, thorough_emulated(0.05)])
+def test_softcap_at_a_low_temperature(backend, device, temperature):
+    """Of logits that no product has rounded: the hidden states are the identity."""
+    rows, token_ids = rows_under_a_cap(80, 37, 50.0)
+    problem = Problem(torch.eye(80), rows.T.contiguous(), None, None, None).to(device)
+    token_ids = token_ids.to(device)
+    head = dict(tile=(16, 64))
+    options = dict(head=head, temperature=temperature, softcap=50.0)
+    got = assert_matches_reference(
+        ours, eager, problem, token_ids, upstream_for(token_ids), FROZEN["hidden"], **options
+    )
+    assert not (got["entropy"] < 0).any()
 
 
 @pytest.mark.thorough_on("reference", "triton")

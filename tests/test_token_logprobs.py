@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import rlkernels
 from cases import COMPILERS, THOROUGH_EMULATED, thorough_emulated
+from lm_head import rows_under_a_cap
 from op_calls import check_ops
 from rlkernels import token_logprobs
 from tolerance import assert_as_accurate_as_torch, ulp
@@ -296,6 +297,19 @@ def test_vocabulary_masked_by_the_lowest_number(backend, device, dtype):
     values = token_logprobs(logits, token_ids, return_entropy=True)
     for value, wanted in zip(values, token_logprobs(logits[:, :50], token_ids, return_entropy=True), strict=True):
         torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab_size", [37, thorough_emulated(131)])
+@pytest.mark.parametrize("temperature", [0.01, thorough_emulated(0.05)])
+@pytest.mark.parametrize("softcap", [2.0, 30.0, 50.0])
+def test_softcap_at_a_low_temperature(backend, device, emulated, quick, softcap, temperature, vocab_size, dtype):
+    """The rounding of softcap * tanh is divided by the temperature: it must be the same wherever a logit is read, for
+    the largest less itself to be 0."""
+    rows, token_ids = rows_under_a_cap(600 if not emulated else 60 if quick else 240, vocab_size, softcap)
+    rows, token_ids = rows.to(device, dtype), token_ids.to(device)
+    options = dict(temperature=temperature, softcap=softcap)
+    assert_matches_reference(rows, unchanged, token_ids, upstream_for(token_ids), **options)
 
 
 def test_never_above_zero(backend, device):

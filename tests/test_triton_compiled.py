@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -436,6 +437,15 @@ def test_no_spills_and_16_byte_loads(case, target, compile_launches):
                 assert all(WIDE_STORE.fullmatch(store) for store in STORE.findall(loop)), name
             else:
                 assert len(WIDE_LOAD.findall(assembly.text)) >= wanted, name
+
+
+@pytest.mark.parametrize("case", ["token_logprobs bfloat16 softcap entropy", "kl_divergence forward bfloat16 softcap"])
+def test_capped_logits_are_rounded_before_they_are_subtracted(case, compile_launches):
+    """softcap * tanh stands in a multiply-add with 0, not with the largest logit."""
+    launch, _ = CASES[case]
+    for name, kernels in compile_launches(TARGETS["sm_90"], launch).items():
+        for kernel in kernels:
+            assert re.search(r"\bFFMA [^;]*, RZ\b", disassemble(kernel).text), name
 
 
 def test_the_quick_cases_exist():

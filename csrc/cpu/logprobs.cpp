@@ -30,9 +30,9 @@ T from_float(float x) {
   return element;
 }
 
-template <typename F>
-F capped(F x, const TokenLogprobs& problem) {
-  return scaled_logit(x, F(problem.softcap), F(1.0f), problem.softcap > 0);
+// By the arithmetic of vectors, so that the logits that loops subtract this from are equal where they are the same.
+float capped(float x, const TokenLogprobs& problem) {
+  return first(scaled_logit(Vec(x), Vec(problem.softcap), Vec(1.0f), problem.softcap > 0));
 }
 
 // What a row's gradient needs beside its logits: log p = (x - origin) / temperature - log_sum, of the capped x. Both

@@ -97,6 +97,11 @@ inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 inline Vec from_bits(Ints bits) { return std::bit_cast<Floats>(bits); }
 inline Ints to_bits(Vec x) { return std::bit_cast<Ints>(x.lanes); }
 inline Vec abs(Vec x) { return from_bits(to_bits(x) & 0x7fffffff); }
+inline Vec product(Vec a, Vec b) {
+  Floats value = a.lanes * b.lanes;
+  RLK_ROUNDED(value);
+  return value;
+}
 
 // Sums of many floats, kept in double.
 struct Sum {
@@ -389,14 +394,16 @@ inline Vec log(Vec x) {
 inline Vec tanh(Vec x) {
   const Vec magnitude = abs(x), square = x * x;
   const Vec large = Vec(1.0f) - Vec(2.0f) / (exp(magnitude + magnitude) + Vec(1.0f));
-  // Below 0.625 that would cancel. Minimax polynomial for (tanh(x) - x) / x^3.
-  Vec q = Vec(-0x1.75623cp-8f);
-  q = q * square + Vec(0x1.520b2cp-6f);
-  q = q * square + Vec(-0x1.b83854p-5f);
-  q = q * square + Vec(0x1.11070ap-3f);
-  q = q * square + Vec(-0x1.555532p-2f);
-  const Vec small = q * square * magnitude + magnitude;
-  const Vec value = select(magnitude < Vec(0.625f), small, large);
+  // Below 1 that would lose digits. Minimax polynomial for (tanh(x) - x) / x^3.
+  Vec q = Vec(-0x1.7807f8p-12f);
+  q = q * square + Vec(0x1.2db7f2p-9f);
+  q = q * square + Vec(-0x1.046760p-7f);
+  q = q * square + Vec(0x1.600bd8p-6f);
+  q = q * square + Vec(-0x1.b96288p-5f);
+  q = q * square + Vec(0x1.110be6p-3f);
+  q = q * square + Vec(-0x1.55553cp-2f);
+  const Vec small = q * (square * magnitude) + magnitude;
+  const Vec value = select(magnitude < Vec(1.0f), small, large);
   return from_bits(to_bits(value) | (to_bits(x) & std::numeric_limits<int32_t>::min()));
 }
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rlkernels.triton._config import num_warps, threads
 from rlkernels.triton._launch import implements, multiple_of_16
-from rlkernels.triton._math import expm1, expm1_minus_x, log1p, tanh, tanh_derivative
+from rlkernels.triton._math import expm1, expm1_minus_x, log1p, soft_cap, tanh_derivative
 
 FORWARD = tl.constexpr(0)
 REVERSE = tl.constexpr(1)
@@ -110,14 +110,6 @@ def _gradient(log_student, log_teacher, d, centre, beta, one_minus_beta, KIND: t
         return tl.where(student == 0.0, 0.0, one_minus_beta * student * (over_student - centre))
 
 
-@triton.jit
-def _below(x, largest, softcap, SOFTCAP: tl.constexpr):
-    if SOFTCAP:
-        return softcap * tanh(x / softcap) - largest
-    else:
-        return x - largest
-
-
 @triton.jit(do_not_specialize=_DO_NOT_SPECIALIZE)
 def _part_kernel(
     student,
@@ -165,8 +157,8 @@ def _part_kernel(
         inside = first + columns < end
         x = tl.load(start + first + columns, mask=inside, other=0.0).to(tl.float32)
         teacher_x = tl.load(teacher_start + first + columns, mask=inside, other=0.0).to(tl.float32)
-        s = _below(x, largest, softcap, SOFTCAP)
-        t = _below(teacher_x, teacher_largest, teacher_softcap, TEACHER_SOFTCAP)
+        s = soft_cap(x, softcap, SOFTCAP) - largest
+        t = soft_cap(teacher_x, teacher_softcap, TEACHER_SOFTCAP) - teacher_largest
         # Not the difference of two logarithms, each of which is rounded.
         d = (t * ratio - s) * inverse - (teacher_log_sum - log_sum)
         log_student = s * inverse - log_sum
@@ -233,8 +225,8 @@ def _part_backward_kernel(
         inside = first + columns < end
         x = tl.load(start + first + columns, mask=first + columns < read, other=0.0).to(tl.float32)
         teacher_x = tl.load(teacher_start + first + columns, mask=first + columns < read, other=0.0).to(tl.float32)
-        s = _below(x, largest, softcap, SOFTCAP)
-        t = _below(teacher_x, teacher_largest, teacher_softcap, TEACHER_SOFTCAP)
+        s = soft_cap(x, softcap, SOFTCAP) - largest
+        t = soft_cap(teacher_x, teacher_softcap, TEACHER_SOFTCAP) - teacher_largest
         d = (t * ratio - s) * inverse - (teacher_log_sum - log_sum)
         log_student = s * inverse - log_sum
         log_teacher = t * teacher_inverse - teacher_log_sum

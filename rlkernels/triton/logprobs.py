@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rlkernels.triton._config import num_warps, threads
 from rlkernels.triton._launch import implements
-from rlkernels.triton._math import LN2, LOG2E, expm1, softplus, tanh, tanh_derivative
+from rlkernels.triton._math import LN2, LOG2E, expm1, soft_cap, softplus, tanh_derivative
 
 # Below the lowest logarithm of a positive float, and finite, so that its product with a weight of 0 is 0.
 LOWEST = tl.constexpr(-1e30)
@@ -30,14 +30,6 @@ _DO_NOT_SPECIALIZE = [
     "vocab_size",
     "ignore_index",
 ]
-
-
-@triton.jit
-def _soft_cap(x, softcap, SOFTCAP: tl.constexpr):
-    if SOFTCAP:
-        return softcap * tanh(x / softcap)
-    else:
-        return x
 
 
 @triton.jit
@@ -97,7 +89,7 @@ def _forward_kernel(
     # y are logits after the softcap. They are divided by the temperature after the max is subtracted: the difference of
     # two logits is exact where their quotients would be rounded.
     scale = LOG2E / temperature
-    target = _soft_cap(tl.load(start + token, mask=token >= 0, other=0.0).to(tl.float32), softcap, SOFTCAP)
+    target = soft_cap(tl.load(start + token, mask=token >= 0, other=0.0).to(tl.float32), softcap, SOFTCAP)
     # Each column of a tile has its own running max, sum of exp2 and sum of exp2 * (y - max), and stays within a thread.
     top = tl.full((COLUMNS,), float("-inf"), tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -108,7 +100,7 @@ def _forward_kernel(
         inside = first + tile < end
         y = tl.load(start + first + tile, mask=inside, other=float("-inf")).to(tl.float32)
         if SOFTCAP:
-            y = tl.where(inside, _soft_cap(y, softcap, SOFTCAP), float("-inf"))
+            y = tl.where(inside, soft_cap(y, softcap, SOFTCAP), float("-inf"))
         # The target is kept out of the sums: for a confident token, z_t - logsumexp(z) would round to 0.
         if (token >= first) & (token < first + ROWS * COLUMNS):
             y = tl.where(first + tile == token, float("-inf"), y)
@@ -225,7 +217,7 @@ def _backward_kernel(
     for first in range(0, end, BLOCK):
         inside = first + columns < end
         x = tl.load(start + first + columns, mask=inside & scored, other=0.0).to(tl.float32)
-        log2_p = (_soft_cap(x, softcap, SOFTCAP) - top) * scale - log2_sum
+        log2_p = (soft_cap(x, softcap, SOFTCAP) - top) * scale - log2_sum
         p = tl.exp2(log2_p)
         if grad_entropy is not None:
             gradient = tl.where(p == 0.0, 0.0, -p * (offset + slope * log2_p))

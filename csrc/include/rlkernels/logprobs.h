@@ -8,7 +8,7 @@ namespace rlk {
 // z = softcap * tanh(x / softcap) / temperature; softcap 0 means none.
 template <class F>
 RLK_HD F scaled_logit(F x, F softcap, F temperature, bool capped) {
-  return (capped ? softcap * tanh(x / softcap) : x) / temperature;
+  return (capped ? product(softcap, tanh(x / softcap)) : x) / temperature;
 }
 
 // dz/dx = (1 - tanh(x / softcap)^2) / temperature

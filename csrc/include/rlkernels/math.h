@@ -23,6 +23,27 @@ RLK_HD float sqrt(float x) { return ::sqrtf(x); }
 RLK_HD float tanh(float x) { return ::tanhf(x); }
 RLK_HD float abs(float x) { return ::fabsf(x); }
 
+// Keeps a CPU's compiler from making one half of a fused multiply-add of `x`.
+#if defined(__x86_64__)
+#define RLK_ROUNDED(x) asm("" : "+v"(x))
+#elif defined(__aarch64__)
+#define RLK_ROUNDED(x) asm("" : "+w"(x))
+#else
+#define RLK_ROUNDED(x) asm("" : "+m"(x))
+#endif
+
+// a * b, rounded, whatever it is added to: where a product is compared with itself, computed elsewhere, as in x - max
+// x, a difference of 0 would else be what one of the two has lost in rounding.
+RLK_HD float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  float value = a * b;
+  RLK_ROUNDED(value);
+  return value;
+#endif
+}
+
 // exp(x) and expm1(x), each as accurate as by itself. On a CPU they share most of the work.
 template <class F>
 struct Exponentials {
