@@ -214,3 +214,44 @@ def test_data_must_not_require_a_gradient(backend, device, name):
                 case(**{key: value.clone().requires_grad_()})
             with torch.no_grad():
                 case(**{key: value.clone().requires_grad_()})
+
+
+def resized(case, lengths):
+    """`case`, of packed sequences, with as many as there are lengths."""
+    tokens = sum(lengths)
+
+    def of_size(key, value):
+        if key == "cu_seqlens":
+            return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        if not torch.is_tensor(value) or key in ("weight", "bias", "adapter_1"):
+            return value
+        count = tokens if len(value) == 6 else len(lengths)
+        return value[torch.arange(count) % len(value)]
+
+    given = {**case.differentiable, **case.data, **case.others}
+    return {key: of_size(key, value) for key, value in given.items()}
+
+
+@pytest.mark.only("cpu")
+@pytest.mark.parametrize("name", ["gae, packed", "linear_policy_loss, packed"])
+def test_compiled_for_any_number_of_sequences(backend, device, name):
+    """Sizes become symbols at the second call."""
+    case = CASES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda arguments: case(**arguments), backend="eager", fullgraph=True)
+    for lengths in ([2, 4], [2, 1, 5], [2, 7], [5]):
+        arguments = resized(case, lengths)
+        torch.testing.assert_close(compiled(arguments), case(**arguments))
+
+
+@pytest.mark.only("cpu")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_mean_is_compiled_for_any_dimension(backend, device, dynamic):
+    case = CASES["masked_mean, of rows"]
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda dim, x: case(x=x, mask=x > 0, dim=dim), backend="eager", fullgraph=True, dynamic=dynamic
+    )
+    for dim, shape in ((0, (2, 3)), (1, (4, 5)), (-1, (3, 3))):
+        x = torch.randn(shape)
+        torch.testing.assert_close(compiled(dim, x), case(x=x, mask=x > 0, dim=dim))

@@ -37,14 +37,13 @@ def masked_mean(x: Tensor, mask: Tensor | None, *, dim: int | None = None) -> Te
         _checks.integer("dim", dim)
         if not -x.dim() <= dim < x.dim():
             raise ValueError(f"dim must be one of the {x.dim()} dimensions of x; got {dim}")
-        shape = list(x.shape)
-        length = shape.pop(dim)
+        x, mask = x.movedim(dim, -1), None if mask is None else mask.movedim(dim, -1)
+        shape, length = x.shape[:-1], x.shape[-1]
     else:
-        shape, length = [], x.numel()
-    rows = _rows(x, dim, math.prod(shape), length)
-    rows = _checks.working(rows)
+        shape, length = x.shape[:0], x.numel()
+    rows = _checks.working(x.reshape(math.prod(shape), length))
     if mask is not None:
-        mask = _rows(mask, dim, math.prod(shape), length).contiguous()
+        mask = mask.reshape(rows.shape).contiguous()
     backend = _registry.select(rows, "masked_mean")
     if backend == "reference":
         return reference.masked_mean(rows, mask).reshape(shape)
@@ -126,11 +125,6 @@ def masked_whiten(
 def _checked(x: Tensor, mask: Tensor | None) -> Tensor | None:
     _checks.tensor("x", x, _checks.FLOATS)
     return None if mask is None else _checks.mask("mask", mask, "x", x)
-
-
-def _rows(value: Tensor, dim: int | None, rows: int, length: int) -> Tensor:
-    """[rows, length], the dimension that is reduced last."""
-    return (value if dim is None else value.movedim(dim, -1)).reshape(rows, length)
 
 
 def _mean_setup_context(ctx, inputs, output):
