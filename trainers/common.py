@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
 from .configs import BaseConfig
-from .packing import Sequence, lay_out, prepare_packing
+from .packing import Sequence, lay_out, prepare_packing, warn_of_batch_dependence
 from .reporting import CurvesCallback
 from .router_loss import find_router_loss
 from .saving import SavingTrainer
@@ -359,6 +359,8 @@ class BaseTrainer(SavingTrainer):
         self.reference_model = None
         if reference is not None:
             self.reference_model = prepare_frozen(self.accelerator, reference)
+        for each in models:
+            warn_of_batch_dependence(each)
         # Now that they are on their device.
         self.padding_free = args.padding_free and all(prepare_packing(each, args.device) for each in models)
         #: What a mixture of experts adds to its loss; None: it has none, or it is not wanted.

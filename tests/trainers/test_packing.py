@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
+from labelled_models import SIZES
 from rlkernels.trainers import packing, scoring
 from rlkernels.trainers.packing import Sequence, fill, lay_out, shift, split
 
@@ -127,6 +129,92 @@ def test_models_of_learned_positions_are_packed():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32))
     assert packing.prepare_packing(model, CPU)
     torch.testing.assert_close(*(results(model.eval(), free, fused=False)[0] for free in (True, False)))
+
+
+WINDOW = 16
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+INDEX = {"index_n_heads": 16, "index_head_dim": 8, "num_key_value_heads": 4}
+BLOCKS = {"index_block_size": 8, "index_topk_blocks": 1}
+FAMILIES = {
+    # Each with the way in which its sequences are kept apart.
+    "Mistral": ("by sequence", {"sliding_window": WINDOW}),
+    "Gemma3": ("by sequence", {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
+    # The window is in the mask alone; chunks; some tokens of those before; a name of the attention that is looked at.
+    "Phimoe": ("its own", {"sliding_window": WINDOW, **EXPERTS}),
+    "Llama4": ("its own", {"attention_chunk_size": WINDOW, "intermediate_size_mlp": 48, **EXPERTS}),
+    "Doge": ("its own", {"keep_window_size": WINDOW}),
+    "DeepseekV32": ("its own", {"index_topk": WINDOW, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}),
+    "MiniMaxM3VL": (
+        "padded",
+        {"index_block_size": 8, "index_topk_blocks": 1, "layer_types": ["minimax_m3_sparse"] * 2},
+    ),
+    # A mask is stored for max_position_embeddings tokens.
+    "GPTNeo": ("padded", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": WINDOW}),
+}
+
+
+def tiny(family, options):
+    name = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text", "MiniMaxM3VL": "MiniMaxM3VLText"}.get(family, family)
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    sizes = dict(SIZES)
+    if family == "DeepseekV32":
+        sizes = {**sizes, "head_dim": 4, **LATENT, **INDEX, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    if family == "MiniMaxM3VL":
+        sizes = {**sizes, **INDEX, **EXPERTS, "index_n_heads": 4, "rotary_dim": 4}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **options})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for key, parameter in model.named_parameters():
+        if key.endswith(".A"):  # zeros, with which the tokens that Doge keeps are not determined
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_longer_than_windows_and_chunks_are_kept_apart(family):
+    way, options = FAMILIES[family]
+    model = tiny(family, options).train()
+    own, config, random = model.config._attn_implementation, str(model.config.to_dict()), torch.get_rng_state()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    padding_free = packing.prepare_packing(model, CPU)
+    by_sequence = model.config._attn_implementation.startswith("rlkernels")
+    assert way == ("by sequence" if by_sequence else "its own" if padding_free else "padded")
+    assert all(module.training for module in model.modules()) and random.equal(torch.get_rng_state())
+    assert str(model.config.to_dict()) == config
+    assert all(buffer.equal(buffers[name]) for name, buffer in model.named_buffers())
+    generator = torch.Generator().manual_seed(1)
+    # No token twice, as models that keep the best of those before then choose among equals.
+    rows = [(3 + torch.randperm(94, generator=generator)[:n]).tolist() for n in (45, 33, 33, 60)]
+    sequences = [Sequence(row, row) for row in rows]
+    model.eval()
+    with torch.no_grad():
+        together = scoring.token_logprobs(model, lay_out(sequences, CPU, padding_free=padding_free), fused=False)
+        if by_sequence:
+            model.set_attn_implementation(own)
+        for sequence, part in zip(sequences, together.split([len(row) for row in rows]), strict=True):
+            logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0, :-1].log_softmax(-1)
+            alone = logits.gather(1, torch.tensor(sequence.input_ids)[1:, None])[:, 0]
+            torch.testing.assert_close(part[:-1], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_batch_is_told_and_as_it_was(kind, caplog):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = mistral(rope_parameters=rope, max_position_embeddings=24)
+    packing.warn_of_batch_dependence(model)
+    assert f"MistralForCausalLM: its RoPE is '{kind}', which changes for the whole batch" in caplog.text
+    assert "longer than 6 tokens" in caplog.text
+    rotary = model.model.rotary_emb
+    with torch.no_grad():
+        model(torch.arange(5, 20)[None])
+    numbers, frequencies = (rotary.max_seq_len_cached, rotary.attention_scaling), rotary.inv_freq.clone()
+    packing.prepare_packing(model, CPU)
+    assert (rotary.max_seq_len_cached, rotary.attention_scaling) == numbers
+    assert rotary.inv_freq.equal(frequencies)
 
 
 def test_attention_is_not_saved_and_serves_generation(make_model, tmp_path):
