@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
 from .configs import BaseConfig
+from .limits import embedded
 from .packing import Sequence, lay_out, prepare_packing, warn_of_batch_dependence
 from .reporting import CurvesCallback
 from .router_loss import find_router_loss
@@ -373,6 +374,9 @@ class BaseTrainer(SavingTrainer):
                     f"{name}: use_reentrant must be false with a router loss, which would have no gradient; got true. "
                     "router_aux_loss_coef 0 trains without it"
                 )
+        pad = self.processing_class.pad_token_id
+        #: One that every model can read, also where the tokenizer has none, or one that was added to it.
+        self.pad_token_id = 0 if pad is None or pad >= min(map(embedded, models)) else pad
         # A model with adapters is not loaded from a folder as the others are: a resumed run is given it again.
         self.keeps_reference = self.has_own_reference and ref_model is None and not hasattr(reference, "get_base_model")
         self.metrics = Metrics(self.accelerator.device)
@@ -401,9 +405,8 @@ class BaseTrainer(SavingTrainer):
                 yield self.model_wrapped
 
     def lay_out(self, sequences: list[Sequence]) -> dict[str, Any]:
-        pad = self.processing_class.pad_token_id
         return lay_out(
-            sequences, self.accelerator.device, padding_free=self.padding_free, pad_token_id=0 if pad is None else pad
+            sequences, self.accelerator.device, padding_free=self.padding_free, pad_token_id=self.pad_token_id
         )
 
     # Data: a batch of the dataloader is what one optimizer step learns from.

@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .common import check_columns
+from .limits import Limits
 from .packing import IGNORE, Sequence
-from .rollout import is_chat
+from .rollout import encode, is_chat
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +41,7 @@ def prepare(
     *,
     columns: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
+    limits: Limits | None = None,
     num_proc: int | None = None,
 ) -> Dataset:
     """The sequences that `tokenize` gives for each row, in a dataset of the columns
@@ -54,7 +56,7 @@ def prepare(
 
     Raises:
         TypeError, ValueError: naming the dataset, if it is no sequence of rows, or without one of `columns`; and the
-            row, if `tokenize` refuses it; if no row is left.
+            row, if `tokenize` refuses it or it is beyond `limits`, the model's; if no row is left.
     """
     if set(PREPARED).issubset(getattr(dataset, "column_names", None) or ()):
         return dataset
@@ -66,6 +68,9 @@ def prepare(
                 raise ValueError(f"a row must be a dict of columns; got {type(row).__name__}")
             sequences = tokenize(row) or ()
             kept = {column: _number(column, row.get(column)) for column in keep}
+            for sequence in sequences if limits is not None else ():
+                limits.check(sequence.input_ids)
+                limits.check(sequence.labels)
         except Exception as error:  # chat templates raise what they like
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{name}, row {index}: {kind}{error}") from error
@@ -126,6 +131,48 @@ def _number(column: str, value: Any) -> Any:
 def sequences_of(row: Row) -> list[Sequence]:
     """Those of a row that `prepare` made."""
     return [Sequence(**sequence) for sequence in row["sequences"]]
+
+
+def check_rows(name: str, rows: Dataset, limits: Limits) -> None:
+    """Refuses, by a ValueError, a row of `prepare` that is beyond the limits of a further model."""
+    for row in rows:
+        try:
+            for sequence in row["sequences"]:
+                limits.check(sequence["input_ids"])
+                limits.check(sequence["labels"])
+        except ValueError as error:
+            raise ValueError(f"{name}, row {row['_row_id']}: {error}") from None
+
+
+def check_prompts(
+    name: str,
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    completion: int,
+    chat_template_kwargs: Any = None,
+    others: Rows[Callable[[Any], None]] = (),
+) -> None:
+    """Refuses, by a ValueError that names it, a row whose prompt is neither text nor messages, or not what the first
+    row's is; one that with a completion of that many tokens is beyond `limits`; and one that any of `others` refuses.
+    Prompts are encoded only if some could be beyond."""
+    is_plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
+    prompts = dataset.with_format(None)["prompt"] if is_plain else (dataset[i]["prompt"] for i in range(len(dataset)))
+    chat = None
+    for index, prompt in enumerate(prompts):
+        try:
+            if not isinstance(prompt, str) and not _messages("prompt", prompt):
+                raise ValueError("prompt must have messages; got none")
+            chat = is_chat(prompt) if chat is None else chat
+            if is_chat(prompt) != chat:
+                raise ValueError(f"prompt must be {'messages' if chat else 'text'}, as row 0 has; got {_short(prompt)}")
+            if prompt == "" or not limits.fit(tokenizer):
+                limits.check(encode(tokenizer, [prompt], chat_template_kwargs)[0], completion)
+            for check in others:
+                check(prompt)
+        except Exception as error:  # chat templates raise what they like
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{name}, row {index}: {kind}{error}") from error
 
 
 class Packed(data.Dataset):

@@ -18,7 +18,8 @@ import rlkernels
 from . import scoring
 from .common import BaseTrainer, disable_dropout, each_part, load_tokenizer
 from .configs import OVER_THE_BATCH, DPOConfig
-from .data import preference_pair, prepare, sequences_of
+from .data import check_rows, preference_pair, prepare, sequences_of
+from .limits import Limits
 from .packing import IGNORE, fill, prepare_packing, shift
 from .reference_cache import cache_file, hash_model, read, write
 from .sharding import refuse_zero3, reshard
@@ -83,12 +84,16 @@ class DPOTrainer(BaseTrainer):
         precompute = self.has_reference and args.precompute_ref_log_probs
         # All this before the Trainer, which makes the output folder.
         model = self.load(model, args)
+        if ref_model is not None and not precompute:
+            ref_model = self.load(ref_model, args)
+        read_by = [each for each in (model, ref_model) if isinstance(each, nn.Module)]
         self.prepared = partial(
             prepare,
             tokenize=partial(
                 preference_pair, processing_class or load_tokenizer(model, args), max_length=args.max_length
             ),
             columns=("chosen", "rejected"),
+            limits=Limits.of(*read_by),
             num_proc=args.dataset_num_proc,
         )
         train_dataset = self.prepared("train_dataset", train_dataset)
@@ -244,6 +249,7 @@ class DPOTrainer(BaseTrainer):
         """[2, rows], of chosen and of rejected; each process does its share."""
         if self.ref_model is not None:
             reference = self.load(self.ref_model, self.args).requires_grad_(False)
+            check_rows(name, rows, Limits.of(reference))
             self.fused = self.fused and scoring.needs_no_logits(reference)
             self.padding_free = self.padding_free and prepare_packing(reference, self.args.device)
             self.reference_model = reference.to(self.accelerator.device).eval()

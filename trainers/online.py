@@ -22,11 +22,22 @@ from . import checkpoints
 from .ahead import SampledAhead
 from .common import BaseTrainer, Metrics, NumberedRows, check_columns, load_classifier
 from .configs import OnlineConfig
+from .data import check_prompts
+from .limits import Limits
 from .packing import shift
 from .reporting import CompletionsCallback, plain
 from .reward_model import RewardModel
 from .rewards import RewardFunction, RewardFunctions, RewardSource
-from .rollout import Engine, Rollout, SamplingOptions, TransformersEngine, check_rollouts, decode, is_chat
+from .rollout import (
+    Engine,
+    Rollout,
+    SamplingOptions,
+    TransformersEngine,
+    check_rollouts,
+    decode,
+    end_tokens,
+    is_chat,
+)
 from .sharding import gathered_once
 from .vllm import ServerLost, VLLMEngine
 from .weights import write_weights
@@ -145,9 +156,9 @@ class OnlineTrainer(BaseTrainer):
         if rollout is not None and args.use_vllm:
             raise ValueError("rollout and use_vllm, which vllm_server_base_url sets, exclude each other; got both")
         super().__init__(model, args, eval_dataset=eval_dataset, **kwargs)
-        for function in self.rewards.functions:
-            if isinstance(function, RewardModel):
-                function.prepare(self.accelerator, self.processing_class)
+        for reward_model in self.reward_models():
+            reward_model.prepare(self.accelerator, self.processing_class)
+        self._check_limits(eval_dataset)
         self.reward_weights = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
         self.num_generations_eval = 1
         self.rollouts: Any = None
@@ -175,7 +186,33 @@ class OnlineTrainer(BaseTrainer):
 
     @property
     def vocab_size(self) -> int:
-        return self.generating_model().config.get_text_config(decoder=True).vocab_size
+        return min(self.generating_model().config.get_text_config(decoder=True).vocab_size, self.limits.vocab_size)
+
+    def read_by(self) -> list[Any]:
+        """The models that read prompts and completions, in the policy's tokens."""
+        reference = [] if self.reference_model is None else [self.accelerator.unwrap_model(self.reference_model)]
+        models = [each.model for each in self.reward_models() if each.own_tokenizer is None]
+        return [self.generating_model(), *reference, *models]
+
+    def reward_models(self) -> list[RewardModel]:
+        return [function for function in self.rewards.functions if isinstance(function, RewardModel)]
+
+    def _check_limits(self, eval_dataset: Any) -> None:
+        """Before anything is sampled, whether the models can read the prompts and what may follow."""
+        tokenizer, completion = self.processing_class, self.args.max_completion_length
+        self.limits = Limits.of(*self.read_by())
+        ends = end_tokens(self.generating_model(), tokenizer)
+        if ends and min(ends) >= self.limits.vocab_size:
+            raise ValueError(
+                f"processing_class: its end-of-sequence token is {min(ends)}, beyond the {self.limits.vocab_size} rows "
+                "of the model's embedding, so that no completion could end; resize_token_embeddings makes room"
+            )
+        others = [model.check_prompt for model in self.reward_models() if not model.fits]
+        parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        named = {f"eval_dataset['{key}']" if key else "eval_dataset": part for key, part in parts.items()}
+        for name, dataset in {"train_dataset": self.train_dataset, **named}.items():
+            if dataset is not None:
+                check_prompts(name, dataset, tokenizer, self.limits, completion, self.args.chat_template_kwargs, others)
 
     def generating_model(self) -> Any:
         return self.model

@@ -139,6 +139,9 @@ class PPOTrainer(OnlineTrainer):
     def generating_model(self) -> Any:
         return self.model.policy
 
+    def read_by(self) -> list[Any]:
+        return [*super().read_by(), *([] if self.value_model is None else [self.value_model])]
+
     def run_engine(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
         return self.model.generate(self.engine, prompts, options)
 

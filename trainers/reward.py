@@ -20,6 +20,7 @@ import rlkernels
 from .common import BaseTrainer, disable_dropout, each_part, load_model, load_tokenizer
 from .configs import BaseConfig, RewardConfig
 from .data import prepare, reward_pair, sequences_of
+from .limits import Limits
 from .packing import fill
 from .scoring import last_scores, score_head, token_scores
 
@@ -72,6 +73,7 @@ class RewardTrainer(BaseTrainer):
             tokenize=partial(reward_pair, processing_class or load_tokenizer(model, args), max_length=args.max_length),
             columns=("chosen", "rejected"),
             keep=("margin",),
+            limits=Limits.of(model),
             num_proc=args.dataset_num_proc,
         )
         super().__init__(

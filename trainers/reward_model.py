@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from . import scoring
 from .common import load_tokenizer, model_folder
 from .configs import OnlineConfig
+from .limits import Limits
 from .packing import Sequence, fill_by_length, lay_out, prepare_packing
 from .rollout import encode, is_chat
 
@@ -29,15 +30,28 @@ class RewardModel:
         self.accelerator, self.tokenizer = accelerator, tokenizer
         own = _tokenizer(self.model, self.args)
         self.own_tokenizer = None if own is None or own.get_vocab() == tokenizer.get_vocab() else own
+        self.limits = Limits.of(self.model)
+        #: Whether nothing that its tokenizer can give is beyond it.
+        self.fits = self.limits.fit(self.own_tokenizer or tokenizer)
         self.model.to(accelerator.device).eval()
-        if self.model.config.pad_token_id is None:
-            # Without one, classifiers of transformers refuse padded batches.
-            self.model.config.pad_token_id = (own or tokenizer).pad_token_id
         self.padding_free = self.args.padding_free and prepare_packing(self.model, accelerator.device)
+
+    def check_prompt(self, prompt: Any) -> None:
+        """Refuses, by a ValueError, one that is beyond the model already."""
+        for ids in self._token_ids([prompt], [[] if is_chat(prompt) else ""], [[-1]]):
+            self._check(ids)
+
+    def _check(self, ids: list[int]) -> None:
+        try:
+            self.limits.check(ids)
+        except ValueError as error:
+            raise ValueError(f"for the reward model {self.__name__} it {error}") from None
 
     @torch.no_grad()
     def __call__(self, prompts: list, completions: list, completion_ids: list[list[int]], **columns: Any) -> list:
         rows = self._token_ids(prompts, completions, completion_ids)
+        for ids in rows:
+            self._check(ids)
         scores = [0.0] * len(rows)
         for chunk in fill_by_length([len(ids) for ids in rows], self.args.token_budget):
             sequences = [Sequence(rows[row], rows[row]) for row in chunk]

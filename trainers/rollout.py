@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .limits import Limits
 from .packing import IGNORE, Sequence
 from .sampling import Decoder, is_sharded, reduced, row_seed, uniform
 
@@ -206,7 +207,9 @@ class TransformersEngine:
         self.model, self.tokenizer, self.chat_template_kwargs = model, tokenizer, chat_template_kwargs
         self.end_token_ids = end_tokens(model, tokenizer)
         padding = [token for token in (tokenizer.pad_token_id, *self.end_token_ids, 0) if token is not None]
-        self.pad_token_id = padding[0]
+        self.limits = Limits.of(model)
+        # Rows that have ended are read on.
+        self.pad_token_id = next(token for token in padding if token < self.limits.vocab_size)
 
     def __call__(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
         return self.complete(encode(self.tokenizer, prompts, self.chat_template_kwargs), options)
@@ -215,7 +218,11 @@ class TransformersEngine:
     def complete(self, prompt_ids: list[list[int]], options: SamplingOptions) -> list[Rollout]:
         """Continues each row of token ids, up to and including the first token that ends it; at most
         `options.max_completion_length` further tokens."""
-        model = self.model
+        model, longest = self.model, max(prompt_ids, key=len, default=[])
+        try:
+            self.limits.check(longest, options.max_completion_length)
+        except ValueError as error:
+            raise RolloutError(f"a row {error}") from None
         together = is_sharded(model)
         input_ids, real = pad_left(prompt_ids, self.pad_token_id, model.device)
         seeds = torch.tensor(options.row_seeds(len(prompt_ids)), device=model.device)

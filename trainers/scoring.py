@@ -129,21 +129,30 @@ def token_scores(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     head = score_head(model)
     seen: list[Tensor] = []
     handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    # Classifiers refuse several rows without a padding token, by which they find the last one, which is not used here.
+    config = unwrapped(model).config.get_text_config()
+    padding = config.pad_token_id
+    config.pad_token_id = 0 if padding is None else padding
     try:
         model(**batch["model_inputs"])
     finally:
         handle.remove()
+        config.pad_token_id = padding
     if len(seen) != 1:
         raise ValueError(f"{type(model).__name__}: its score head was called {len(seen)} times, not once")
     return packed(seen[0], batch).squeeze(-1)
 
 
-def score_head(model: Any) -> nn.Module:
-    """Of a classifier, out of DDP, torch.compile and PEFT."""
+def unwrapped(model: Any) -> Any:
+    """Out of DDP, torch.compile and PEFT."""
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def score_head(model: Any) -> nn.Module:
+    """Of a classifier, out of what it is in."""
+    model = unwrapped(model)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Module):
         raise ValueError(f"{type(model).__name__} has no score head; wanted a decoder with one, num_labels=1")

@@ -14,6 +14,7 @@ from . import scoring
 from .common import BaseTrainer, each_part, load_tokenizer
 from .configs import SFTConfig
 from .data import Packed, prepare, sequences_of, supervised
+from .limits import Limits
 from .packing import fill
 
 
@@ -66,7 +67,7 @@ class SFTTrainer(BaseTrainer):
             assistant_only_loss=args.assistant_only_loss,
             text_field=args.dataset_text_field,
         )
-        self.prepared = partial(prepare, tokenize=tokenize, num_proc=args.dataset_num_proc)
+        self.prepared = partial(prepare, tokenize=tokenize, limits=Limits.of(model), num_proc=args.dataset_num_proc)
         train_dataset = self.prepared("train_dataset", train_dataset)
         super().__init__(
             model,
