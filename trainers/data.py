@@ -6,7 +6,9 @@ them. A row of messages may bring `tools` and `chat_template_kwargs` of its own.
 there.
 """
 
+import contextlib
 import json
+import math
 import re
 from bisect import bisect_left, insort
 from collections import defaultdict
@@ -49,7 +51,7 @@ def prepare(
         _row_id     the row's index in the given dataset
         sequences   for `sequences_of`
         num_tokens  of all its sequences
-        keep        columns of numbers, as they are
+        keep        columns of finite numbers, as they are; None if the dataset has no such column
 
     Rows for which it gives None, as nothing can be learned from them, are left out. All rows are read now: a wrong one
     is known before the training starts. A dataset that was made here is given back.
@@ -61,16 +63,17 @@ def prepare(
     if set(PREPARED).issubset(getattr(dataset, "column_names", None) or ()):
         return dataset
     check_columns(name, dataset, *columns)
+    present = getattr(dataset, "column_names", None) or (dataset[0] if isinstance(dataset[0], Mapping) else ())
 
     def read(row: Row, index: int) -> Row:
         try:
             if not isinstance(row, Mapping):
                 raise ValueError(f"a row must be a dict of columns; got {type(row).__name__}")
             sequences = tokenize(row) or ()
-            kept = {column: _number(column, row.get(column)) for column in keep}
             for sequence in sequences if limits is not None else ():
                 limits.check(sequence.input_ids)
                 limits.check(sequence.labels)
+            kept = {column: _number(column, row.get(column)) for column in keep if column in row or column in present}
         except Exception as error:  # chat templates raise what they like
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{name}, row {index}: {kind}{error}") from error
@@ -78,6 +81,7 @@ def prepare(
             "_row_id": index,
             "sequences": [vars(sequence) for sequence in sequences],
             "num_tokens": sum(map(len, sequences)),
+            **dict.fromkeys(keep),
             **kept,
         }
 
@@ -118,14 +122,14 @@ def _read_at(read: Callable[[Row, int], Row], dataset: Any, row: Row, index: int
     return read(dataset[index], index)
 
 
-def _number(column: str, value: Any) -> Any:
-    """As it is; text, as CSV holds numbers, as the number that it stands for, and empty text as none."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value) if value else None
-    except ValueError as error:
-        raise ValueError(f"{column} must be a number; got {_short(value)}") from error
+def _number(column: str, value: Any) -> float:
+    plain = value.item() if hasattr(value, "item") else value  # of NumPy and PyTorch
+    if isinstance(plain, str):  # CSV holds nothing else
+        with contextlib.suppress(ValueError):
+            plain = float(plain)
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or not math.isfinite(plain):
+        raise ValueError(f"{column} must be a finite number; got {_short(value)}")
+    return float(plain)
 
 
 def sequences_of(row: Row) -> list[Sequence]:
@@ -337,7 +341,23 @@ def _messages(column: str, value: Any) -> list[dict[str, Any]]:
         value = [{"role": turn["from"], "content": turn["value"]} for turn in value]
     if not is_chat(value):
         raise ValueError(f"{column} must be messages, a list of dicts with a role and a content; got {_short(value)}")
+    for number, turn in enumerate(value):
+        role, content = turn["role"], turn.get("content")
+        if not isinstance(role, str):
+            raise ValueError(f"{column}, message {number}: role must be text; got {_short(role)}")
+        # A message may call tools, or think, and say nothing.
+        says_nothing = content is None and any(turn[name] for name in turn.keys() - {"role", "content"})
+        parts = content if isinstance(content, list) else [content]
+        if not (says_nothing or all(map(_is_part, parts))):
+            raise ValueError(
+                f"{column}, message {number}: content must be text, or a list of parts; got {_short(content)}"
+            )
     return value
+
+
+def _is_part(part: Any) -> bool:
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    return isinstance(part["text"] if is_text and "text" in part else part, str if is_text else str | dict)
 
 
 def _ended_alike(tokenizer: PreTrainedTokenizerBase, row: Row, *columns: str) -> list[Any]:

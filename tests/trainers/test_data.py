@@ -1,5 +1,6 @@
 """Rows of each format to token ids and labels: those of TRL, and what is left out or refused."""
 
+import math
 import os
 from functools import partial
 from types import SimpleNamespace
@@ -8,7 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from rlkernels.trainers.data import preference_pair, prepare, reward_pair, sequences_of, supervised
+from rlkernels.trainers.data import check_prompts, preference_pair, prepare, reward_pair, sequences_of, supervised
+from rlkernels.trainers.limits import Limits
 from rlkernels.trainers.packing import Sequence
 
 GENERATION = (
@@ -160,11 +162,11 @@ def test_prepare(kind, tokenizer):
     rows = [
         {"prompt": "a" * 30, "chosen": "b", "rejected": "c", "margin": 1.0, "other": "x"},
         {"prompt": "a", "chosen": "b", "rejected": "cd", "margin": 2.0, "other": "x"},
-        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": None, "other": "x"},
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1, "other": "x"},
     ]
     tokenize = partial(preference_pair, tokenizer, max_length=16)
     prepared = prepare("train_dataset", kind(rows), tokenize, keep=("margin",))
-    assert prepared["_row_id"] == [1, 2] and prepared["margin"] == [2.0, None] and prepared["num_tokens"] == [7, 6]
+    assert prepared["_row_id"] == [1, 2] and prepared["margin"] == [2.0, -1.0] and prepared["num_tokens"] == [7, 6]
     assert "other" not in prepared.column_names
     assert sequences_of(prepared[0]) == preference_pair(tokenizer, rows[1])
     assert prepare("train_dataset", prepared, tokenize) is prepared
@@ -186,10 +188,10 @@ def test_several_processes_prepare(kind, tokenizer):
 
 
 def test_numbers_of_csv_are_text(tokenizer):
-    rows = [{"chosen": "ab", "rejected": "ac", "margin": margin} for margin in ("0.5", "-1e-3", "")]
+    rows = [{"chosen": "ab", "rejected": "ac", "margin": margin} for margin in ("0.5", "-1e-3")]
     tokenize = partial(reward_pair, tokenizer)
-    assert prepare("train_dataset", rows, tokenize, keep=("margin",))["margin"] == [0.5, -1e-3, None]
-    with pytest.raises(ValueError, match=r"^train_dataset, row 3: margin must be a number; got 'much'$"):
+    assert prepare("train_dataset", rows, tokenize, keep=("margin",))["margin"] == [0.5, -1e-3]
+    with pytest.raises(ValueError, match=r"^train_dataset, row 2: margin must be a finite number; got 'much'$"):
         prepare("train_dataset", [*rows, {**rows[0], "margin": "much"}], tokenize, keep=("margin",))
 
 
@@ -245,7 +247,19 @@ def test_tools_as_json(tokenizer):
         (supervised, {}, {}, "got none"),
         (supervised, {"text": 5}, {}, "text must be text or messages; got 5"),
         (supervised, {"messages": "hi"}, {}, "messages must be messages, .*; got 'hi'"),
-        (supervised, {"messages": [{"role": "user"}]}, {}, "UndefinedError: .*no attribute 'content'"),
+        (supervised, {"messages": [{"role": "user", "content": ["a"]}]}, {}, "TypeError: can only concatenate str"),
+        (supervised, {"messages": [{"role": "user"}]}, {}, "messages, message 0: content must be text, .*; got None"),
+        (supervised, {"messages": [*say("a"), *say(3)]}, {}, "messages, message 1: content must be text, .*; got 3"),
+        (supervised, {"messages": [{"role": None, "content": "a"}]}, {}, "message 0: role must be text; got None"),
+        (supervised, {"prompt": say("a"), "completion": say(None)}, {}, "completion, message 0: content must be"),
+        (supervised, {"conversations": [{"from": 1, "value": "a"}]}, {}, "message 0: role must be text; got 1"),
+        (reward_pair, {"chosen": say([None]), "rejected": say("a")}, {}, "chosen, message 0: content must be .*None"),
+        (
+            preference_pair,
+            {"prompt": say([{"type": "text", "text": 1}]), "chosen": say("a"), "rejected": say("b")},
+            {},
+            "prompt, message 0: content must be text, or a list of parts; got .*'text': 1",
+        ),
         (supervised, {"messages": [{"content": "hi"}]}, {}, "messages must be messages, .*; got .*'content': 'hi'"),
         (supervised, {"prompt": say("hi"), "completion": "yes"}, {}, "prompt must be text, as completion is; got"),
         (supervised, {"prompt": "hi", "completion": say("yes")}, {}, "prompt must be messages, .*; got 'hi'"),
@@ -267,6 +281,25 @@ def test_wrong_rows(function, row, options, message, tokenizer):
     good = {"input_ids": [1, 2], "labels": [1, 2]} if function is supervised else {"chosen": "ab", "rejected": "ac"}
     with pytest.raises(ValueError, match=f"^eval_dataset, row 1: .*{message}"):
         prepare("eval_dataset", [good, row], partial(function, tokenizer, **options))
+
+
+def test_a_message_that_says_nothing(tokenizer):
+    """But calls a tool."""
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content or m.tool_calls[0].name }}{% endfor %}"
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    assert supervised(tokenizer, {"messages": [turn]})[0].input_ids == tokenizer("add")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+@pytest.mark.parametrize("margin", [None, math.nan, math.inf, True, "", "inf", "1x"], ids=str)
+def test_wrong_margins(kind, margin, tokenizer):
+    if kind is not list and not isinstance(margin, float | None):
+        rows = [{"chosen": "b", "rejected": "c", "margin": margin}]
+    else:
+        rows = [{"chosen": "b", "rejected": "c", "margin": each} for each in (1.0, margin)]
+    last = len(rows) - 1
+    with pytest.raises(ValueError, match=f"^train_dataset, row {last}: margin must be a finite number; got "):
+        prepare("train_dataset", kind(rows), partial(reward_pair, tokenizer), keep=("margin",))
 
 
 def test_wrong_templates(tokenizer):
@@ -292,3 +325,20 @@ def test_a_prompt_that_is_rendered_otherwise_alone(tokenizer, tmp_path):
     (((ids, labels),),) = ours(rows, supervised, tokenizer)
     assert (ids, labels) == (expected["input_ids"], expected["labels"])
     assert sum(label != -100 for label in labels) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "prompt must be messages, a list of dicts with a role and a content; got None"),
+        ("", "prompt '' has no tokens"),
+        ([], "prompt must have messages; got none"),
+        (say(None), "prompt, message 0: content must be text, or a list of parts; got None"),
+        ([{"role": 1, "content": "a"}], "prompt, message 0: role must be text; got 1"),
+        ("ab", "prompt must be messages, as row 0 has; got 'ab'"),
+    ],
+)
+def test_wrong_prompts(prompt, message, tokenizer):
+    first = say("hi") if isinstance(prompt, list) or prompt == "ab" else "hi"
+    with pytest.raises(ValueError, match=f"^eval_dataset, row 1: {message}$"):
+        check_prompts("eval_dataset", [{"prompt": first}, {"prompt": prompt}], tokenizer, Limits(67, None), 6)
