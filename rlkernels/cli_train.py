@@ -248,11 +248,14 @@ def adapter(run: RunArguments, task_type: str) -> Any:
 # The output folder
 
 
-def checkpoint_to_resume(config: Any) -> str | None:
+def checkpoint_to_resume(config: Any) -> str | bool | None:
     from rlkernels.trainers import checkpoints, saving
 
     given, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
-    saving.settle(config)
+    try:
+        saving.settle(config)
+    except checkpoints.CheckpointError as error:
+        raise BadValue(f"--{error}") from error
     if given is None:
         if earlier := checkpoints.numbered(output_dir):
             raise BadValue(
@@ -261,10 +264,10 @@ def checkpoint_to_resume(config: Any) -> str | None:
             )
         return None
     if given == "True":  # as for transformers.Trainer, the last one
-        last = checkpoints.last_checkpoint(output_dir)
-        if last is None:
+        # The latter tells why those that there are do not count; the trainer, which of them have changed.
+        if not checkpoints.whole_checkpoints(output_dir) and checkpoints.last_checkpoint(output_dir) is None:
             raise BadValue(f"--resume_from_checkpoint True: no whole checkpoint in --output_dir {output_dir}")
-        given = str(last)
+        return True
     try:
         checkpoints.check(Path(given))
     except ValueError as error:
@@ -337,11 +340,13 @@ def train(name: str, arguments: list[str]) -> None:
     made = make_folder(output_dir)
     try:
         trainer = checked(build, run.model, *rewards, config, train_dataset, eval_dataset, **options)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(config.output_dir)
+        with trainer.locked():
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.save_model(config.output_dir)
     except BaseException as error:
         has_begun = trainer is not None and trainer.state.global_step > 0
-        if output_dir in made and not has_begun and not trainers.checkpoints.whole_checkpoints(output_dir):
+        in_use = isinstance(error, trainers.checkpoints.FolderInUse)  # what is there is another run's
+        if output_dir in made and not (has_begun or in_use or trainers.checkpoints.whole_checkpoints(output_dir)):
             shutil.rmtree(output_dir, ignore_errors=True)  # what loggers made at the start
         remove_empty(made)
         if trainer is None:
@@ -356,6 +361,8 @@ def train(name: str, arguments: list[str]) -> None:
         if isinstance(error, told):
             close_progress_bars(trainer)
             raise BadValue(str(error)) from error
+        if isinstance(error, trainers.checkpoints.BadCheckpoint):
+            raise BadValue(f"--{error}") from error
         if checkpoint is not None and not first.begun:
             raise BadValue(f"--resume_from_checkpoint {checkpoint}: {show(error)}") from error
         raise

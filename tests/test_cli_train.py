@@ -355,7 +355,10 @@ BAD_ROWS = {
 TWO_CHECKPOINTS = {
     f"x/checkpoint-{step}/{name}": text
     for step in (9, 10)
-    for name, text in {"trainer_state.json": "{}", "manifest.json": '{"files": {"trainer_state.json": 2}}'}.items()
+    for name, text in {
+        "trainer_state.json": "{}",
+        "manifest.json": '{"written": 1, "files": {"trainer_state.json": 2}}',
+    }.items()
 }
 
 OF_A_COMMAND = [

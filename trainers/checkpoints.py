@@ -1,17 +1,25 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is written into a hidden folder beside its place, sealed with a manifest of its files and their sizes, and
-renamed. A process that is killed at any moment leaves the earlier ones as they were; what it leaves besides is
-recognised by its name, or by its manifest, and removed when a run goes on there.
+A checkpoint is written into a hidden folder beside its place, sealed with a manifest of its files, their sizes and
+their SHA-256, and renamed. A process that is killed at any moment leaves the earlier ones as they were; what it leaves
+besides is recognised by its name, or by its manifest, and removed when a run goes on there. Sizes are compared wherever
+a whole checkpoint is looked for, contents where a run is about to read them.
 """
 
+import contextlib
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -25,10 +33,22 @@ CONFIGS = ("config.json", "adapter_config.json")
 
 # What libraries raise where a file cannot be written: Python, torch.save, safetensors.
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
+# How libraries in Rust tell of an OSError. That of tokenizers is a plain Exception.
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# What a run reads: a file of these kinds that the manifest does not list was put there later.
+READ = (".safetensors", ".pt", ".pth", ".bin", ".json")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint or a model could not be written. The checkpoints before it are as they were."""
+
+
+class BadCheckpoint(ValueError):
+    """A run cannot go on from a checkpoint; in one line."""
+
+    def __init__(self, folder: str | Path, why: str) -> None:
+        super().__init__(f"resume_from_checkpoint {folder}: {why}")
+        self.why = why
 
 
 def hidden(folder: Path, state: str) -> Path:
@@ -43,23 +63,91 @@ def is_hidden(folder: Path) -> bool:
 # What is whole
 
 
-def fault(folder: Path) -> str | None:
-    """What keeps a folder from being a whole checkpoint; None if it is one."""
+@dataclass
+class Manifest:
+    """What is in a sealed folder, by the paths of its files."""
+
+    written: float
+    sizes: dict[str, int]
+    sha256: dict[str, str] | None  # None: it was written before contents were sealed
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """A ValueError of one line if it is not one."""
+        try:
+            content = json.loads((folder / MANIFEST).read_text())
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"want a JSON object; got a {type(content).__name__}")
+        written, sizes, hashes = (content.get(name) for name in ("written", "files", "sha256"))
+        if type(written) not in (int, float) or not 0 <= written < 1e12:
+            raise ValueError(f"'written' must be a time in seconds; got {_short(written)}")
+        if not isinstance(sizes, dict) or not sizes:
+            raise ValueError(f"'files' must be an object of sizes by path; got {_short(sizes)}")
+        for name, size in sizes.items():
+            if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"'files' has {_short(name)}, which is no path within the folder")
+            if type(size) is not int or size < 0:
+                raise ValueError(f"'files' must give the size of {name}; got {_short(size)}")
+        if "sha256" in content:
+            if not isinstance(hashes, dict) or hashes.keys() != sizes.keys():
+                raise ValueError(f"'sha256' must be an object with the paths of 'files'; got {_short(hashes)}")
+            if wrong := [name for name, value in hashes.items() if not isinstance(value, str)]:
+                raise ValueError(f"'sha256' must give text for {wrong[0]}; got {_short(hashes[wrong[0]])}")
+        return cls(written, sizes, hashes)
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def fault(folder: Path, contents: bool = False) -> str | None:
+    """What keeps a folder from being a whole checkpoint; None if it is one. With `contents` every byte is read."""
     if not folder.is_dir():
         return "there is no such folder"
-    try:
-        files = dict(json.loads((folder / MANIFEST).read_text())["files"])
-    except FileNotFoundError:
+    if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}, which is written last"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    try:
+        manifest = Manifest.read(folder)
+    except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read: {error}"
-    for name, size in files.items():
+    try:
+        return _other_files(folder, manifest) or (_other_contents(folder, manifest) if contents else None)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}: {_short(error.filename)}"
+
+
+def _other_files(folder: Path, manifest: Manifest) -> str | None:
+    for name, size in manifest.sizes.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in READ and path.is_file() and name not in {*manifest.sizes, MANIFEST}:
+            return f"{_short(name)} is not in its {MANIFEST}"
     return None
+
+
+def _other_contents(folder: Path, manifest: Manifest) -> str | None:
+    if manifest.sha256 is None:
+        logger.warning(f"{folder} was written before contents were sealed: the sizes of its files alone are checked")
+        return None
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(lambda name: sha256(folder / name), manifest.sha256)
+        for (name, expected), actual in zip(manifest.sha256.items(), found, strict=True):
+            if actual != expected:
+                return f"the content of {name} is not what was written (SHA-256)"
+    return None
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_whole(folder: Path) -> bool:
@@ -91,11 +179,12 @@ def whole_checkpoints(output_dir: Path) -> list[Path]:
     return [folder for folder in numbered(output_dir) if is_whole(folder)]
 
 
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The whole one of the latest step. Torn ones behind it are passed over, with a warning."""
+def last_checkpoint(output_dir: Path, contents: bool = False) -> Path | None:
+    """The whole one of the latest step. Torn ones behind it are passed over, with a warning; with `contents`, those too
+    in which a byte has changed."""
     torn = []
     for folder in reversed(numbered(output_dir)):
-        why = fault(folder)
+        why = fault(folder, contents)
         if why is None:
             break
         torn.append(f"{folder} ({why})")
@@ -106,15 +195,89 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return folder
 
 
-def check(folder: Path) -> None:
-    """A ValueError of one line if it is not a whole checkpoint, or one that no run can go on from."""
-    why = fault(folder)
+def check(folder: Path, contents: bool = False) -> None:
+    """A BadCheckpoint if it is not a whole checkpoint, or one that no run can go on from."""
+    why = fault(folder, contents)
     if why is None and not unlogged_file(folder, process=0).is_file():
-        raise ValueError(f"resume_from_checkpoint {folder}: holds the model alone (save_only_model): give it as model")
+        raise BadCheckpoint(folder, "holds the model alone (save_only_model): give it as model")
     if why is not None:
         others = [other for other in whole_checkpoints(folder.parent) if other != folder]
         last = f"; the last whole one is {others[-1]}" if others else ""
-        raise ValueError(f"resume_from_checkpoint {folder}: not a whole checkpoint: {why}{last}")
+        raise BadCheckpoint(folder, f"not a whole checkpoint: {why}{last}")
+
+
+# One run in a folder
+
+
+class FolderInUse(CheckpointError):
+    """Another run writes into the folder."""
+
+
+class Lock:
+    """Of a folder that a run writes into: held by one at a time, and given back by the kernel however the run ends.
+    Whoever holds it may take it again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / ".lock"
+        self._held: int | None = None
+        self._count = 0
+        LOCKS.add(self)
+
+    def __enter__(self) -> None:
+        if self._count == 0:
+            self._held = self._take()
+        self._count += 1
+
+    def __exit__(self, *_: Any) -> None:
+        self._count -= 1
+        if self._count == 0 and self._held is not None:
+            self.file.unlink(missing_ok=True)
+            os.close(self._held)
+            self._held = None
+
+    def _take(self) -> int | None:
+        try:
+            import fcntl
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                number = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+                try:
+                    fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_open_as(number, self.file):  # else its holder has removed it meanwhile
+                        with contextlib.suppress(OSError):  # a full disk
+                            os.ftruncate(number, 0)
+                            os.write(number, f"process {os.getpid()} on {platform.node()}".encode())
+                        return number
+                except BlockingIOError as error:
+                    holder = " ".join(os.pread(number, 200, 0).decode(errors="replace").split())
+                    os.close(number)
+                    raise FolderInUse(f"output_dir {self.folder}: another run writes there ({holder})") from error
+                except OSError:
+                    os.close(number)
+                    raise
+                os.close(number)
+        except (OSError, ImportError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            logger.warning(f"{self.folder} cannot be locked ({why}): see to it that no other run writes there")
+            return None
+
+    def forget(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+
+LOCKS: WeakSet[Lock] = WeakSet()
+# A process forked from a run may outlive it.
+os.register_at_fork(after_in_child=lambda: [lock.forget() for lock in LOCKS])
+
+
+def _is_open_as(number: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(number), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 # Writing, replacing, removing
@@ -141,12 +304,16 @@ def seal(folder: Path) -> None:
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            sync(path)
-            files[path.relative_to(folder).as_posix()] = path.stat().st_size
+            files[path.relative_to(folder).as_posix()] = path
         else:
             sync_folder(path)
+    with ThreadPoolExecutor() as threads:  # a hash does not keep Python's lock
+        hashes = dict(zip(files, threads.map(sha256, files.values()), strict=True))
+    for path in files.values():
+        sync(path)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"written": time.time(), "files": files}, indent=1))
+    manifest.write_text(json.dumps({"written": time.time(), "files": sizes, "sha256": hashes}, indent=1))
     sync(manifest)
     sync_folder(folder)
 
@@ -168,7 +335,11 @@ def settle(output_dir: Path) -> None:
     is a checkpoint."""
     for unfinished in output_dir.glob(f".checkpoint-*.{UNFINISHED}"):
         if is_whole(unfinished):
-            put_in_place(unfinished, output_dir / unfinished.name[1:].removesuffix(f".{UNFINISHED}"))
+            folder = output_dir / unfinished.name[1:].removesuffix(f".{UNFINISHED}")
+            try:
+                put_in_place(unfinished, folder)
+            except OSError as error:
+                raise cannot_be_written(str(folder), output_dir, reason(error, output_dir)) from error
     for name in (f".checkpoint-*.{UNFINISHED}", f".checkpoint-*.{REMOVED}", f".model.{UNFINISHED}"):
         for folder in output_dir.glob(name):
             shutil.rmtree(folder, ignore_errors=True)
@@ -179,13 +350,17 @@ def rotate(output_dir: Path, limit: int | None, kept: Iterable[Path]) -> None:
     do not count, and stay."""
     if not limit or limit < 1:
         return
-    found = sorted(whole_checkpoints(output_dir), key=lambda each: json.loads((each / MANIFEST).read_text())["written"])
+    found = sorted(whole_checkpoints(output_dir), key=lambda each: Manifest.read(each).written)
     kept = {folder.absolute() for folder in kept}
     removable = [folder for folder in found if folder.absolute() not in kept]
     for folder in removable[: max(len(found) - max(limit, len(kept)), 0)]:
         aside = hidden(folder, REMOVED)
         shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            logger.warning(f"{folder} could not be removed (save_total_limit): {error.strerror}")
+            continue
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -224,7 +399,7 @@ def together(part: Callable[[str], Any], unfinished: Path, folder: Path, process
     reasons = [None if error is None else reason(error, unfinished)]
     if processes > 1:
         reasons = gather_object(reasons)
-    if error is not None and not isinstance(error, CANNOT_WRITE):
+    if error is not None and not is_of_writing(error):
         raise error
     for why in reasons:
         if why is not None:
@@ -237,13 +412,21 @@ def cannot_be_written(what: str, output_dir: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{what} could not be written: {why}; {stays}")
 
 
+def is_of_writing(error: Exception) -> bool:
+    return isinstance(error, CANNOT_WRITE) or OS_ERROR.search(str(error)) is not None
+
+
 def reason(error: Exception, folder: Path) -> str:
     """Of torch.save and safetensors, which hide it, found out by writing one more file."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if number := OS_ERROR.search(str(error)):
+        return os.strerror(int(number[1]))
     probe = folder / "probe"
     try:
         probe.write_bytes(bytes(1 << 24))
+    except FileNotFoundError:  # nothing was written yet
+        pass
     except OSError as found:
         return found.strerror
     finally:
@@ -275,7 +458,9 @@ def write_model(output_dir: Path, save: Callable[[str], Any], writes: bool) -> N
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
         sync_folder(output_dir)
-    except CANNOT_WRITE as error:
+    except Exception as error:
+        if not is_of_writing(error):
+            raise
         raise cannot_be_written(f"the model in {output_dir}", output_dir, reason(error, unfinished)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -22,6 +22,7 @@ from .online import GroupSampler, OnlineTrainer
 from .packing import IGNORE, Sequence, fill_by_length, prepare_packing, split
 from .rewards import RewardSource
 from .rollout import Engine, Rollout, SamplingOptions
+from .saving import reads
 from .sharding import refuse_zero3
 from .value import PolicyAndValue
 
@@ -371,18 +372,13 @@ class PPOTrainer(OnlineTrainer):
                 part = {key: tensor for (first, _, key), tensor in named if first == name}
             super()._save(folder, part)
 
+    @reads("its weights")
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # whose checkpoints hold both in one
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         for _, folder in self._each_part(resume_from_checkpoint):
             super()._load_from_checkpoint(folder)
-        policy = self.model.policy
-        if VALUE in getattr(policy, "peft_config", {}):
-            # The Trainer takes a folder with adapters in it, those of the value, for one more adapter of the policy.
-            # Before transformers 5.23 it then reads no other.
-            policy.delete_adapter(VALUE)
-            policy.load_adapter(resume_from_checkpoint, policy.active_adapters[0], is_trainable=True)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -404,6 +400,7 @@ class PPOTrainer(OnlineTrainer):
         if self.args.should_save:
             (Path(output_dir) / KL_COEF).write_text(json.dumps(self.kl_coef))
 
+    @reads("its KL coefficient")
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and self.args.adap_kl_ctrl:

@@ -1,18 +1,45 @@
 """What makes a run survive: `SavingTrainer`, whose checkpoints hold all that a resumed run needs to go on as if it had
 never stopped."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
 from .interrupts import StopRequest, stopped_by
 from .sharding import keeps_shards
+from .states import other_optimizer, other_weights, unlike
+
+
+def reads(what: str) -> Callable:
+    """Of a method that is given the folder of a checkpoint: whatever it raises is a BadCheckpoint."""
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def reading(self: Any, checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(self, checkpoint, *args, **kwargs)
+            except checkpoints.BadCheckpoint:
+                raise
+            except Exception as error:
+                if checkpoint is None:
+                    raise
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                raise checkpoints.BadCheckpoint(checkpoint, f"{what} cannot be loaded: {why}") from error
+
+        return reading
+
+    return decorate
 
 
 class SavingTrainer(Trainer):
@@ -33,25 +60,23 @@ class SavingTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stop = StopRequest()
+        self._locks: dict[Path, checkpoints.Lock] = {}
         super().__init__(*args, **kwargs)
         self.add_callback(SavesAndStops(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`. Ctrl-C and SIGTERM end it after a checkpoint, by KeyboardInterrupt and
-        `Terminated`; with save_strategy "no", which wants none, at once."""
-        output_dir = Path(self.args.output_dir)
-        settle(self.args)
+        `Terminated`; with save_strategy "no", which wants none, at once. A checkpoint that it cannot go on from is a
+        ValueError, an output folder that another run writes into a `CheckpointError`."""
+        with self.locked():
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+        settle(self.args, self._lock(Path(self.args.output_dir)))
         self.saved_step = self.resumed_from = None
         self.metrics.clear()  # of a run of this trainer before
-        if resume_from_checkpoint is True:
-            last = checkpoints.last_checkpoint(output_dir)
-            if last is None:
-                raise ValueError(f"resume_from_checkpoint True: there is no whole checkpoint in {output_dir}")
-            self.resumed_from = str(last)
-        elif resume_from_checkpoint:
-            self.resumed_from = str(resume_from_checkpoint)
-        if self.resumed_from is not None:
-            checkpoints.check(Path(self.resumed_from))
+        if resume_from_checkpoint:
+            self.resumed_from = self._goes_on_from(resume_from_checkpoint)
         if self.args.save_strategy == "no":
             return super().train(self.resumed_from, *args, **kwargs)
         with self.stop.listening(tells=self.args.local_process_index == 0):
@@ -61,6 +86,50 @@ class SavingTrainer(Trainer):
                 raise stopped_by(self.stop.agreed, f"stopped after step {self.state.global_step}, the last")
             return output
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other run may write into the output folder: a `checkpoints.FolderInUse` on every process where one
+        does. Every process calls it."""
+        with contextlib.ExitStack() as stack:
+            error, told = None, None
+            if self.args.should_save:
+                try:
+                    stack.enter_context(self._lock(Path(self.args.output_dir)))
+                except checkpoints.FolderInUse as raised:
+                    error, told = raised, str(raised)
+            found = gather_object([told]) if self.args.world_size > 1 else [told]
+            for why in filter(None, found):
+                raise checkpoints.FolderInUse(why) from error
+            yield
+
+    def _lock(self, folder: Path) -> checkpoints.Lock:
+        return self._locks.setdefault(folder.absolute(), checkpoints.Lock(folder))
+
+    def _goes_on_from(self, given: str | bool) -> str:
+        """The checkpoint to go on from, whose content one process reads for all."""
+        found: list[tuple[str, str | None]] = [("", None)]
+        if self.args.process_index == 0:
+            folder, why = Path(str(given)), None
+            try:
+                if given is True:
+                    last = checkpoints.last_checkpoint(Path(self.args.output_dir), contents=True)
+                    if last is None:
+                        raise checkpoints.BadCheckpoint(
+                            given, f"there is no whole checkpoint in {self.args.output_dir}"
+                        )
+                    folder = last
+                checkpoints.check(folder, contents=given is not True)
+                check_state(folder)
+            except checkpoints.BadCheckpoint as error:
+                why = error.why
+            found = [(str(folder), why)]
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        ((checkpoint, why),) = found
+        if why is not None:
+            raise checkpoints.BadCheckpoint(checkpoint, why)
+        return checkpoint
+
     def agree(self) -> None:
         """Whether any process was asked to stop. All come here together."""
         self.stop.agreed = self.stop.number
@@ -69,6 +138,69 @@ class SavingTrainer(Trainer):
             self.stop.agreed = int(self.accelerator.gather(number).max())
 
     # A run that goes on
+
+    @reads("its weights")
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        loaded = self.model if model is None else model
+        given: set[str] = set()
+
+        def look(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+            given.update(state_dict)
+            if why := other_weights(module, state_dict):
+                raise checkpoints.BadCheckpoint(resume_from_checkpoint, why)
+
+        hook = loaded.register_load_state_dict_pre_hook(look)
+        try:
+            if self.is_fsdp_enabled or not hasattr(loaded, "get_base_model"):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            # The Trainer would take any folder with adapters, such as those of PPO's value, for one more of these.
+            active = loaded.active_adapters
+            for name in loaded.peft_config:
+                folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
+                loaded.load_adapter(str(folder), name, is_trainable=name in active)
+        finally:
+            hook.remove()
+        if given and not any(each.is_prompt_learning for each in loaded.peft_config.values()):
+            # PEFT leaves out what does not fit.
+            trained = {name for name, weight in loaded.named_parameters() if weight.requires_grad}
+            if others := sorted(trained - given) + sorted(given - loaded.state_dict().keys()):
+                raise checkpoints.BadCheckpoint(
+                    resume_from_checkpoint, f"adapters of another kind: {', '.join(others[:5])} in one alone"
+                )
+
+    @reads("its optimizer and scheduler")
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+
+        def look(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            if why := other_optimizer(optimizer, state_dict):
+                raise checkpoints.BadCheckpoint(checkpoint, why)
+
+        self._check_form(checkpoint, "scheduler.pt", self.lr_scheduler)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not isinstance(optimizer, torch.optim.Optimizer):  # of DeepSpeed
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        hook = optimizer.register_load_state_dict_pre_hook(look)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            hook.remove()
+
+    @reads("its scaler")
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._check_form(checkpoint, "scaler.pt", self.accelerator.scaler)
+        super()._load_scaler(checkpoint)
+
+    def _check_form(self, checkpoint: str, name: str, loader: Any) -> None:
+        file = Path(checkpoint) / name
+        if file.is_file() and hasattr(loader, "state_dict"):
+            given = torch.load(file, map_location="cpu", weights_only=True)
+            if why := unlike(given, loader.state_dict(), name):
+                raise checkpoints.BadCheckpoint(checkpoint, why)
 
     def _load_callback_state(self) -> None:
         """Into the callbacks that there are. The Trainer would put new ones in their place, and only if asked to."""
@@ -97,6 +229,10 @@ class SavingTrainer(Trainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _finalize_training(self, *args: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        reads_best = self.args.load_best_model_at_end and best is not None
+        if reads_best and (why := checkpoints.fault(Path(best), contents=True)):
+            raise checkpoints.CheckpointError(f"load_best_model_at_end: {best} is not a whole checkpoint: {why}")
         if self.resumed_from is not None and self.state.global_step == self.begun_after:
             self._load_rng_state(self.resumed_from)  # there was no step to do it before
         output = super()._finalize_training(*args)
@@ -129,9 +265,12 @@ class SavingTrainer(Trainer):
         }
         torch.save(unlogged, checkpoints.unlogged_file(Path(output_dir), self.args.process_index))
 
+    @reads("its random states")
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
+            if not 0 <= np.random.get_state()[2] <= 624:  # of its 624 words; numpy would read past them
+                raise ValueError("numpy's is at a position that there is not")
             folder = Path(checkpoint)
             # Of fewer processes, another's: its loss is theirs all the same.
             file = checkpoints.unlogged_file(folder, self.args.process_index % checkpoints.processes(folder))
@@ -182,7 +321,8 @@ class SavingTrainer(Trainer):
         if checkpoints.is_hidden(folder):
             self._save_whole(str(folder))
             return
-        with self.stop.finishing(f"the model in {folder}"):
+        lock = self._lock(folder) if self.args.should_save else contextlib.nullcontext()
+        with self.stop.finishing(f"the model in {folder}"), lock:
             checkpoints.write_model(folder, self._save_whole, self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -194,12 +334,35 @@ class SavingTrainer(Trainer):
             super().save_model(folder, _internal_call=True)
 
 
-def settle(args: Any) -> None:
-    """`checkpoints.settle` of the output folder, by the process that writes there; the others wait."""
+def check_state(checkpoint: Path) -> None:
+    """A BadCheckpoint if its trainer_state.json is none of a Trainer."""
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        own = TrainerState(train_batch_size=1, epoch=0.0)
+        why = unlike(vars(state), vars(own), "state")
+        if why is None and not all(isinstance(each, dict) for each in state.log_history):
+            why = "state.log_history must be a list of objects"
+        for name, saved in state.stateful_callbacks.items() if why is None else ():
+            for each in saved if isinstance(saved, list) else [saved]:
+                if not isinstance(each, dict) or not isinstance(each.get("attributes"), dict):
+                    why = f"state.stateful_callbacks.{name} has no attributes"
+        if why is None and not 0 <= state.global_step == int(state.global_step):
+            why = f"state.global_step must be a whole number, at least 0; got {state.global_step}"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if why is not None:
+        raise checkpoints.BadCheckpoint(checkpoint, f"its trainer_state.json cannot be read: {why}")
+
+
+def settle(args: Any, lock: checkpoints.Lock | None = None) -> None:
+    """`checkpoints.settle` of the output folder, by the process that writes there; the others wait. A
+    `checkpoints.FolderInUse` where another run does, which may be amid a checkpoint."""
     state = PartialState()
     try:
-        if args.should_save:
-            checkpoints.settle(Path(args.output_dir))
+        if args.should_save and os.path.isdir(args.output_dir):
+            folder = Path(args.output_dir)
+            with lock or checkpoints.Lock(folder):
+                checkpoints.settle(folder)
     finally:
         state.wait_for_everyone()
 
