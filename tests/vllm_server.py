@@ -27,6 +27,7 @@ class FakeServer:
         self.calls: list[tuple[int, str, Any]] = []  # start, path, body
         self.running = self.most_running = 0
         self.delay = 0.0
+        self.authorization: str | None = None  # of the latest request
         self.sent = 0  # bytes of replies that never end
         self.port = 0
         self.start()
@@ -60,6 +61,7 @@ class FakeServer:
 
             def handle_request(self, body: Any) -> None:
                 path = self.path.partition("?")[0]
+                server.authorization = self.headers.get("authorization")
                 with server.lock:
                     count = len(server.of(path))
                     server.calls.append((self.start, path, body))

@@ -1,8 +1,9 @@
 """Configs: `transformers.TrainingArguments` and the fields of each method. Names and defaults are TRL 1.16's."""
 
+import copy
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Self
 
 import torch
 from accelerate.utils import disable_fsdp_ram_efficient_loading
@@ -49,9 +50,32 @@ def _router_aux_loss_coef() -> Any:
     )
 
 
-@dataclass
+def split_userinfo(url: str) -> tuple[str, str]:
+    """User and password of an address, or nothing; and the address without them."""
+    scheme, slashes, rest = url.partition("://") if "://" in url else ("", "", url)
+    userinfo, _, host = rest.rpartition("@")
+    return userinfo, f"{scheme}{slashes}{host}"
+
+
+def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy without tokens of the hub, also those in arguments for `from_pretrained`, and passwords in addresses."""
+    shown = dict(values)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            shown[name] = without_secrets(value)
+        elif name == "token" or str(name).endswith(("hub_token", "auth_token")):
+            shown[name] = None
+        elif str(name).endswith("url") and isinstance(value, str):
+            shown[name] = split_userinfo(value)[1]
+    return shown
+
+
+@dataclass(repr=False)
 class BaseConfig(TrainingArguments):
-    """What every trainer here adds to, or defaults differently from, `transformers.TrainingArguments`."""
+    """What every trainer here adds to, or defaults differently from, `transformers.TrainingArguments`.
+
+    Tokens of the hub and passwords in addresses are in none of `repr`, `to_dict` and what is pickled, such as the
+    training_args.bin of a saved model."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
@@ -132,6 +156,31 @@ class BaseConfig(TrainingArguments):
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size is not supported: micro-batches are filled by token_budget")
 
+    def __str__(self) -> str:
+        shown = without_secrets(asdict(self))
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()  # in which tokens, but no other secrets, are hidden
+        return without_secrets(values) | {name: values[name] for name in values if name.endswith("_token")}
+
+    # Pickled as training_args.bin. A copy in this process is as it was.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_secrets(vars(self))
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     def _check_choices(self, *names: str) -> None:
         for name in names:
             choices = self.__dataclass_fields__[name].metadata["choices"]
@@ -139,7 +188,7 @@ class BaseConfig(TrainingArguments):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
 
 
-@dataclass
+@dataclass(repr=False)
 class RewardConfig(BaseConfig):
     """Options of `RewardTrainer`."""
 
@@ -167,7 +216,7 @@ class RewardConfig(BaseConfig):
             raise ValueError(f"max_length must be at least 1; got {self.max_length}")
 
 
-@dataclass
+@dataclass(repr=False)
 class OnlineConfig(BaseConfig):
     """What `PPOTrainer` and `GRPOTrainer` share: sampling and rewards."""
 
@@ -304,7 +353,7 @@ class OnlineConfig(BaseConfig):
             if not self.vllm_server_base_url.startswith(("http://", "https://")):
                 raise ValueError(
                     "vllm_server_base_url must begin with http:// or https://, as in http://localhost:8000; got "
-                    f"{self.vllm_server_base_url!r}"
+                    f"{split_userinfo(self.vllm_server_base_url)[1]!r}"
                 )
             self.use_vllm = True
         elif self.use_vllm:
@@ -313,7 +362,7 @@ class OnlineConfig(BaseConfig):
             raise ValueError(f"vllm_max_concurrency must be at least 1; got {self.vllm_max_concurrency}")
 
 
-@dataclass
+@dataclass(repr=False)
 class SFTConfig(BaseConfig):
     """Options of `SFTTrainer`."""
 
@@ -368,7 +417,7 @@ class SFTConfig(BaseConfig):
             raise ValueError("packing needs max_length; got None")
 
 
-@dataclass
+@dataclass(repr=False)
 class PPOConfig(OnlineConfig):
     """Options of `PPOTrainer`. `per_device_train_batch_size` x `gradient_accumulation_steps` prompts per process are
     completed at a time, and serve `num_ppo_epochs` x `num_mini_batches` optimizer steps. Names and defaults are those
@@ -472,7 +521,7 @@ class PPOConfig(OnlineConfig):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
-@dataclass
+@dataclass(repr=False)
 class GRPOConfig(OnlineConfig):
     """Options of `GRPOTrainer`. An optimizer step is `gradient_accumulation_steps` micro-batches of
     `per_device_train_batch_size` completions; `steps_per_generation` micro-batches are generated at a time."""
@@ -701,7 +750,7 @@ class GRPOConfig(OnlineConfig):
             )
 
 
-@dataclass
+@dataclass(repr=False)
 class DPOConfig(BaseConfig):
     """Options of `DPOTrainer`. An optimizer step is `gradient_accumulation_steps` x `per_device_train_batch_size` pairs
     on each device."""

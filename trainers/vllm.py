@@ -88,6 +88,7 @@ def _url(base_url: str) -> httpx2.URL:
         url = httpx2.URL(base_url)
         reason = "" if url.scheme in ("http", "https") and url.host else "it has no host"
         reason = reason or ("" if (url.port or 0) < 1 << 16 else f"there is no port {url.port}")
+        reason = reason or ("" if not (url.query or url.fragment) else "it has more than a path")
     except (httpx2.InvalidURL, TypeError) as error:
         reason = str(error)
     if reason:
@@ -157,9 +158,11 @@ class VLLMEngine:
     ) -> None:
         self.tokenizer, self.chat_template_kwargs = tokenizer, chat_template_kwargs
         self.end_token_ids = end_tokens(model, tokenizer)
-        self.base_url, self.weights_folder = _url(base_url), Path(weights_folder).absolute()
-        #: How messages name the server: without a password.
-        self.shown_url = str(self.base_url.copy_with(userinfo=b"", query=None)).rstrip("/")
+        url = _url(base_url)
+        # A password is sent, not shown: in no message, nor in the address that an exception of the client tells.
+        self._auth = (url.username, url.password) if url.userinfo else None
+        self.base_url = str(url.copy_with(userinfo=b"")).rstrip("/")
+        self.weights_folder = Path(weights_folder).absolute()
         self.timeout, self.request_timeout, self.max_concurrency = timeout, request_timeout, max_concurrency
         self._is_main = not (dist.is_initialized() and dist.get_rank())
         self._folder: Path | None = None  # of the current weights
@@ -263,7 +266,7 @@ class VLLMEngine:
         return Rollout(prompt, tokens, ended=ended, logprobs=logprobs)
 
     def _error(self, message: str) -> RolloutError:
-        return RolloutError(f"vLLM at {self.shown_url}: {message}")
+        return RolloutError(f"vLLM at {self.base_url}: {message}")
 
     # Requests run in a loop of their own, so that they may come from any thread, also of one that has a loop.
 
@@ -273,7 +276,11 @@ class VLLMEngine:
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.max_concurrency)
             # A proxy of the environment is meant for the web.
             self._client = httpx2.AsyncClient(
-                base_url=self.base_url, limits=limits, trust_env=False, headers={"accept-encoding": "identity"}
+                base_url=self.base_url,
+                auth=self._auth,
+                limits=limits,
+                trust_env=False,
+                headers={"accept-encoding": "identity"},
             )
             self._slots, self._connecting = asyncio.Semaphore(self.max_concurrency), asyncio.Lock()
             threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
@@ -291,7 +298,7 @@ class VLLMEngine:
         while missing:
             if starts == MOST_STARTS:
                 raise ServerLost(
-                    f"vLLM at {self.shown_url} was started anew {starts} times while it was asked for {len(requests)} "
+                    f"vLLM at {self.base_url} was started anew {starts} times while it was asked for {len(requests)} "
                     "completions"
                 )
             try:
@@ -349,16 +356,16 @@ class VLLMEngine:
                     since, attempts, instance = now, 0, self._loaded
                 if starts == MOST_STARTS:
                     raise ServerLost(
-                        f"vLLM at {self.shown_url} was started anew {starts} times, and never answered this request: "
+                        f"vLLM at {self.base_url} was started anew {starts} times, and never answered this request: "
                         f"{error}"
                     ) from error
                 if now - since >= self.timeout:
                     raise ServerLost(
-                        f"vLLM at {self.shown_url} did not answer for {self.timeout:g} s (vllm_server_timeout): {error}"
+                        f"vLLM at {self.base_url} did not answer for {self.timeout:g} s (vllm_server_timeout): {error}"
                     ) from error
                 if not self._is_lost:
                     self._is_lost = True
-                    logger.warning(f"vLLM at {self.shown_url}: {error}; it is waited for up to {self.timeout:g} s")
+                    logger.warning(f"vLLM at {self.base_url}: {error}; it is waited for up to {self.timeout:g} s")
                 delay = min(FIRST_DELAY * 2**attempts, LONGEST_DELAY) * random.uniform(0.5, 1.0)
                 attempts += 1
                 await asyncio.sleep(min(delay, since + self.timeout - now))

@@ -1,13 +1,16 @@
 """Config fields: TRL's names and defaults, a help sentence each, usable from the command line."""
 
+import copy
 import dataclasses
+import importlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from rlkernels.trainers import GRPOConfig, RewardConfig, SFTConfig, configs
+from rlkernels.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig, configs
 
 CONFIGS = [GRPOConfig, RewardConfig, SFTConfig]
 
@@ -166,3 +169,44 @@ def test_every_process_of_fsdp_reads_the_weights(monkeypatch):
 def test_deepspeed_is_for_the_launcher():
     with pytest.raises(ValueError, match="deepspeed is set up by accelerate launch alone: see examples/accelerate"):
         SFTConfig(deepspeed={"zero_optimization": {"stage": 2}}, use_cpu=True, report_to="none")
+
+
+@pytest.mark.parametrize("config", [DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig])
+def test_secrets_are_neither_shown_nor_stored(config, tmp_path):
+    """In what is saved with a model, told to loggers or printed; a copy in the process has them."""
+    address = (
+        {"vllm_server_base_url": "https://me:hf_one%40@host:1/v1"} if issubclass(config, configs.OnlineConfig) else {}
+    )
+    given = {"hub_token": "hf_one", "model_init_kwargs": {"token": "hf_one", "dtype": "float32"}}
+    args = config(output_dir=str(tmp_path), use_cpu=True, **given, **address)
+    torch.save(args, tmp_path / "training_args.bin")
+    for text in (repr(args), str(args), str(args.to_dict()), args.to_json_string(), str(args.to_sanitized_dict())):
+        assert "hf_one" not in text
+    assert b"hf_one" not in (tmp_path / "training_args.bin").read_bytes()
+    loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert (loaded.hub_token, loaded.model_init_kwargs) == (None, {"token": None, "dtype": "float32"})
+    if address:
+        assert loaded.vllm_server_base_url == "https://host:1/v1" and "https://host:1/v1" in repr(args)
+    for same in (copy.copy(args), copy.deepcopy(args), dataclasses.replace(args)):
+        assert same.hub_token == "hf_one" and same.model_init_kwargs["token"] == "hf_one"
+        assert all(getattr(same, name) == value for name, value in address.items())
+
+
+def test_a_password_is_not_in_what_is_said_of_its_address(tmp_path):
+    with pytest.raises(ValueError, match=r"must begin with http:// or https://.*; got 'ftp://host:1'$"):
+        GRPOConfig(output_dir=str(tmp_path), use_cpu=True, vllm_server_base_url="ftp://me:hf/one@host:1")
+
+
+@pytest.mark.parametrize("trainer", ["SFT", "PPO"])
+def test_a_saved_model_holds_no_secrets(trainer, run_options, monkeypatch):
+    """Nor does a checkpoint, in any file."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    worker = importlib.import_module("survival_worker")
+    rows, options = worker.METHODS[trainer]
+    monkeypatch.setitem(worker.METHODS, trainer, (rows, options | {"hub_token": "hf_one", "max_steps": 1}))
+    run = worker.build(trainer, run_options["output_dir"])
+    run.train()
+    run.save_model()
+    files = [path for path in Path(run_options["output_dir"]).rglob("*") if path.is_file()]
+    assert {"training_args.bin", "trainer_state.json", "optimizer.pt"} <= {path.name for path in files}
+    assert run.args.hub_token == "hf_one" and not [path for path in files if b"hf_one" in path.read_bytes()]
