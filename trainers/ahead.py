@@ -6,7 +6,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from transformers.utils import logging
+
 from .rollout import Engine, Rollout, RolloutError, SamplingOptions
+
+logger = logging.get_logger(__name__)
 
 VALUES = [field.name for field in fields(Rollout)]  # an engine may note further ones
 
@@ -18,6 +22,7 @@ class Batch:
     row_ids: list
     prompts: list
     rollouts: Future
+    is_resumed: bool = False
 
 
 class SampledAhead:
@@ -42,6 +47,13 @@ class SampledAhead:
         if batch is None:
             return None
         if (batch.row_ids, batch.prompts) != (row_ids, prompts):
+            if batch.is_resumed:
+                del self.batches[step]
+                logger.warning(
+                    f"step {step + 1}: completed anew, since the checkpoint holds completions of other rows of "
+                    "train_dataset, or of other prompts"
+                )
+                return None
             raise RolloutError(
                 f"staleness 1: step {step + 1} learns from rows {row_ids} of train_dataset, but {batch.row_ids}, or "
                 "other prompts, were sampled ahead; a row must be the same each time it is read"
@@ -79,7 +91,7 @@ class SampledAhead:
         for saved in state:
             rollouts: Future = Future()
             rollouts.set_result([Rollout(**values) for values in saved["rollouts"]])
-            self.batches[saved["step"]] = Batch(saved["row_ids"], saved["prompts"], rollouts)
+            self.batches[saved["step"]] = Batch(saved["row_ids"], saved["prompts"], rollouts, is_resumed=True)
 
 
 def _fill(rollouts: Future, engine: Callable, prompts: list, options: SamplingOptions) -> None:

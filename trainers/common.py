@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import math
 import pickle
 import random
@@ -25,12 +26,13 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
+from .checkpoints import BadCheckpoint, processes
 from .configs import BaseConfig
 from .limits import embedded
 from .packing import Sequence, lay_out, prepare_packing, warn_of_batch_dependence
 from .reporting import CurvesCallback
 from .router_loss import find_router_loss
-from .saving import SavingTrainer
+from .saving import SavingTrainer, reads
 from .scoring import needs_no_logits
 from .sharding import accumulating, load_whole_state_dict, prepare_frozen, refuse_zero3, reshard
 
@@ -39,6 +41,11 @@ logger = logging.get_logger(__name__)
 
 # What the trainers themselves read of a dataset.
 COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "margin", "sequences", "num_tokens")
+
+
+# In a checkpoint: of a reference with adapters, the part that the model has trained since.
+REFERENCE_ADAPTERS = "reference_adapters.pth"
+SETTINGS = "settings.json"
 
 
 class NonFiniteLoss(RuntimeError):
@@ -308,7 +315,7 @@ class BaseTrainer(SavingTrainer):
         peft_config: of PEFT: adapters are trained, and they alone are saved.
         ref_model: what the model is held against, if it is not what it was at the start; as model.
         needs_reference: whether there is such a model. With peft_config it is the model without its adapters; else a
-            copy is kept.
+            copy is kept, adapters included, as where these leave the model's own biases changed.
         **kwargs: of `transformers.Trainer`.
     """
 
@@ -332,11 +339,15 @@ class BaseTrainer(SavingTrainer):
             raise ValueError("peft_config must be None where the model has adapters already; got both")
         model = self.load(model, args)
         tokenizer = processing_class or load_tokenizer(model, args)
-        self.has_own_reference = needs_reference and (ref_model is not None or peft_config is None)
+        # Without its adapters a model whose biases are trained with them is not what it was.
+        is_kept = peft_config is None or getattr(peft_config, "bias", "none") != "none"
+        self.has_own_reference = needs_reference and (ref_model is not None or is_kept)
         reference = None
         if self.has_own_reference:
             refuse_zero3("a reference model")
             reference = copy.deepcopy(model) if ref_model is None else self.load(ref_model, args)
+            #: Of a model that is given with adapters, what a checkpoint holds of the reference.
+            self.adapter_names = [name for name, weight in model.named_parameters() if weight.requires_grad]
             reference.eval().requires_grad_(False)
         if peft_config is not None:
             import peft
@@ -377,8 +388,7 @@ class BaseTrainer(SavingTrainer):
         pad = self.processing_class.pad_token_id
         #: One that every model can read, also where the tokenizer has none, or one that was added to it.
         self.pad_token_id = 0 if pad is None or pad >= min(map(embedded, models)) else pad
-        # A model with adapters is not loaded from a folder as the others are: a resumed run is given it again.
-        self.keeps_reference = self.has_own_reference and ref_model is None and not hasattr(reference, "get_base_model")
+        self.keeps_reference = self.has_own_reference and ref_model is None
         self.metrics = Metrics(self.accelerator.device)
         self.add_callback(CurvesCallback())
         # Dropout must differ between the processes; sampling has random numbers of its own.
@@ -596,32 +606,88 @@ class BaseTrainer(SavingTrainer):
         self._signature_columns = [*COLUMNS, "_row_id"]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # Called with the weights of a checkpoint. The fused AdamW would write past the end of states of other shapes.
+        # Called with the weights of a checkpoint.
         super()._issue_warnings_after_load(load_result)
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         loaded = {id(weight) for name, weight in weights.items() if name not in load_result.missing_keys}
         missing = [name for name in load_result.missing_keys if id(weights.get(name)) not in loaded]
         if missing or load_result.unexpected_keys:
-            raise ValueError(
-                f"a checkpoint of another model: {', '.join([*missing, *load_result.unexpected_keys][:5])} in one alone"
-            )
+            names = ", ".join([*missing, *load_result.unexpected_keys][:5])
+            raise BadCheckpoint(str(self.resumed_from), f"a checkpoint of another model: {names} in one alone")
+
+    # What rows a step learns from depends on its number and on these alone.
+
+    def settings(self) -> dict[str, Any]:
+        """By name, what the order of rows depends on."""
+        names = ("per_device_train_batch_size", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
+        return {
+            **{name: getattr(self.args, name, None) for name in names},
+            "gradient_accumulation_steps": self.accumulation_steps,
+            "processes": self.args.world_size,
+            "rows of train_dataset": len(self.train_dataset),
+        }
+
+    def changed(self, checkpoint: str | Path) -> list[str]:
+        """Those of the settings that were others in the run of a checkpoint, and what they were and are."""
+        file = Path(checkpoint) / SETTINGS
+        if not file.is_file():  # of an earlier version
+            return [f"settings, of which {checkpoint} does not tell"]
+        before, now = json.loads(file.read_text()), json.loads(json.dumps(self.settings(), default=str))
+        before["processes"] = processes(file.parent)  # those that have left something in it
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        return [f"{name} (was {before.get(name)}, is {now.get(name)})" for name in names]
 
     # Checkpoints hold the reference too, if it is the model of the start: a resumed run may be given the checkpoint.
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            (Path(output_dir) / SETTINGS).write_text(json.dumps(self.settings(), default=str))
         if self.keeps_reference:
             reference: Any = self.accelerator.unwrap_model(self.reference_model)
             state_dict = self.accelerator.get_state_dict(reference) if self.accelerator.is_fsdp2 else None
-            if self.args.should_save:
+            if self.args.should_save and hasattr(reference, "get_base_model"):
+                # Not as PEFT saves adapters: the Trainer takes a folder of such for one more of the model's own.
+                kept = reference.state_dict() if state_dict is None else state_dict
+                adapters = {name: kept[name] for name in self.adapter_names}
+                torch.save(adapters, Path(output_dir) / REFERENCE_ADAPTERS)
+            elif self.args.should_save:
                 reference.save_pretrained(Path(output_dir) / "reference", state_dict=state_dict)
 
+    @reads("its reference")
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        folder = None if checkpoint is None else Path(checkpoint) / "reference"
-        if folder is not None and folder.is_dir() and self.keeps_reference:
-            reference: Any = self.accelerator.unwrap_model(self.reference_model)
-            saved = self.auto_class.from_pretrained(
-                folder, dtype=reference.dtype, trust_remote_code=self.args.trust_remote_code
+        if checkpoint is None:
+            return
+        order = BaseTrainer.settings(self)
+        if changed := [each for each in self.changed(checkpoint) if each.partition(" (was")[0] in order]:
+            logger.warning(
+                f"{checkpoint} is of a run with another {', '.join(changed)}: its steps count, and this run goes on in "
+                f"the data where {self.state.global_step} steps of its own would have ended"
             )
-            load_whole_state_dict(reference, saved.state_dict())
+        if not self.keeps_reference:
+            return
+        reference: Any = self.accelerator.unwrap_model(self.reference_model)
+        folder, adapters = Path(checkpoint) / "reference", Path(checkpoint) / REFERENCE_ADAPTERS
+        if hasattr(reference, "get_base_model") and adapters.is_file():
+            saved = torch.load(adapters, map_location="cpu", weights_only=True)
+            others = saved.keys() ^ set(self.adapter_names)
+        elif folder.is_dir():
+            model, report = self.auto_class.from_pretrained(
+                folder,
+                dtype=reference.dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=self.args.trust_remote_code,
+            )
+            saved, others = model.state_dict(), set(report["missing_keys"])
+        else:
+            logger.warning(
+                f"{checkpoint} does not hold its run's reference: that of this run is the model it was given"
+            )
+            return
+        if others:
+            raise BadCheckpoint(
+                checkpoint, f"a reference of another kind: {', '.join(sorted(others)[:5])} in one alone"
+            )
+        load_whole_state_dict(reference, saved, strict=folder.is_dir())

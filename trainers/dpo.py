@@ -16,12 +16,14 @@ from transformers.utils import logging
 import rlkernels
 
 from . import scoring
+from .checkpoints import BadCheckpoint
 from .common import BaseTrainer, disable_dropout, each_part, load_tokenizer
 from .configs import OVER_THE_BATCH, DPOConfig
 from .data import check_rows, preference_pair, prepare, sequences_of
 from .limits import Limits
 from .packing import IGNORE, fill, prepare_packing, shift
 from .reference_cache import cache_file, hash_model, read, write
+from .saving import reads
 from .sharding import refuse_zero3, reshard
 
 WITHOUT_REFERENCE = {"sft", "simpo", "orpo"}
@@ -284,13 +286,15 @@ class DPOTrainer(BaseTrainer):
         if self.reference_hash is not None and self.args.should_save:
             Path(output_dir, "reference_hash").write_text(self.reference_hash)
 
+    @reads("the hash of its reference")
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         file = None if checkpoint is None else Path(checkpoint, "reference_hash")
         if file is not None and file.is_file() and self.reference_hash not in (None, file.read_text()):
-            raise ValueError(
-                f"{checkpoint}: its run precomputed the log-probabilities of another reference; give the model, and "
-                "ref_model if there was one, that it started with"
+            raise BadCheckpoint(
+                checkpoint,
+                "its run precomputed the log-probabilities of another reference; give the model, and ref_model if "
+                "there was one, that it started with",
             )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -21,7 +22,7 @@ from transformers.utils import logging
 from . import checkpoints
 from .ahead import SampledAhead
 from .common import BaseTrainer, Metrics, NumberedRows, check_columns, load_classifier
-from .configs import OnlineConfig
+from .configs import BaseConfig, OnlineConfig
 from .data import check_prompts
 from .limits import Limits
 from .packing import shift
@@ -38,6 +39,7 @@ from .rollout import (
     end_tokens,
     is_chat,
 )
+from .saving import reads
 from .sharding import gathered_once
 from .vllm import ServerLost, VLLMEngine
 from .weights import write_weights
@@ -48,6 +50,17 @@ logger = logging.get_logger(__name__)
 RESERVED = ("prompt", "completion", "completion_ids", "_row_id")
 # In a checkpoint.
 COMPLETIONS = "completions.json"
+# What a run may change while it still learns from the completions of before: when and by whom they are sampled and
+# rewarded, what is shown of them, and what the loss makes of them.
+LATER = {
+    *("reward_timeout", "reward_workers", "on_reward_error", "staleness", "use_vllm", "vllm_server_base_url"),
+    *("vllm_server_timeout", "vllm_request_timeout", "vllm_max_concurrency", "vllm_weights_folder"),
+    *("log_completions", "num_completions_to_print", "log_unique_prompts", "num_generations_eval", "total_episodes"),
+    *("importance_sampling_mode", "importance_sampling_cap", "importance_sampling_level", "use_bias_correction_kl"),
+    *("epsilon", "epsilon_high", "delta", "loss_type", "sapo_temperature_neg", "sapo_temperature_pos"),
+    *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "top_entropy_quantile"),
+    *("cliprange", "cliprange_value", "vf_coef", "adap_kl_ctrl", "target_kl", "horizon"),
+}
 
 
 class GroupSampler(Sampler[int]):
@@ -107,6 +120,12 @@ class Samples:
                 own[row] = value
 
 
+def digest(rows: list[dict[str, Any]]) -> str:
+    """Of what JSON can hold of them."""
+    text = json.dumps(rows, default=lambda value: type(value).__name__, skipkeys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def reward_function(source: RewardSource, args: OnlineConfig) -> RewardFunction:
     if not isinstance(source, str | nn.Module):
         return source
@@ -162,6 +181,9 @@ class OnlineTrainer(BaseTrainer):
         self.reward_weights = torch.tensor(weights, dtype=torch.float32, device=self.accelerator.device)
         self.num_generations_eval = 1
         self.rollouts: Any = None
+        self.rollout_rows: list[dict[str, Any]] = []  # those that they complete
+        self._saved_rows: str | None = None  # the digest of those of a checkpoint, before they are looked at
+        self._changed: list[str] = []  # what a checkpoint's rollouts are not of
         #: The latest completions over all processes, a dict each: for callbacks that show or save them.
         self.completions: list[dict[str, Any]] = []
         #: The steps that were taken when they were sampled.
@@ -247,22 +269,39 @@ class OnlineTrainer(BaseTrainer):
     def current_rollouts(self, inputs: list[dict[str, Any]]) -> tuple[Any, int]:
         """The completions that this optimizer step learns from, and how many steps have learned from them."""
         step = self.state.global_step % self.steps_per_rollout
+        if self._saved_rows is not None:
+            found = [self._saved_rows != digest(inputs)]
+            if self.accelerator.num_processes > 1:
+                found = gather_object(found)
+            if any(found):
+                self.rollouts, self._changed = None, ["rows of train_dataset"]
+            self._saved_rows = None
         if step == 0 or self.rollouts is None:
             if step:
+                others = ", ".join(self._changed) or "steps per batch of completions"
                 logger.warning(
-                    "The checkpoint holds no rollouts of as many processes: this step's prompts are completed anew."
+                    f"step {self.state.global_step + 1}: this step's prompts are completed anew, since the completions "
+                    f"of the checkpoint are of another {others}"
                 )
             with self.stop.while_doing("sampling completions and their rewards"):
                 self.rollouts, self.completions_step = self.roll_out(inputs), self.state.global_step
+            self.rollout_rows = inputs
         return self.rollouts, step
 
+    def settings(self) -> dict[str, Any]:
+        own, others = ({each.name for each in dataclasses.fields(config)} for config in (self.args, BaseConfig))
+        names = ["seed", "bf16", "fp16", *sorted(own - others - LATER)]
+        shaping = {name: getattr(self.args, name) for name in names}
+        return {**super().settings(), **shaping, "reward_funcs": self.rewards.names}
+
     def before_step(self) -> Callable[[], None]:
-        restore_others, rollouts = super().before_step(), self.rollouts
+        restore_others, rollouts, rows = super().before_step(), self.rollouts, self.rollout_rows
         completions, step = self.completions, self.completions_step
 
         def restore() -> None:
             restore_others()
             self.rollouts, self.completions, self.completions_step = rollouts, completions, step
+            self.rollout_rows = rows
 
         self.undo_step = restore
         return restore
@@ -451,26 +490,33 @@ class OnlineTrainer(BaseTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.rollouts is not None and self.state.global_step % self.steps_per_rollout:
-            torch.save(vars(self.rollouts), self._rollouts_file(output_dir))
+            saved = {"rows": digest(self.rollout_rows), "rollouts": vars(self.rollouts)}
+            torch.save(saved, self._rollouts_file(output_dir))
         if self.args.should_save:
             shown = {"step": self.completions_step, "rows": self.completions}
             (Path(output_dir) / COMPLETIONS).write_text(json.dumps(shown, default=str))
         if ahead := self.ahead.state(self.state.global_step):
             torch.save(ahead, self._rollouts_file(output_dir, "ahead"))
 
+    @reads("its completions")
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            # Those of another number of processes are of other rows, and some processes might have none.
-            is_ours = checkpoints.processes(Path(checkpoint)) == self.accelerator.num_processes
+            self._changed = self.changed(checkpoint)
             file = self._rollouts_file(checkpoint)
-            self.rollouts = None
-            if is_ours and file.is_file():
-                self.rollouts = self.rollouts_type(**torch.load(file, map_location="cpu", weights_only=True))
+            self.rollouts = self._saved_rows = None
+            if not self._changed and file.is_file():
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+                self.rollouts, self._saved_rows = self.rollouts_type(**saved["rollouts"]), saved["rows"]
             shown = json.loads((Path(checkpoint) / COMPLETIONS).read_text())
             self.completions, self.completions_step = shown["rows"], shown["step"]
             file = self._rollouts_file(checkpoint, "ahead")
-            self.ahead.load(torch.load(file, weights_only=True) if is_ours and file.is_file() else [])
+            if file.is_file() and self._changed:
+                logger.warning(
+                    f"what {checkpoint} holds of completions sampled ahead is sampled anew: it is of another "
+                    f"{', '.join(self._changed)}"
+                )
+            self.ahead.load(torch.load(file, weights_only=True) if file.is_file() and not self._changed else [])
 
     def _rollouts_file(self, folder: str, name: str = "rollouts") -> Path:
         return Path(folder) / f"{name}_{self.accelerator.process_index}.pth"

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .common import model_folder
+from .reporting import warned_of
 
 logger = logging.get_logger(__name__)
 
@@ -32,11 +33,17 @@ def hash_model(model: str | PreTrainedModel, settings: Any) -> str:
         return content.hexdigest()
     irrelevant = dict.fromkeys(("_name_or_path", "transformers_version", "use_cache"))
     config = {**model.config.to_diff_dict(), **irrelevant}
-    content.update(json.dumps(config, sort_keys=True, default=str).encode())
+    adapters = {name: each.to_dict() for name, each in getattr(model, "peft_config", {}).items()}
+    config |= {"adapters": adapters, "active_adapters": getattr(model, "active_adapters", None) if adapters else None}
+    content.update(json.dumps(config, sort_keys=True, default=_plain).encode())
     for name, value in sorted(model.state_dict().items()):
         content.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         content.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return content.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set) else str(value)
 
 
 def cache_file(rows: datasets.Dataset, reference: str) -> Path:
@@ -64,9 +71,10 @@ def read(file: Path) -> np.ndarray | None:
 
 
 def write(file: Path, values: np.ndarray) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        aside = Path(folder) / file.name
-        np.savez(aside, logps=values)
-        aside.replace(file)
+    """Whole or, with a warning, not at all."""
+    with warned_of(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            aside = Path(folder) / file.name
+            np.savez(aside, logps=values)
+            aside.replace(file)

@@ -76,6 +76,6 @@ def keeps_shards(accelerator: Accelerator) -> bool:
     return accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
 
 
-def load_whole_state_dict(model: nn.Module, state_dict: dict[str, Any]) -> None:
+def load_whole_state_dict(model: nn.Module, state_dict: dict[str, Any], *, strict: bool = True) -> None:
     reshard(model)
-    set_model_state_dict(model, state_dict, options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(model, state_dict, options=StateDictOptions(full_state_dict=True, strict=strict))

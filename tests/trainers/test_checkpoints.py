@@ -1,19 +1,36 @@
 """Checkpoints that are whole or not there; and what of a run is in them."""
 
+import dataclasses
+import errno
+import importlib
 import json
 import os
+import platform
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from rlkernels.trainers import CheckpointError, GRPOConfig, GRPOTrainer, NonFiniteLoss, PPOConfig, PPOTrainer
+from rlkernels.trainers import (
+    CheckpointError,
+    GRPOConfig,
+    GRPOTrainer,
+    NonFiniteLoss,
+    PPOConfig,
+    PPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+    common,
+    online,
+)
 from rlkernels.trainers import checkpoints as c
+from rlkernels.trainers.reporting import CompletionsCallback
 
 ARGS = type("Args", (), {"should_save": True, "world_size": 1})
 
@@ -208,7 +225,8 @@ def make_trainer(make_model, tokenizer, run_options):
         config = GRPOConfig if trainer is GRPOTrainer else PPOConfig
         own = {"num_generations": 2, "max_completion_length": 4} if trainer is GRPOTrainer else {"response_length": 4}
         options = {**run_options, "per_device_train_batch_size": 4, "learning_rate": 3e-3, **own, **options}
-        return trainer(make_model(), vowels, config(**options), PROMPTS, PROMPTS[:2], tokenizer, callbacks=callbacks)
+        rows, reward = options.pop("rows", PROMPTS), options.pop("reward", vowels)
+        return trainer(make_model(), reward, config(**options), rows, PROMPTS[:2], tokenizer, callbacks=callbacks)
 
     return make
 
@@ -362,3 +380,459 @@ def test_the_state_before_a_loss_that_is_not_finite(make_trainer, monkeypatch, t
     again = make_trainer(trainer, **options)
     again.train(resume_from_checkpoint=True)
     assert history(again) == history(whole)
+
+
+# What a checkpoint holds is looked at before anything of it is used
+
+
+@pytest.fixture
+def saved(make_trainer):
+    """A trainer whose run has stopped amid the steps of a batch of completions, and its checkpoint."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "beta": 0.1}
+    trainer = make_trainer(callbacks=[Breaks()], **options)
+    with pytest.raises(Killed):
+        trainer.train()
+    return lambda **others: make_trainer(**{**options, **others}), Path(trainer.args.output_dir, "checkpoint-1")
+
+
+def refused(trainer, checkpoint) -> str:
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint ") as error:
+        trainer.train(resume_from_checkpoint=checkpoint if checkpoint is True else str(checkpoint))
+    assert "\n" not in str(error.value) and trainer.state.global_step <= 1
+    return str(error.value)
+
+
+def test_a_changed_byte_is_seen(saved, monkeypatch):
+    """In the middle of any file of it; with True it is passed over."""
+    make, folder = saved
+    trainer, warnings = make(), []
+    monkeypatch.setattr(c.logger, "warning", warnings.append)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != c.MANIFEST]
+    names = {path.relative_to(folder).as_posix() for path in files}
+    assert names > {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rollouts_0.pth"}
+    assert names > {"completions.json", "tokenizer.json", "reference/model.safetensors", "trainer_state.json"}
+    for file in files:
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        name = file.relative_to(folder).as_posix()
+        assert f"the content of {name} is not what was written" in refused(trainer, folder)
+        file.write_bytes(content)
+    file.write_bytes(bytes(len(content)))
+    assert refused(trainer, True).endswith("there is no whole checkpoint in " + trainer.args.output_dir)
+    assert len(warnings) == 1 and f"{folder} (the content of {name} is not" in warnings[0]
+    file.write_bytes(content)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda manifest: None, "want a JSON object; got a NoneType"),
+        (lambda manifest: [manifest], "want a JSON object; got a list"),
+        (lambda manifest: 3, "want a JSON object; got a int"),
+        (lambda manifest: {"files": manifest["files"]}, "'written' must be a time in seconds; got None"),
+        (lambda manifest: manifest | {"written": float("nan")}, "'written' must be a time in seconds; got nan"),
+        (lambda manifest: manifest | {"written": [1]}, "'written' must be a time in seconds; got [1]"),
+        (lambda manifest: {"written": 1.0}, "'files' must be an object of sizes by path; got None"),
+        (lambda manifest: manifest | {"files": {}}, "'files' must be an object of sizes by path; got {}"),
+        (lambda manifest: manifest | {"files": {"../x": 1}}, "'files' has '../x', which is no path within the folder"),
+        (lambda manifest: manifest | {"files": {"/x": 1}}, "'files' has '/x', which is no path within the folder"),
+        (lambda manifest: manifest | {"files": {"x\n": 1}}, r"'files' has 'x\n', which is no path within the folder"),
+        (lambda manifest: manifest | {"files": {"x": True}}, "'files' must give the size of x; got True"),
+        (lambda manifest: manifest | {"files": {"x": -1}}, "'files' must give the size of x; got -1"),
+        (
+            lambda manifest: manifest | {"sha256": None},
+            "'sha256' must be an object with the paths of 'files'; got None",
+        ),
+        (lambda manifest: manifest | {"sha256": {}}, "'sha256' must be an object with the paths of 'files'; got {}"),
+        (
+            lambda manifest: manifest | {"sha256": dict.fromkeys(manifest["files"], 3)},
+            "'sha256' must give text for within/model; got 3",
+        ),
+    ],
+)
+def test_a_manifest_that_is_none(tmp_path, change, why):
+    folder = write(tmp_path / "checkpoint-1")
+    whole = write(tmp_path / "checkpoint-2")
+    manifest = json.loads((folder / c.MANIFEST).read_text())
+    (folder / c.MANIFEST).write_text(json.dumps(change(manifest)))
+    with pytest.raises(ValueError) as error:
+        c.check(folder)
+    assert str(error.value) == (
+        f"resume_from_checkpoint {folder}: not a whole checkpoint: its {c.MANIFEST} cannot be read: {why}; "
+        f"the last whole one is {whole}"
+    )
+    c.rotate(tmp_path, 1, [whole])
+    assert c.last_checkpoint(tmp_path) == whole and folder.is_dir()
+
+
+def test_a_manifest_that_cannot_be_read_or_leaves_something_out(tmp_path):
+    folder = write(tmp_path / "checkpoint-1", name="model.safetensors")
+    manifest = json.loads((folder / c.MANIFEST).read_text())
+    long = "x" * 300
+    for text, why in (
+        ("[" * 100_000, "it is nested too deeply"),
+        ("9" * 10_000, "cannot be read"),
+        (json.dumps(manifest | {"files": {long: 1}, "sha256": {long: ""}}), "File name too long"),
+    ):
+        (folder / c.MANIFEST).write_text(text)
+        assert why in c.fault(folder) and "\n" not in c.fault(folder)
+    (folder / c.MANIFEST).write_text(json.dumps(manifest))
+    assert c.is_whole(folder)
+    (folder / "optimizer.pt").write_text("of another run")
+    assert c.fault(folder) == "'optimizer.pt' is not in its manifest.json"
+
+
+def test_one_of_before_contents_were_sealed_is_read(saved, monkeypatch):
+    """And told; it does not tell for what its completions were sampled, either."""
+    make, folder = saved
+    (folder / "settings.json").unlink()
+    c.seal(folder)
+    manifest = json.loads((folder / c.MANIFEST).read_text())
+    del manifest["sha256"], manifest["files"][c.MANIFEST]
+    (folder / c.MANIFEST).write_text(json.dumps(manifest))
+    warnings: list[str] = []
+    monkeypatch.setattr(c.logger, "warning", warnings.append)
+    trainer = make()
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert trainer.state.global_step == 3
+    assert warnings == [f"{folder} was written before contents were sealed: the sizes of its files alone are checked"]
+
+
+def edit(folder: Path, name: str, change) -> None:
+    """As a program would that also seals it: what is in it must be looked at all the same."""
+    file = folder / name
+    content = json.loads(file.read_text()) if name.endswith("json") else torch.load(file, weights_only=False)
+    changed = change(content)
+    content = content if changed is None else changed
+    file.write_text(json.dumps(content)) if name.endswith("json") else torch.save(content, file)
+    (folder / c.MANIFEST).unlink()
+    c.seal(folder)
+
+
+def state(content) -> dict:
+    return content["state"][0]
+
+
+OTHERS = {
+    "a shorter state": ("optimizer.pt", lambda o: state(o).update(exp_avg=torch.zeros(1)), "exp_avg of parameter 0 "),
+    "a longer state": ("optimizer.pt", lambda o: state(o).update(exp_avg_sq=torch.zeros(9, 9, 9)), "exp_avg_sq of par"),
+    "another dtype": ("optimizer.pt", lambda o: state(o).update(exp_avg=state(o)["exp_avg"].long()), "is int64 ["),
+    "no tensor": ("optimizer.pt", lambda o: state(o).update(exp_avg=3.0), "exp_avg of parameter 0 in its optimizer is"),
+    "many steps": ("optimizer.pt", lambda o: state(o).update(step=torch.zeros(4)), "step of parameter 0 in its opti"),
+    "a state without steps": ("optimizer.pt", lambda o: state(o).pop("step") and None, "no step of parameter 0"),
+    "a state alone": ("optimizer.pt", lambda o: o["state"].update({99: {"step": 1}}), "a state of parameter 99"),
+    "fewer parameters": ("optimizer.pt", lambda o: o["param_groups"][0]["params"].pop() and None, "parameters in its"),
+    "no optimizer": ("optimizer.pt", lambda o: [1], "its optimizer and scheduler cannot be loaded: "),
+    "scheduler": ("scheduler.pt", lambda s: s.update(base_lrs=[0.1]), "scheduler.pt.base_lrs has 1 values; want 2"),
+    "scheduler of text": ("scheduler.pt", lambda s: s.update(last_epoch="x"), "scheduler.pt.last_epoch is str; want"),
+    "random state": (
+        "rng_state.pth",
+        lambda r: r.update(numpy=(*r["numpy"][:2], 10**6, *r["numpy"][3:])),
+        "its random states cannot be loaded: ",
+    ),
+    "random state of torch": ("rng_state.pth", lambda r: r.update(cpu=r["cpu"][:9]), "its random states cannot be"),
+    "rollouts": ("rollouts_0.pth", lambda r: {"rows": ""}, "its completions cannot be loaded: KeyError: 'rollouts'"),
+    "completions": ("completions.json", lambda c: [], "its completions cannot be loaded: TypeError"),
+    "state": ("trainer_state.json", lambda s: s.update(global_step="1"), "its trainer_state.json cannot be read: "),
+    "logs": ("trainer_state.json", lambda s: s.update(log_history=[3]), "state.log_history must be a list of"),
+    "batch of null": ("trainer_state.json", lambda s: s.update(train_batch_size=None), "state.train_batch_size is"),
+    "callbacks": ("trainer_state.json", lambda s: s.update(stateful_callbacks={"X": 3}), "X has no attributes"),
+}
+
+
+@pytest.mark.parametrize("name, change, why", OTHERS.values(), ids=OTHERS)
+def test_what_does_not_fit_is_refused(saved, name, change, why):
+    """Before the fused AdamW writes past its end, and in one line."""
+    make, folder = saved
+    edit(folder, name, change)
+    assert why in refused(make(), folder)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["model", "adapters"])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda name, value: (name, value.half()), " is float16 ["),
+        (lambda name, value: (name, value[:, :1].contiguous()), "size mismatch"),
+        (lambda name, value: (name + "x", value), " in one alone"),
+        (lambda name, value: None, " in one alone"),
+    ],
+    ids=["dtype", "shape", "name", "missing"],
+)
+def test_weights_that_do_not_fit_are_refused(make_model, tokenizer, run_options, peft, change, why):
+    config = None
+    if peft:
+        config = pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    def make():
+        args = SFTConfig(**run_options | {"save_strategy": "steps", "save_steps": 1, "max_steps": 2})
+        return SFTTrainer(make_model(), args, [{"text": "abcd"}] * 8, None, tokenizer, peft_config=config)
+
+    make().train()
+    folder = Path(run_options["output_dir"]) / "checkpoint-1"
+    file = folder / ("adapter_model.safetensors" if peft else "model.safetensors")
+    weights = load_file(file)
+    first = next(name for name in weights if "q_proj" in name)
+    changed = change(first, weights.pop(first))
+    save_file(weights | ({} if changed is None else dict([changed])), file, metadata={"format": "pt"})
+    (folder / c.MANIFEST).unlink()
+    c.seal(folder)
+    assert (why if why != "size mismatch" else "float32 [") in refused(make(), folder)
+
+
+def test_a_reference_that_lacks_weights_is_refused(saved):
+    """It would be filled up with random numbers."""
+    make, folder = saved
+    file = folder / "reference" / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    (folder / c.MANIFEST).unlink()
+    c.seal(folder)
+    assert "a reference of another kind: model.layers.0.self_attn.q_proj.weight" in refused(make(), folder)
+
+
+def test_the_best_model_is_that_which_was_written(make_trainer, monkeypatch):
+    class Damages(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            raise AssertionError
+
+        def on_save(self, args, state, control, **kwargs):
+            file = Path(state.best_model_checkpoint or "", "model.safetensors")
+            if state.best_model_checkpoint is not None:
+                file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    trainer = make_trainer(callbacks=[Damages()], load_best_model_at_end=True, **options)
+    with pytest.raises(CheckpointError, match=r"load_best_model_at_end: .*the content of model.safetensors is"):
+        trainer.train()
+
+
+# One run in a folder
+
+
+def test_a_second_run_into_a_folder_is_refused(tmp_path):
+    """While the first is there; not when it was killed, which a process that it has forked outlives."""
+    folder = tmp_path / "run"
+    told, tells = os.pipe()
+    run = os.fork()
+    if not run:
+        with c.Lock(folder):
+            child = os.fork()
+            if child:
+                os.write(tells, str(child).encode())
+            time.sleep(60)
+        os._exit(0)
+    child = int(os.read(told, 20))
+    try:
+        with pytest.raises(c.FolderInUse) as error:
+            c.Lock(folder).__enter__()
+        holder = f"process {run} on {platform.node()}"
+        assert str(error.value) == f"output_dir {folder}: another run writes there ({holder})"
+        os.kill(run, signal.SIGKILL)
+        os.waitpid(run, 0)
+        os.kill(child, 0)
+        with c.Lock(folder):
+            assert [path.name for path in folder.iterdir()] == [".lock"]
+        assert list(folder.iterdir()) == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("method", ["SFT", "Reward", "DPO", "PPO", "GRPO"])
+def test_every_trainer_is_alone_in_its_folder(method, run_options, monkeypatch):
+    """In training and in saving; what the other run is writing stays."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    build = importlib.import_module("survival_worker").build
+    folder = Path(run_options["output_dir"])
+    trainer = build(method, str(folder))
+    unfinished = folder / ".checkpoint-7.unfinished"
+    unfinished.mkdir(parents=True)
+    with c.Lock(folder):
+        for attempt in (trainer.train, trainer.save_model):
+            with pytest.raises(CheckpointError, match=f"^output_dir {folder}: another run writes there"):
+                attempt()
+        assert unfinished.is_dir() and not (folder / "config.json").exists()
+    trainer.save_model()
+    assert (folder / "config.json").is_file() and not (folder / ".lock").exists()
+
+
+@pytest.mark.parametrize("fails", ["open", "flock"])
+def test_a_folder_that_cannot_be_locked_is_told(tmp_path, monkeypatch, fails):
+    """Read-only ones, and file systems without locks."""
+    import fcntl
+
+    warnings: list[str] = []
+    monkeypatch.setattr(c.logger, "warning", warnings.append)
+
+    def fail(*args):
+        raise OSError(errno.EROFS if fails == "open" else errno.ENOLCK, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(*(os, "open") if fails == "open" else (fcntl, "flock"), fail)
+    with c.Lock(tmp_path):
+        pass
+    monkeypatch.undo()
+    assert warnings == [
+        f"{tmp_path} cannot be locked (Read-only file system): see to it that no other run writes there"
+    ]
+
+
+# What cannot be written
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
+@pytest.mark.parametrize("writes", ["tokenizer", "config", "state", "folder"])
+def test_whatever_cannot_be_written_is_one_line(make_trainer, monkeypatch, number, writes):
+    """What writes in Rust raises a plain Exception. The checkpoint before stays, and nothing else is left."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(**options)
+    folder, why = Path(trainer.args.output_dir), os.strerror(number)
+
+    def fail(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            raise Exception(f"{why} (os error {number})") if writes == "tokenizer" else OSError(number, why)
+        return original(*args, **kwargs)
+
+    owner, name = {
+        "tokenizer": (trainer.processing_class, "save_pretrained"),
+        "config": (type(trainer.model.config), "save_pretrained"),
+        "state": (trainer, "_save_state"),
+        "folder": (Path, "mkdir"),
+    }[writes]
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, fail)
+    stays = f"{folder / 'checkpoint-1'} stays, and resume_from_checkpoint goes on from it"
+    with pytest.raises(CheckpointError) as error:
+        trainer.train()
+    assert str(error.value) == f"{folder / 'checkpoint-2'} could not be written: {why}; {stays}"
+    if writes in ("tokenizer", "config"):
+        with pytest.raises(CheckpointError) as error:
+            trainer.save_model()
+        assert str(error.value) == f"the model in {folder} could not be written: {why}; {stays}"
+    monkeypatch.undo()
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-1", "completions"]
+    assert c.fault(folder / "checkpoint-1", contents=True) is None
+
+
+def test_what_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
+    folders = [write(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
+    warnings: list[str] = []
+    monkeypatch.setattr(c.logger, "warning", warnings.append)
+
+    def fail(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", fail)
+    c.rotate(tmp_path, 1, [folders[1]])
+    assert warnings == [f"{folders[0]} could not be removed (save_total_limit): Permission denied"]
+
+
+# What the completions of a checkpoint are of
+
+
+def consonants(completions, **kwargs):
+    return [1.0 - reward for reward in vowels(completions)]
+
+
+SHAPING = {
+    GRPOTrainer: [
+        {"per_device_train_batch_size": 2},
+        {"per_device_train_batch_size": 8},
+        {"gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"steps_per_generation": 2},
+        {"num_generations": 4},
+        {"num_iterations": 4},
+        {"seed": 7},
+        {"shuffle_dataset": False},
+        {"max_completion_length": 6},
+        {"temperature": 0.5},
+        {"beta": 0.2},
+        {"reward_weights": [2.0]},
+        {"scale_rewards": "none"},
+        {"advantage": "rloo"},
+        {"mask_truncated_completions": True},
+        {"importance_sampling_correction": True},
+        {"overlong_buffer_length": 2},
+        {"reward": consonants},
+        {"rows": [{"prompt": row["prompt"] + "x"} for row in PROMPTS]},
+        {"rows": [{**row, "answer": "b"} for row in PROMPTS]},
+        {"rows": PROMPTS[::-1]},
+        {"rows": PROMPTS[:8]},
+    ],
+    PPOTrainer: [
+        {"per_device_train_batch_size": 8},
+        {"num_ppo_epochs": 4},
+        {"num_mini_batches": 2},
+        {"kl_coef": 0.5},
+        {"gamma": 0.5},
+        {"whiten_rewards": True},
+        {"response_length": 5},
+        {"reward": consonants},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "trainer, change",
+    [
+        pytest.param(trainer, change, id=f"{trainer.__name__}-{'-'.join(change)}-{index}")
+        for trainer, changes in SHAPING.items()
+        for index, change in enumerate(changes)
+    ],
+)
+def test_completions_of_other_options_are_sampled_anew(make_trainer, monkeypatch, trainer, change):
+    """By a run that goes on amid the steps that learn from them; a warning names what has changed."""
+    monkeypatch.setattr(CompletionsCallback, "on_log", lambda *args, **kwargs: None)
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    options |= {"num_iterations": 2, "beta": 0.1} if trainer is GRPOTrainer else {"num_ppo_epochs": 2}
+    first = make_trainer(trainer, callbacks=[Breaks()], **options)
+    with pytest.raises(Killed):
+        first.train()
+    again, warnings, sampled = make_trainer(trainer, **{**options, **change}), [], []
+    monkeypatch.setattr(online.logger, "warning", warnings.append)
+    monkeypatch.setattr(common.logger, "warning", warnings.append)
+    roll_out = again.roll_out
+
+    def note(inputs):
+        sampled.append((again.state.global_step, len(inputs)))
+        return roll_out(inputs)
+
+    monkeypatch.setattr(again, "roll_out", note)
+    again.train(resume_from_checkpoint=str(Path(first.args.output_dir, "checkpoint-1")))
+    rows = again.args.per_device_train_batch_size * getattr(again.args, "steps_per_generation", 1)
+    wanted = [(1, rows), (2, rows)] if again.steps_per_rollout == 2 else [(1, rows)]
+    assert sampled == wanted and again.state.global_step == 3
+    (anew,) = [each for each in warnings if "completed anew" in each]
+    names = {"reward": "reward_funcs", "rows": "rows of train_dataset"}
+    assert all(names.get(name, name) in anew for name in change) and "\n" not in anew
+    moves = {"per_device_train_batch_size", "gradient_accumulation_steps"} & change.keys() or "rows" in change
+    moves = moves and (change.get("rows") is None or len(change["rows"]) != len(PROMPTS))
+    placed = [each for each in warnings if "this run goes on in the data where 1 steps of its own would have" in each]
+    assert len(placed) == bool(moves or "seed" in change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epsilon": 0.3, "learning_rate": 1e-2, "loss_type": "grpo", "max_steps": 4},
+        {"logging_steps": 2, "on_reward_error": "none", "num_generations_eval": 2, "log_completions": False},
+    ],
+)
+def test_completions_serve_on_where_they_are_the_same(saved, monkeypatch, change):
+    make, folder = saved
+    trainer, sampled = make(**change), []
+    roll_out = trainer.roll_out
+    monkeypatch.setattr(
+        trainer, "roll_out", lambda inputs: sampled.append(trainer.state.global_step) or roll_out(inputs)
+    )
+    trainer.train(resume_from_checkpoint=str(folder))
+    assert sampled == [2]
+
+
+def test_what_completions_do_not_depend_on_is_an_option():
+    options = {each.name for config in (GRPOConfig, PPOConfig) for each in dataclasses.fields(config)}
+    assert options > online.LATER

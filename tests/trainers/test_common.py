@@ -176,23 +176,50 @@ def test_flash_attention_where_it_is_installed(monkeypatch, installed, dtype, ex
     assert common.flash_attention(args) == {}
 
 
-def test_a_model_with_adapters_of_its_own_is_resumed(make_trainer, make_model):
-    """Its reference is what it was, adapters included, which the resumed run is given again."""
+def adapted(model):
+    """With adapters that were trained before."""
+    torch.manual_seed(1)
+    model = pytest.importorskip("peft").get_peft_model(model, lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
-    def model():
-        torch.manual_seed(1)
-        adapted = pytest.importorskip("peft").get_peft_model(make_model(), lora())
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        return adapted
 
+@pytest.mark.parametrize("given", ["the start", "the checkpoint"])
+def test_a_model_with_adapters_of_its_own_is_resumed(make_trainer, make_model, given):
+    """Its reference is what it was at the start, adapters included, whichever the resumed run is given."""
     options = {"beta": 0.1, "save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(model=model(), **options)
+    whole = make_trainer(model=adapted(make_model()), **options)
+    start = {name: value.clone() for name, value in whole.reference_model.state_dict().items()}
+    assert all(torch.equal(value, start[name]) for name, value in adapted(make_model()).state_dict().items())
     whole.train()
-    resumed = make_trainer(model=model(), **options)
-    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
+    checkpoint = f"{whole.args.output_dir}/checkpoint-2"
+    model = adapted(make_model())
+    if given == "the checkpoint":
+        peft = pytest.importorskip("peft")
+        model = peft.PeftModel.from_pretrained(make_model(), checkpoint, is_trainable=True)
+    resumed = make_trainer(model=model, **options)
+    resumed.train(resume_from_checkpoint=checkpoint)
     assert torch.equal(weights(resumed.model), weights(whole.model))
+    for name, value in resumed.reference_model.state_dict().items():
+        assert torch.equal(value, start[name]), name
+    kl = [[log["kl"] for log in trainer.state.log_history if "kl" in log] for trainer in (whole, resumed)]
+    assert kl[0] == kl[1] and kl[0][-1] > 0
+
+
+def test_biases_that_adapters_train_are_not_in_the_reference(make_trainer, make_model):
+    """They are changed in place: the model without its adapters is not what it was."""
+    peft = pytest.importorskip("peft")
+    config = make_model().config
+    config.attention_bias = True
+    model = type(make_model())(config)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    bias = peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM")
+    trainer = make_trainer(model=model, peft_config=bias, beta=0.1, learning_rate=1e-1)
+    trainer.train()
+    with trainer.reference() as reference:
+        assert all(torch.equal(value, start[name]) for name, value in reference.state_dict().items())
 
 
 def test_a_column_of_row_ids_is_the_users_own(make_model, tokenizer, run_options):

@@ -1,15 +1,20 @@
 """DPOTrainer end to end on a tiny model: learning, resuming, references, what is kept of them on disk, bad input."""
 
 import dataclasses
+import errno
+import math
+import os
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 import rlkernels.ops.preference_loss as op
 from cases import thorough
-from rlkernels.trainers import DPOConfig, DPOTrainer, configs, dpo, reference_cache, scoring
+from rlkernels.trainers import DPOConfig, DPOTrainer, configs, dpo, reference_cache, reporting, scoring
+from rlkernels.trainers.reference_cache import hash_model
 
 PAIRS = [
     {"prompt": "ab" + "c" * (i % 5) + "d", "chosen": "ae" + "i" * (i % 3), "rejected": "x" * (1 + i % 4) + "y"}
@@ -152,6 +157,57 @@ def test_a_checkpoint_given_as_the_model(make_trainer, tmp_path):
     resumed = make_trainer(checkpoint, output_dir=str(tmp_path / "resumed"), precompute_ref_log_probs=True, **options)
     with pytest.raises(ValueError, match="checkpoint-3: its run precomputed the log-probabilities of another ref"):
         resumed.train(resume_from_checkpoint=checkpoint)
+
+
+def test_adapters_that_it_was_given_are_the_reference(make_trainer, make_model, tmp_path):
+    """Of the run that began, also where one that goes on is given those of the checkpoint."""
+    peft = pytest.importorskip("peft")
+
+    def adapted():
+        torch.manual_seed(1)
+        model = peft.get_peft_model(make_model(), lora())
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 3e-2}
+    whole = make_trainer(adapted(), output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    losses = [log["loss"] for log in history(whole)]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.6
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    model = peft.PeftModel.from_pretrained(make_model(), checkpoint, is_trainable=True)
+    resumed = make_trainer(model, output_dir=str(tmp_path / "resumed"), **options)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert history(resumed) == history(whole)
+
+
+def test_adapters_of_another_scale_are_another_reference(make_model):
+    """In the cache of what was precomputed: their weights are the same."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(make_model(), lora())
+    hashes = {hash_model(model, ())}
+    model.peft_config["default"].lora_alpha *= 2
+    hashes.add(hash_model(model, ()))
+    model.add_adapter("other", lora())
+    hashes.add(hash_model(model, ()))
+    model.set_adapter("other")
+    hashes.add(hash_model(model, ()))
+    assert len(hashes) == 4
+
+
+def test_precomputed_values_that_cannot_be_kept_cost_a_warning(make_trainer, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez", full)
+    warnings: list[str] = []
+    monkeypatch.setattr(reporting.logger, "warning", warnings.append)
+    trainer = make_trainer(precompute_ref_log_probs=True)
+    assert "ref_chosen_logps" in trainer.train_dataset.column_names
+    assert len(warnings) == 1 and warnings[0].endswith("could not be written: No space left on device")
 
 
 def test_losses_over_the_batch_keep_its_micro_batches(make_trainer):

@@ -32,7 +32,7 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
     """One optimizer step's loss, gradient and metrics of both trainers, of a model that has left its reference."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def run(ours=None, make_model=make_model, **options) -> list[tuple]:
+    def run(ours=None, make_model=make_model, adapt=None, **options) -> list[tuple]:
         make_model().save_pretrained(tmp_path / "model")
         accumulation = options.setdefault("gradient_accumulation_steps", 1)
         options = {
@@ -50,14 +50,14 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
         results = []
         for module, config, extra in ((trl.DPOTrainer, trl.DPOConfig, {}), (DPOTrainer, DPOConfig, ours or {})):
             trainer = module(
-                str(tmp_path / "model"),
+                str(tmp_path / "model") if adapt is None else adapt(make_model()),
                 args=config(**(options | extra)),
                 train_dataset=dataset,
                 processing_class=tokenizer,
             )
             generator = torch.Generator().manual_seed(1)
             with torch.no_grad():
-                for parameter in trainer.model.parameters():
+                for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model.parameters()):
                     parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
             rows = [trainer.train_dataset[index] for index in range(len(PAIRS))]
             if module is DPOTrainer:
@@ -69,7 +69,8 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
                 micro = [trainer.data_collator(rows[start : start + size]) for start in range(0, len(PAIRS), size)]
                 loss = sum(trainer.training_step(trainer.model, batch, None) for batch in micro)
                 metrics = {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}
-            gradient = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+            gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.requires_grad]
+            gradient = torch.cat([gradient.flatten() for gradient in gradients])
             results.append((loss, gradient, metrics))
         return results
 
@@ -112,6 +113,18 @@ def test_divergences(train_both, loss, divergence):
 @pytest.mark.parametrize("loss", ["exo_pair", "robust", "aot", "aot_unpaired"])
 def test_label_smoothing(train_both, loss):
     assert_equal(*train_both(loss_type=[loss], label_smoothing=0.2))
+
+
+def test_adapters_that_a_model_was_given(train_both):
+    """As they are at the start they are the reference."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+
+    def adapt(model):
+        torch.manual_seed(1)
+        return peft.get_peft_model(model, config)
+
+    assert_equal(*train_both(adapt=adapt))
 
 
 @pytest.mark.parametrize("ld_alpha", [0.0, 0.4])

@@ -235,6 +235,24 @@ def test_adapters(make_trainer, make_model, make_classifier, value, tmp_path):
     assert torch.equal(weights(resumed.model), weights(trainer.model))
 
 
+def test_adapters_that_it_was_given_are_the_reference(make_trainer, make_model, tmp_path):
+    """Of the run that began, also where one that goes on is given those of the checkpoint."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5, "learning_rate": 1e-2}
+    torch.manual_seed(1)
+    model = peft.get_peft_model(make_model(), config)
+    whole = make_trainer(model=model, output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    kl = [log["objective/kl"] for log in history(whole) if "objective/kl" in log]
+    assert kl[0] == 0 and kl[-1] != 0
+    checkpoint = str(tmp_path / "whole" / "checkpoint-5")
+    model = peft.PeftModel.from_pretrained(make_model(), checkpoint, is_trainable=True)
+    resumed = make_trainer(model=model, output_dir=str(tmp_path / "resumed"), **options)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert history(resumed) == history(whole)
+
+
 def test_tokens_of_a_tool(make_trainer, make_model, tokenizer):
     """They are in neither loss; values, rewards and advantages go over them as if they were part of the prompt."""
     rows = [([1, 2, 3], [5, 6, 40, 41, 7, 0]), ([4], [40, 8, 9, 41, 41, 10])]

@@ -16,6 +16,8 @@ from rlkernels.trainers import (
     PPOTrainer,
     RolloutError,
     TransformersEngine,
+    ahead,
+    online,
 )
 
 ROWS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(12)]
@@ -184,6 +186,22 @@ def test_a_checkpoint_of_a_run_without_it_and_the_other_way_round(make_trainer, 
     back = make_trainer(staleness=0)
     back.train(resume_from_checkpoint=str(tmp_path / "later" / "checkpoint-4"))
     assert back.engine.weights_of == {5: 5}
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 7}, {"rows": [{"prompt": row["prompt"] + "x", "index": 0} for row in ROWS]}]
+)
+def test_what_was_sampled_ahead_for_others_is_sampled_anew(make_trainer, tmp_path, monkeypatch, change):
+    """A run that goes on with another seed, or other rows, learns from its own."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(**options).train()
+    again, warnings = make_trainer(output_dir=str(tmp_path / "again"), **options, **change), []
+    for module in (online, ahead):
+        monkeypatch.setattr(module.logger, "warning", warnings.append)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert again.engine.weights_of == {2: 2, 3: 2, 4: 3, 5: 4}
+    (warning,) = warnings
+    assert ("seed (was 42, is 7)" if "seed" in change else "step 3: completed anew") in warning
 
 
 @pytest.mark.thorough
