@@ -149,6 +149,7 @@ def load_classifier(
     if isinstance(model, str):
         new = None if trained else "score"
         model = load_model(model, args, AutoModelForSequenceClassification, name=name, new=new, num_labels=1)
+    refuse_prompt_learning(f"peft_config of {name}", model)
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
     if num_labels != 1 or not hasattr(model, "score"):
         raise ValueError(
@@ -178,6 +179,17 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def refuse_prompt_learning(name: str, given: Any) -> None:
+    """Of PEFT, given its config or what may be a model that has adapters."""
+    configs = getattr(given, "peft_config", given)
+    for config in configs.values() if isinstance(configs, dict) else [configs]:
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"{name} must adapt weights, as LoraConfig does; got {type(config).__name__}, whose virtual tokens "
+                "lengthen each sequence"
+            )
 
 
 def check_columns(name: str, dataset: Any, *columns: str) -> None:
@@ -397,6 +409,7 @@ class BaseTrainer(SavingTrainer):
     def load(self, model: str | PreTrainedModel, args: BaseConfig) -> PreTrainedModel:
         if isinstance(model, str):
             return load_model(model, args, self.auto_class)
+        refuse_prompt_learning("peft_config of the model", model)
         return model
 
     def trained(self, model: nn.Module) -> nn.Module:

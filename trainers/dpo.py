@@ -17,7 +17,7 @@ import rlkernels
 
 from . import scoring
 from .checkpoints import BadCheckpoint
-from .common import BaseTrainer, disable_dropout, each_part, load_tokenizer
+from .common import BaseTrainer, disable_dropout, each_part, load_tokenizer, refuse_prompt_learning
 from .configs import OVER_THE_BATCH, DPOConfig
 from .data import check_rows, preference_pair, prepare, sequences_of
 from .limits import Limits
@@ -76,6 +76,7 @@ class DPOTrainer(BaseTrainer):
         optimizers: tuple = (None, None),
     ) -> None:
         args = DPOConfig() if args is None else args
+        refuse_prompt_learning("peft_config", peft_config)
         #: Whether there is a reference.
         self.has_reference = ref_model is not None or not WITHOUT_REFERENCE.issuperset(args.loss_type)
         if args.sync_ref_model and (peft_config is not None or not self.has_reference):

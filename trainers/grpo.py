@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 import rlkernels
 
 from . import advantages, objectives, scoring
-from .common import NumberedRows, check_columns, evaluating
+from .common import NumberedRows, check_columns, evaluating, refuse_prompt_learning
 from .configs import OBJECTIVES, GRPOConfig
 from .online import GroupSampler, OnlineTrainer, Samples
 from .packing import IGNORE, Sequence, fill_by_length, split
@@ -85,6 +85,7 @@ class GRPOTrainer(OnlineTrainer):
         rollout: Engine | None = None,
     ) -> None:
         args = GRPOConfig() if args is None else args
+        refuse_prompt_learning("peft_config", peft_config)
         check_columns("train_dataset", train_dataset, "prompt")
         self.prompts_per_batch = args.generation_batch_size // args.num_generations
         if len(train_dataset) < self.prompts_per_batch:

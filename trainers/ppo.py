@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 import rlkernels
 
 from . import objectives, scoring
-from .common import check_columns, load_classifier
+from .common import check_columns, load_classifier, refuse_prompt_learning
 from .configs import PPOConfig
 from .online import GroupSampler, OnlineTrainer
 from .packing import IGNORE, Sequence, fill_by_length, prepare_packing, split
@@ -95,6 +95,7 @@ class PPOTrainer(OnlineTrainer):
         rollout: Engine | None = None,
     ) -> None:
         args = PPOConfig() if args is None else copy.copy(args)
+        refuse_prompt_learning("peft_config", peft_config)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         refuse_zero3("PPO")

@@ -17,7 +17,14 @@ from transformers import (
 
 import rlkernels
 
-from .common import BaseTrainer, disable_dropout, each_part, load_model, load_tokenizer
+from .common import (
+    BaseTrainer,
+    disable_dropout,
+    each_part,
+    load_model,
+    load_tokenizer,
+    refuse_prompt_learning,
+)
 from .configs import BaseConfig, RewardConfig
 from .data import prepare, reward_pair, sequences_of
 from .limits import Limits
@@ -62,6 +69,7 @@ class RewardTrainer(BaseTrainer):
         optimizers: tuple = (None, None),
     ) -> None:
         args = RewardConfig() if args is None else args
+        refuse_prompt_learning("peft_config", peft_config)
         if peft_config is not None and peft_config.task_type is None:
             # By this PEFT knows that the head is to be trained, and saved, as it is.
             peft_config = copy.copy(peft_config)
@@ -96,6 +104,7 @@ class RewardTrainer(BaseTrainer):
         if isinstance(model, str):
             set_seed(args.seed)
             model = load_model(model, args, self.auto_class, new="score", num_labels=1)
+        refuse_prompt_learning("peft_config of the model", model)
         score_head(model)
         if model.config.num_labels != 1:
             raise ValueError(f"model must have one label, num_labels=1; got {model.config.num_labels}")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 import rlkernels
 
 from . import scoring
-from .common import BaseTrainer, each_part, load_tokenizer
+from .common import BaseTrainer, each_part, load_tokenizer, refuse_prompt_learning
 from .configs import SFTConfig
 from .data import Packed, prepare, sequences_of, supervised
 from .limits import Limits
@@ -56,6 +56,7 @@ class SFTTrainer(BaseTrainer):
         optimizers: tuple = (None, None),
     ) -> None:
         args = SFTConfig() if args is None else args
+        refuse_prompt_learning("peft_config", peft_config)
         # Before the Trainer, which makes the output folder.
         model = self.load(model, args)
         tokenize = partial(

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from cases import thorough
+from rlkernels import trainers
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, NonFiniteLoss, common, scoring
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(13)]
@@ -110,6 +112,54 @@ def test_adapters_are_not_put_upon_adapters(make_trainer, make_model):
     adapted = pytest.importorskip("peft").get_peft_model(make_model(), lora())
     with pytest.raises(ValueError, match="peft_config must be None where the model has adapters already"):
         make_trainer(adapted, lora())
+
+
+PROMPT_LEARNING = {
+    "PromptTuningConfig": {"num_virtual_tokens": 2},
+    "PrefixTuningConfig": {"num_virtual_tokens": 2},
+    "PromptEncoderConfig": {"num_virtual_tokens": 2},
+    "CPTConfig": {
+        "cpt_token_ids": [5, 6],
+        "cpt_mask": [1, 1],
+        "cpt_tokens_type_mask": [1, 2],
+        "task_type": "CAUSAL_LM",
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO", "Reward", "PPO", "GRPO"])
+@pytest.mark.parametrize("kind", PROMPT_LEARNING)
+def test_prompt_learning_is_refused_before_anything_is_loaded(name, kind, run_options):
+    """Its virtual tokens are in no sequence: packed, it learned silently from other log-probabilities than padded."""
+    peft = pytest.importorskip("peft")
+    adapters = getattr(peft, kind)(**PROMPT_LEARNING[kind])
+    options = {"reward_funcs": len} if name in ("PPO", "GRPO") else {}
+    args = getattr(trainers, f"{name}Config")(**run_options)
+    with pytest.raises(
+        ValueError, match=f"^peft_config must adapt weights, as LoraConfig does; got {kind}, whose virt"
+    ):
+        getattr(trainers, f"{name}Trainer")("no folder", args=args, peft_config=adapters, **options)
+
+
+@pytest.mark.parametrize(
+    ("role", "task", "name"),
+    [
+        ("model", "CAUSAL_LM", "the model"),
+        ("ref_model", "CAUSAL_LM", "the model"),
+        ("value_model", "SEQ_CLS", "value_model"),
+        ("reward_funcs", "SEQ_CLS", "reward_funcs"),
+    ],
+)
+def test_models_with_prompt_learning_are_refused(role, task, name, make_model, tokenizer, run_options):
+    peft = pytest.importorskip("peft")
+    tuned = make_model()
+    if task == "SEQ_CLS":
+        tuned = transformers.LlamaForSequenceClassification(tuned.config)
+    tuned = peft.get_peft_model(tuned, peft.PromptTuningConfig(num_virtual_tokens=2, task_type=task))
+    given = {"model": make_model(), "reward_funcs": len, role: tuned}
+    args, rows = trainers.PPOConfig(**run_options), [{"prompt": "1 + 1 = "}] * 8
+    with pytest.raises(ValueError, match=f"^peft_config of {name} must adapt weights, .* got PromptTuningConfig"):
+        trainers.PPOTrainer(args=args, train_dataset=rows, processing_class=tokenizer, **given)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
