@@ -230,6 +230,10 @@ def by_sequence(other: str) -> str:
 def prepare_packing(model: Any, device: torch.device) -> bool:
     """Whether the model keeps packed sequences apart, found by running it on some; on a CPU its attention goes sequence
     by sequence from now on, where that gives the same. `device` is that of training."""
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+        logger.warning(f"{type(model).__name__}: aLoRA begins once in each row of tokens: its batches are padded.")
+        return False
     model = _base_model(model)
     own = model.config._attn_implementation
     if own.startswith("flash") and model.device != device:

@@ -217,6 +217,21 @@ def test_rope_that_depends_on_the_batch_is_told_and_as_it_was(kind, caplog):
     assert rotary.inv_freq.equal(frequencies)
 
 
+def test_adapters_that_begin_at_tokens_are_padded(make_model, caplog):
+    """aLoRA looks for them once in each row."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    padding_free = packing.prepare_packing(model, CPU)
+    assert not padding_free and "aLoRA begins once in each row of tokens: its batches are padded" in caplog.text
+    found = scoring.token_logprobs(model.eval(), lay_out(ROWS, CPU, padding_free=padding_free), fused=False)
+    alone = [scoring.token_logprobs(model, lay_out([row], CPU, padding_free=False), fused=False) for row in ROWS]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
 def test_attention_is_not_saved_and_serves_generation(make_model, tmp_path):
     model = make_model()
     expected = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False)
