@@ -79,12 +79,16 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
             nn.Linear, that is not called exactly once, or that has another adapter (DoRA, trainable tokens, quantised
             weights); logits changed in another way or by a parameter; positions that see later tokens;
             encoder-decoder models; a weight that is sharded in another way than by FSDP2 (ZeRO-3, tensor parallelism);
-            labels of another shape than the tokens.
+            labels of another shape than the tokens; a LLaMA-Adapter around it, which holds the forward that it has now
+            (wrap the model before).
 
     Traffic: that of linear_token_logprobs.
     """
-    lm = find_causal_lm(model)
+    lm: Any = find_causal_lm(model)
     _check_options(options)
+    for module in model.modules():
+        if module is not lm and getattr(vars(module).get("forward"), "__self__", None) is lm:
+            raise refusal(lm, f"{type(module).__name__}, around it, calls the forward that it has now; wrap it before")
     if scale is None and softcap is None:
         scale, softcap = scale_and_softcap(lm)
     if _own_forward(lm) is not None:

@@ -614,6 +614,16 @@ def test_other_adapters_on_the_head_are_refused(options, reason):
         from_head(model, *batch())
 
 
+def test_adapters_on_attention_that_hold_the_models_forward():
+    """A LLaMA-Adapter calls the forward that the model had: wrapping it later would change nothing."""
+    peft = pytest.importorskip("peft")
+    config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="AdaptionPromptModel, around it, calls the forward that it has now; wrap it"):
+        wrap_lm_head(peft.get_peft_model(build(dtype=torch.float32), config))
+    model = peft.get_peft_model(wrap_lm_head(build(dtype=torch.float32)), config)
+    torch.testing.assert_close(from_head(model, *batch()), from_logits(model, *batch()))
+
+
 # What is refused
 
 
