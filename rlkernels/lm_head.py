@@ -84,11 +84,12 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
 
     Traffic: that of linear_token_logprobs.
     """
-    lm: Any = find_causal_lm(model)
+    lm = find_causal_lm(model)
     _check_options(options)
-    for module in model.modules():
-        if module is not lm and getattr(vars(module).get("forward"), "__self__", None) is lm:
-            raise refusal(lm, f"{type(module).__name__}, around it, calls the forward that it has now; wrap it before")
+    others = (module for module in model.modules() if module is not lm)
+    holding = [each for each in others if getattr(vars(each).get("forward"), "__self__", None) is lm]
+    if holding:
+        raise refusal(lm, f"{type(holding[0]).__name__}, around it, calls the forward that it has now; wrap it before")
     if scale is None and softcap is None:
         scale, softcap = scale_and_softcap(lm)
     if _own_forward(lm) is not None:

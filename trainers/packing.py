@@ -27,8 +27,7 @@ IGNORE = -100  # the label of a token that is not in the loss
 # Scores of so many tokens are stored for the backward pass, which is faster on a CPU than to compute them again.
 STORED_SCORES = 512
 
-# Lengths of the sequences that a model is tried on, equal but for the first, and how many tokens its windows and chunks
-# then have.
+# Lengths of the sequences that a model is tried on, and how many tokens its windows and chunks then have.
 PROBE, NARROW = (11, 7, 7), 2
 # What they are called, in modules and configs.
 WIDTH = re.compile(
@@ -311,15 +310,16 @@ def _window_of(mask_function: Any) -> int | None:
 
 
 def probe(model: Any, packed: bool) -> Tensor | None:
-    """The last hidden states, [..., N, H], of some sequences laid end to end or without each other, longer than every
+    """The last hidden states, [..., N, H], of some sequences laid end to end or each alone, longer than every
     window and chunk; None if the model cannot do that."""
     try:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         lengths = [min(length, limit) if limit > 0 else length for length in PROBE]
-        first, *others = torch.tensor(_plain_tokens(model, sum(lengths)), device=_device(model)).split(lengths)
-        inputs: list[dict[str, Any]] = [{"input_ids": first[None]}, {"input_ids": torch.stack(others)}]
+        parts = torch.tensor(_plain_tokens(model, sum(lengths)), device=_device(model)).split(lengths)
+        # Rows alone, because classifiers without a padding token refuse several.
+        inputs: list[dict[str, Any]] = [{"input_ids": part[None]} for part in parts]
         if packed:
-            inputs = [lay_out([Sequence(part.tolist(), []) for part in (first, *others)], first.device)["model_inputs"]]
+            inputs = [lay_out([Sequence(part.tolist(), []) for part in parts], parts[0].device)["model_inputs"]]
         with probing(model):
             return torch.cat([_hidden_states(model, each) for each in inputs], -2)
     except Exception:  # whatever a model raises that cannot do this

@@ -217,6 +217,15 @@ def test_rope_that_depends_on_the_batch_is_told_and_as_it_was(kind, caplog):
     assert rotary.inv_freq.equal(frequencies)
 
 
+@pytest.mark.parametrize("padding", [None, 0])
+def test_classifiers_are_packed(make_model, padding):
+    """Also without a padding token, without which they refuse several rows."""
+    config = make_model().config
+    config.pad_token_id, config.num_labels = padding, 1
+    model = transformers.LlamaForSequenceClassification(config)
+    assert packing.prepare_packing(model, CPU) and model.config._attn_implementation.startswith("rlkernels")
+
+
 def test_adapters_that_begin_at_tokens_are_padded(make_model, caplog):
     """aLoRA looks for them once in each row."""
     peft = pytest.importorskip("peft")
