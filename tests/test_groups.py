@@ -285,6 +285,41 @@ def test_rewards_far_from_zero_keep_their_differences(backend, device):
     assert_matches_oracles(random_rewards((64,), 5, "far from zero"), device, group_size=8, scale="batch")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [*((torch.float32, power) for power in (-120, -60, 60, 123)), (torch.float64, -600), (torch.float64, 600)],
+    ids=str,
+)
+def test_the_size_of_rewards_is_divided_out(backend, device, dtype, power):
+    """Also where the squares of their deviations overflow, or are 0. A power of two rounds nothing."""
+    rewards = random_rewards((40, 2), 7).clamp(-3, 3).to(device, dtype)
+    rewards[3, 0] = rewards[7] = NAN
+    far = rewards * 2.0**power
+    for options in (
+        *(
+            dict(scale=scale, baseline=baseline)
+            for scale in ("group", "batch")
+            for baseline in ("mean", "leave_one_out")
+        ),
+        dict(normalize="before_sum", weights=[0.5, 2.0]),
+    ):
+        near = group_advantages(rewards, group_size=8, eps=0.0, **options)
+        torch.testing.assert_close(
+            group_advantages(far, group_size=8, eps=0.0, **options),
+            near,
+            rtol=1e-6 if dtype == torch.float32 else 1e-14,
+            atol=0,
+        )
+    assert near.isfinite().all() and near.count_nonzero() > 30
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 1.8e19, 1e30, 1e38])
+def test_rewards_of_any_size_as_in_pytorch(backend, device, size):
+    rewards = size * random_rewards((8,), 0).clamp(-3, 3)
+    wanted = (rewards - rewards.mean()) / rewards.std()
+    torch.testing.assert_close(group_advantages(rewards.to(device), eps=0.0).cpu(), wanted, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_missing_rewards(backend, device, baseline, scale):

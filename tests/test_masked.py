@@ -154,6 +154,44 @@ def test_blocks_of_different_means(backend, device):
     assert_mean_matches(x, ~x.isnan())
 
 
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 1.8e19, 1e20, 1e38])
+def test_elements_of_any_size(backend, device, size, unbiased):
+    """Also where the squares of their deviations overflow; by torch.std, which does not, where torch.var does."""
+    x, mask = random((3, 700), device, garbage=0.0)
+    x = size * x.clamp(-3, 3)
+    scored = x[mask]
+    for shift_mean in (True, False):
+        whitened = masked_whiten(x, mask, shift_mean=shift_mean, unbiased=unbiased)
+        oracle, naive = (
+            (value - value.mean()) / (value.std(correction=int(unbiased)) + 1e-4 * (size < 1))
+            + (0.0 if shift_mean else value.mean())
+            for value in (scored.double(), scored)
+        )
+        assert_as_accurate_as_torch(whitened[mask], oracle, naive)
+        assert not whitened[~mask].any()
+    if size < 1e38:  # there the sums of eager PyTorch overflow
+        assert_mean_matches(x, mask, 1)
+
+
+def test_the_largest_floats(backend, device):
+    """Their sums overflow, and so do their differences, and 1 / std has lost digits."""
+    largest = torch.finfo(torch.float32).max
+    x = torch.tensor([largest, largest, largest, -largest, 0.0] * 300, device=device)
+    assert_whiten_matches(x, None)
+    assert_whiten_matches(x, None, shift_mean=False)
+    mean = masked_mean(x, None)
+    assert mean.item() == pytest.approx(0.4 * largest, rel=1e-6) or (backend == "reference" and mean.isinf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_mean_keeps_its_digits_beside_large_deviations(backend, device, dtype):
+    """Of +-6e4, where it is small, and added again."""
+    x = torch.full((3000,), 6e4, dtype=dtype)
+    x[torch.rand(3000, generator=torch.Generator().manual_seed(0)) < 0.493] *= -1
+    assert_whiten_matches(x.to(device), None, shift_mean=False)
+
+
 @pytest.mark.parametrize(
     "garbage", [NAN, thorough_emulated(INF), thorough_emulated(-INF), thorough_emulated(1e38)], ids=str
 )

@@ -491,6 +491,16 @@ def test_whitening_of_nearly_equal_advantages(backend, device):
     torch.testing.assert_close(whitened.double().cpu(), wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [1e20, 1e30, 3e37])
+def test_whitening_of_large_advantages(backend, device, size):
+    """Also where the squares of their deviations overflow."""
+    inputs = make_inputs([700, 300], 700, device, masked=True)
+    inputs["rewards"] *= size
+    inputs["values"] *= size
+    (got, _), _ = assert_matches_reference("gae", inputs, gamma=0.9, lam=0.5, whiten=True)
+    assert got.std() > 0.5
+
+
 def test_whitening_of_fewer_than_two(backend, device):
     inputs = make_inputs([5, 5], 5, device, drop=1.0)
     assert not run("gae", inputs, whiten=True)[0].any()

@@ -1,7 +1,5 @@
 #include "cpu/recurrence.h"
 
-#include <cmath>
-
 #include "bindings.h"
 
 namespace rlk {
@@ -51,11 +49,9 @@ std::tuple<Tensor, Tensor> recurrence(Tensor rewards, std::optional<Tensor> valu
       std::fill_n(advantage, problem.sequences.tokens, 0.0f);
       return;
     }
-    const double mean = sum / count, variance = std::max(0.0, squares - sum * mean) / (count - 1);
-    const double scale = 1.0 / std::sqrt(variance + kWhitenEps);
-    parallel(problem.sequences.tokens, 1, [&, mean, scale](int64_t begin, int64_t end) {
-      kernels.whiten(problem, static_cast<float>(mean), static_cast<float>(scale), advantage, begin, end);
-    });
+    const AdvantageWhitening whitening = advantage_whitening(static_cast<double>(count), sum, squares);
+    parallel(problem.sequences.tokens, 1,
+             [&](int64_t begin, int64_t end) { kernels.whiten(problem, whitening, advantage, begin, end); });
   });
   return {advantages, returns};
 }

@@ -11,7 +11,7 @@ namespace {
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct Group {
-  GroupStatistics<float> statistics;
+  GroupStatistics statistics;
   bool differs;
 };
 
@@ -28,15 +28,13 @@ Group describe(const float* scores, int64_t begin, int64_t end, Row row) {
     size += 1.0;
     sum += score;
   }
-  if (!(high > low)) return {{static_cast<float>(size), low, 0.0f}, false};
+  if (!(high > low)) return {{size, low, 0.0}, false};
   const double mean = sum / size;
   for (int64_t i = begin; i < end; ++i) {
     const double deviation = scores[row(i)] - mean;
     if (deviation == deviation) squares += deviation * deviation;
   }
-  return {{static_cast<float>(size), static_cast<float>(mean),
-           sample_std(static_cast<float>(squares), static_cast<float>(size))},
-          true};
+  return {{size, mean, sample_std(squares, size)}, true};
 }
 
 // Advantages of one column of scores, NaN where the score is; marks the rows of groups whose scores differ.

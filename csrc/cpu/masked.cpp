@@ -6,12 +6,12 @@
 namespace rlk {
 namespace {
 
-// Calls function(x, scored) for every vector of elements [begin, end); x is 0 where it is not scored.
+// Calls function(x, scored) for every vector of elements [begin, end); x is `unscored` where it is not scored.
 template <typename Function>
-void for_each_scored(const Masked& problem, int64_t begin, int64_t end, Function function) {
+void for_each_scored(const Masked& problem, int64_t begin, int64_t end, Vec unscored, Function function) {
   for_each_vector(begin, end, [&](int64_t i, int64_t count) {
     const Mask scored = problem.mask != nullptr ? load_mask(problem.mask + i, count) : first_lanes(count);
-    function(select(scored, load(problem.x + i, count), Vec(0.0f)), scored);
+    function(select(scored, load(problem.x + i, count), unscored), scored);
   });
 }
 
@@ -22,7 +22,7 @@ void MaskedKernels<Isa::RLK_ISA>::masked_sums(const Masked& problem, MaskedSum* 
   for (int64_t b = begin; b < end; ++b) {
     Sum sum;
     Vec count = 0.0f;
-    for_each_scored(problem, problem.begin(b), problem.end(b), [&](Vec x, Mask scored) {
+    for_each_scored(problem, problem.begin(b), problem.end(b), 0.0f, [&](Vec x, Mask scored) {
       sum += x;
       count += select(scored, Vec(1.0f), Vec(0.0f));
     });
@@ -34,21 +34,21 @@ template <>
 void MaskedKernels<Isa::RLK_ISA>::masked_moments(const Masked& problem, Moments* moments, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = problem.begin(b), last = problem.end(b);
-    Vec sum = 0.0f, count = 0.0f;
-    for_each_scored(problem, first, last, [&](Vec x, Mask scored) {
+    Sum sum;
+    Vec count = 0.0f;
+    for_each_scored(problem, first, last, 0.0f, [&](Vec x, Mask scored) {
       sum += x;
       count += select(scored, Vec(1.0f), Vec(0.0f));
     });
     // The block is in the cache by now.
     const float scored_count = horizontal_sum(count);
-    const Vec centre = scored_count > 0.0f ? horizontal_sum(sum) / scored_count : 0.0f;
-    Vec deviations = 0.0f, squares = 0.0f;
-    for_each_scored(problem, first, last, [&](Vec x, Mask scored) {
-      const Vec deviation = select(scored, x - centre, Vec(0.0f));
-      deviations += deviation;
-      squares += deviation * deviation;
+    const float centre = scored_count > 0.0f ? static_cast<float>(sum.total() / scored_count) : 0.0f;
+    Sum deviations, squares;
+    for_each_scored(problem, first, last, centre, [&](Vec x, Mask) {
+      deviations.add(x, [&](Sum::Doubles wide) { return wide - double{centre}; });
+      squares.add(x, [&](Sum::Doubles wide) { return (wide - double{centre}) * (wide - double{centre}); });
     });
-    moments[b] = moments_of(scored_count, centre.lanes[0], horizontal_sum(deviations), horizontal_sum(squares));
+    moments[b] = moments_of(scored_count, centre, deviations.total(), squares.total());
   }
 }
 

@@ -192,11 +192,11 @@ void RecurrenceKernels<Isa::RLK_ISA>::recurrence(const Recurrence& problem, floa
 }
 
 template <>
-void RecurrenceKernels<Isa::RLK_ISA>::whiten(const Recurrence& problem, float mean, float scale, float* advantages,
-                                             int64_t begin, int64_t end) {
+void RecurrenceKernels<Isa::RLK_ISA>::whiten(const Recurrence& problem, const AdvantageWhitening& whitening,
+                                             float* advantages, int64_t begin, int64_t end) {
   for_each_vector(begin, end, [&](int64_t i, int64_t count) {
     const Mask scored = problem.mask != nullptr ? load_mask(problem.mask + i, count) : first_lanes(count);
-    const Vec whitened = (load(advantages + i, count) - Vec(mean)) * Vec(scale);
+    const Vec whitened = whiten_advantage(whitening, load(advantages + i, count));
     store(advantages + i, select(scored, whitened, Vec(0.0f)), count);
   });
 }

@@ -32,7 +32,8 @@ struct RecurrenceKernels {
   static void recurrence(const Recurrence& problem, float* advantages, float* returns, AdvantageSums* sums,
                          int64_t begin, int64_t end);
   // Tokens [begin, end): (advantage - mean) * scale where scored.
-  static void whiten(const Recurrence& problem, float mean, float scale, float* advantages, int64_t begin, int64_t end);
+  static void whiten(const Recurrence& problem, const AdvantageWhitening& whitening, float* advantages, int64_t begin,
+                     int64_t end);
 };
 
 }  // namespace rlk

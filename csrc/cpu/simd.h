@@ -103,22 +103,39 @@ inline Vec product(Vec a, Vec b) {
   return value;
 }
 
-// Sums of many floats, kept in double.
-struct Sum {
-  using Doubles = double __attribute__((vector_size(8 * kLanes)));
-  Doubles lanes = {};
+// Sums of many floats, kept in double: of the lower lanes and of the upper, each in a vector that fits a register.
+class Sum {
+ public:
+  using Doubles = double __attribute__((vector_size(4 * kLanes)));
 
-  void operator+=(Vec x) { lanes += __builtin_convertvector(x.lanes, Doubles); }
-  void add_square(Vec x) {
-    const Doubles wide = __builtin_convertvector(x.lanes, Doubles);
-    lanes += wide * wide;
+  // Adds function(x) of each lane.
+  template <typename Function>
+  void add(Vec x, Function function) {
+    const auto wide = __builtin_convertvector(x.lanes, double __attribute__((vector_size(8 * kLanes))));
+    Doubles halves[2];
+    std::memcpy(halves, &wide, sizeof wide);
+    lower_ += function(halves[0]);
+    upper_ += function(halves[1]);
   }
-  void operator+=(Sum other) { lanes += other.lanes; }
+  void add_square(Vec x) {
+    add(x, [](Doubles wide) { return wide * wide; });
+  }
+  void operator+=(Vec x) {
+    add(x, [](Doubles wide) { return wide; });
+  }
+  void operator+=(Sum other) {
+    lower_ += other.lower_;
+    upper_ += other.upper_;
+  }
   double total() const {
     double sum = 0.0;
-    for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+    for (int i = 0; i < kLanes / 2; ++i) sum += lower_[i];
+    for (int i = 0; i < kLanes / 2; ++i) sum += upper_[i];
     return sum;
   }
+
+ private:
+  Doubles lower_ = {}, upper_ = {};
 };
 
 inline float horizontal_sum(Vec x) {

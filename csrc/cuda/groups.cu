@@ -23,9 +23,9 @@ void launch_group_advantages(Launcher& launch, const float* rewards, const float
   const int64_t columns = options.normalize_before_sum ? kinds : 1;
 
   const auto advantages_by_group = [&](float* out, bool* out_signal) {
-    GroupStatistics<float>* statistics = nullptr;
+    GroupStatistics* statistics = nullptr;
     if (options.scale == kScaleBatch) {
-      statistics = launch.room_for<GroupStatistics<float>>(columns);
+      statistics = launch.room_for<GroupStatistics>(columns);
       launch(batch_statistics_kernel, columns, block_threads(rows), scores, rows, statistics);
     }
     launch(group_advantages_kernel, groups.count * columns,

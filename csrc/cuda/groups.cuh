@@ -24,7 +24,7 @@ struct Scores {
     if (!any(row)) return kNan;
     float total = 0.0f;
     for (int64_t r = 0; r < kinds; ++r) {
-      const float value = values[row * kinds + r] * (weights != nullptr ? weights[r] : 1.0f);
+      const float value = product(values[row * kinds + r], weights != nullptr ? weights[r] : 1.0f);
       if (!isnan(value)) total += value;
     }
     return total;
@@ -40,7 +40,7 @@ struct ScoreRange {
 };
 
 struct GroupSummary {
-  GroupStatistics<float> statistics;
+  GroupStatistics statistics;
   bool differs;
 };
 
@@ -57,8 +57,7 @@ __device__ inline GroupSummary describe(const Scores& scores, const Groups& grou
   range = block_reduce(range, [](const ScoreRange& a, const ScoreRange& b) {
     return ScoreRange{a.size + b.size, a.sum + b.sum, fminf(a.low, b.low), fmaxf(a.high, b.high)};
   });
-  const float size = static_cast<float>(range.size);
-  if (!(range.high > range.low)) return {{size, range.low, 0.0f}, false};
+  if (!(range.high > range.low)) return {{range.size, range.low, 0.0}, false};
 
   const double mean = range.sum / range.size;
   double squares = 0.0;
@@ -67,11 +66,11 @@ __device__ inline GroupSummary describe(const Scores& scores, const Groups& grou
     if (!isnan(deviation)) squares += deviation * deviation;
   }
   squares = block_reduce(squares, [](double a, double b) { return a + b; });
-  return {{size, static_cast<float>(mean), sample_std(static_cast<float>(squares), size)}, true};
+  return {{range.size, mean, sample_std(squares, range.size)}, true};
 }
 
 // Block c: of all scores of column c.
-__global__ void batch_statistics_kernel(Scores scores, int64_t rows, GroupStatistics<float>* statistics) {
+__global__ void batch_statistics_kernel(Scores scores, int64_t rows, GroupStatistics* statistics) {
   const GroupSummary batch = describe(scores, Groups{nullptr, nullptr, rows, 1}, blockIdx.x, 0, rows);
   if (threadIdx.x == 0) statistics[blockIdx.x] = batch.statistics;
 }
@@ -80,13 +79,13 @@ __global__ void batch_statistics_kernel(Scores scores, int64_t rows, GroupStatis
 // signal [rows, columns]: the group's scores differ, and the row has one. batch_statistics is null where the group
 // scales.
 __global__ void group_advantages_kernel(Scores scores, Groups groups, int64_t columns,
-                                        const GroupStatistics<float>* batch_statistics, int baseline, int scale,
-                                        float eps, bool keep_singleton, float* advantages, bool* signal) {
+                                        const GroupStatistics* batch_statistics, int baseline, int scale, float eps,
+                                        bool keep_singleton, float* advantages, bool* signal) {
   const int64_t g = blockIdx.x / columns, column = blockIdx.x % columns;
   const int64_t begin = groups.begin(g), end = groups.begin(g + 1);
   if (begin == end) return;
   const GroupSummary group = describe(scores, groups, column, begin, end);
-  const GroupStatistics<float> spread = batch_statistics != nullptr ? batch_statistics[column] : group.statistics;
+  const GroupStatistics spread = batch_statistics != nullptr ? batch_statistics[column] : group.statistics;
   for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
     const int64_t row = groups.row(i);
     const float advantage =

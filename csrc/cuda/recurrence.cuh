@@ -339,9 +339,9 @@ __global__ void __launch_bounds__(kScanThreads)
              block_sums);
 }
 
-// What whitens advantages: (advantage - mean) * scale, or 0 where fewer than two are scored.
+// What whitens advantages, unless fewer than two are scored.
 struct Moments {
-  float mean, scale;
+  AdvantageWhitening whitening;
   int several;
 };
 
@@ -352,9 +352,7 @@ __global__ void advantage_moments_kernel(const AdvantageSums* sums, int64_t coun
   total = block_reduce(total, [](const AdvantageSums& a, const AdvantageSums& b) { return a + b; });
   if (threadIdx.x != 0) return;
   const bool several = total.count > 1.0;
-  const double mean = several ? total.sum / total.count : 0.0;
-  const double variance = several ? fmax(0.0, total.squares - total.sum * mean) / (total.count - 1.0) : 0.0;
-  *moments = {static_cast<float>(mean), static_cast<float>(1.0 / ::sqrt(variance + kWhitenEps)), several};
+  *moments = {advantage_whitening(several ? total.count : 2.0, total.sum, total.squares), several};
 }
 
 // A thread per kScanTokens tokens.
@@ -370,7 +368,7 @@ __global__ void whiten_advantages_kernel(RecurrenceBatch batch, const Moments* m
 #pragma unroll
   for (int i = 0; i < kScanTokens; ++i) {
     const bool counts = m.several != 0 && (batch.mask == nullptr || scored[i]);
-    advantages[i] = (counts ? (advantages[i] - m.mean) * m.scale : 0.0f) + invalid;
+    advantages[i] = (counts ? whiten_advantage(m.whitening, advantages[i]) : 0.0f) + invalid;
   }
   store_tokens<kVector>(batch.advantages, first, end, advantages);
 }

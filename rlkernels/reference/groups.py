@@ -1,6 +1,8 @@
 import torch
 from torch import Tensor
 
+from rlkernels.reference._units import unit_of
+
 
 def group_advantages(
     rewards: Tensor,
@@ -75,8 +77,10 @@ def _statistics(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     low = slots.scatter_reduce(0, group, scores.masked_fill(~there, float("inf")), "amin", include_self=False)[group]
     high = slots.scatter_reduce(0, group, scores.masked_fill(~there, float("-inf")), "amax", include_self=False)[group]
     differs = (size > 1) & (high > low)
-    mean = torch.where(differs, slots.scatter_add(0, group, known)[group] / size.clamp(min=1), low)
+    unit = unit_of(torch.maximum(low.abs(), high.abs()))
+    known = known / unit
+    mean = torch.where(differs, slots.scatter_add(0, group, known)[group] / size.clamp(min=1), low / unit)
     squares = (known - mean).square().masked_fill(~there, 0.0)
     variance = slots.scatter_add(0, group, squares)[group] / (size - 1).clamp(min=1)
     std = torch.where(differs, variance.sqrt(), torch.zeros_like(variance))
-    return size, mean, std, differs
+    return size, mean * unit, std * unit, differs

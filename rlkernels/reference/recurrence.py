@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from rlkernels.reference._sequences import sequence_of_token
+from rlkernels.reference._units import unit_of
 
 
 def recurrence(
@@ -86,8 +87,11 @@ def _last_of_sequence(tokens: Tensor, sequence: Tensor, cu_seqlens: Tensor | Non
 def _whiten(advantages: Tensor, scored: Tensor) -> Tensor:
     """(A - mean) / sqrt(variance + 1e-8) over scored tokens, 0 elsewhere and where there are fewer than two."""
     count = scored.sum()
+    # Advantages of less than 1 have squares that vanish beside 1e-8.
+    unit = unit_of(torch.nn.functional.pad(advantages.flatten().abs(), (0, 1)).amax()).clamp(min=1.0)
+    advantages = advantages / unit
     mean = advantages.sum() / count.clamp(min=1)
     squares = (advantages - mean).square().masked_fill(~scored, 0.0)
     variance = squares.sum() / (count - 1).clamp(min=1)
-    whitened = (advantages - mean) * torch.rsqrt(variance + 1e-8)
+    whitened = (advantages - mean) * torch.rsqrt(variance + 1e-8 / unit / unit)
     return whitened.masked_fill(~scored | (count < 2), 0.0)

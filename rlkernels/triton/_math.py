@@ -96,6 +96,13 @@ def tanh_derivative(x):
 
 
 @triton.jit
+def whitening_unit(squares):
+    """What numbers with this sum of squared deviations, a float64, are multiplied by before they are whitened: beside
+    float32's largest numbers their differences and squares would overflow. A power of two: nothing is rounded."""
+    return tl.where(squares > 1.2676506002282294e30, 1.262177448353619e-29, 1.0).to(tl.float32)  # 2^100, 2^-96
+
+
+@triton.jit
 def clamp(x, limit):
     """x within [-limit, limit]; a NaN stays a NaN, as in PyTorch's clamp."""
     return tl.where(x < -limit, -limit, tl.where(x > limit, limit, x))

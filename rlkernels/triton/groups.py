@@ -28,7 +28,8 @@ def _score(rewards, weights, row, inside, columns):
     for column in range(columns):
         reward = tl.load(rewards + row * columns + column, mask=inside, other=float("nan"))
         if weights is not None:
-            weighted = reward * tl.load(weights + column)
+            # Rounded as a product, however the sum is compiled: rows whose scores are equal must be so wherever read.
+            weighted = tl.fma(reward, tl.load(weights + column) + tl.zeros(row.shape, tl.float32), 0.0)
         else:
             weighted = reward
         score += tl.where(weighted == weighted, weighted, 0.0)
@@ -48,13 +49,14 @@ def _rows(order, position, end):
 @triton.jit
 def _merge(size, mean, squares, low, high, score):
     """The statistics of some scores (their number, mean, sum of squared deviations, least and greatest) and of those of
-    one more block that are not NaN. Chan et al. 1983: no sum of squares that cancels."""
+    one more block that are not NaN. Chan et al. 1983: no sum of squares that cancels. In double, in which the square of
+    no float overflows or is 0, as is all that comes of them."""
     known = score == score
     block_size = tl.sum(tl.where(known, 1.0, 0.0), 0)
     block_low = tl.min(tl.where(known, score, float("inf")), 0)
     block_high = tl.max(tl.where(known, score, float("-inf")), 0)
     # Where scores do not differ the mean is that score itself, so that score - mean is 0, not a rounding error.
-    block_mean = tl.sum(tl.where(known, score, 0.0), 0) / tl.maximum(block_size, 1.0)
+    block_mean = tl.sum(tl.where(known, score, 0.0).to(tl.float64), 0) / tl.maximum(block_size, 1.0)
     block_mean = tl.where(block_high > block_low, block_mean, block_low)
     deviation = tl.where(known, score - block_mean, 0.0)
     block_squares = tl.sum(deviation * deviation, 0)
@@ -70,8 +72,14 @@ def _merge(size, mean, squares, low, high, score):
 
 @triton.jit
 def _nothing():
-    zero = tl.full((), 0.0, tl.float32)
-    return zero, zero, zero, tl.full((), float("inf"), tl.float32), tl.full((), float("-inf"), tl.float32)
+    zero = tl.full((), 0.0, tl.float64)
+    return (
+        tl.full((), 0.0, tl.float32),
+        zero,
+        zero,
+        tl.full((), float("inf"), tl.float32),
+        tl.full((), float("-inf"), tl.float32),
+    )
 
 
 @triton.jit
@@ -90,16 +98,16 @@ def _divisor(size, std, eps):
 
 @triton.jit
 def _advantage(score, size, mean, divisor, BASELINE: tl.constexpr, SCALE: tl.constexpr, KEEP_SINGLETON: tl.constexpr):
-    advantage = score
+    advantage = score.to(tl.float64)
     if BASELINE != NO_BASELINE:
-        advantage = score - mean
+        advantage -= mean
         if BASELINE == LEAVE_ONE_OUT:
             # score - mean of the others = (score - mean of all) * n / (n - 1)
             advantage *= size / tl.maximum(size - 1.0, 1.0)
         advantage = tl.where(size == 1.0, score if KEEP_SINGLETON else 0.0, advantage)
     if SCALE != NO_SCALE:
         advantage /= divisor
-    return tl.where(advantage == advantage, advantage, 0.0)
+    return tl.where(advantage == advantage, advantage, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -250,7 +258,7 @@ def group_advantages(
     divisors = None
     if scale == BATCH.value:
         results = columns if normalize_before_sum else 1
-        divisors = rewards.new_empty(results)
+        divisors = rewards.new_empty(results, dtype=torch.float64)
         _batch_divisor_kernel[(results,)](
             rewards,
             weights,

@@ -4,6 +4,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlkernels.triton._launch import implements, multiple_of_16
+from rlkernels.triton._math import whitening_unit
 
 BLOCK = 1024
 # Parts that one step of a sum over blocks takes.
@@ -23,12 +24,12 @@ def _scored_values(x, mask, element, inside):
 def _sums_kernel(
     x, mask, sums, counts, length: tl.int64, blocks_per_row: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of each block of a row: the sum and the number of its scored elements."""
+    """Of each block of a row: the sum, in double, and the number of its scored elements."""
     block = tl.program_id(0).to(tl.int64)
     length = multiple_of_16(length, ALIGNED)
     position = block % blocks_per_row * BLOCK + tl.arange(0, BLOCK)
     scored, value = _scored_values(x, mask, block // blocks_per_row * length + position, position < length)
-    tl.store(sums + block, tl.sum(value, 0))
+    tl.store(sums + block, tl.sum(value.to(tl.float64), 0))
     tl.store(counts + block, tl.sum(scored.to(tl.float32), 0))
 
 
@@ -53,22 +54,19 @@ def _mean_kernel(sums, counts, means, scale, blocks_per_row: tl.int64, PARTS: tl
 
 @triton.jit(do_not_specialize=["count"])
 def _block_moments_kernel(x, mask, parts, count: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the scored elements of each block: their number, mean, and sum of squared deviations."""
+    """Of the scored elements of each block: their number, mean, and sum of squared deviations, in double."""
     block = tl.program_id(0).to(tl.int64)
     count = multiple_of_16(count, ALIGNED)
     element = block * BLOCK + tl.arange(0, BLOCK)
     scored, value = _scored_values(x, mask, element, element < count)
     size = tl.sum(scored.to(tl.float32), 0)
-    centre = tl.sum(value, 0) / tl.maximum(size, 1.0)
-    deviation = tl.where(scored, value - centre, 0.0)
-    # What the rounding of the centre left behind.
-    total = tl.sum(deviation, 0)
-    rest = total / tl.maximum(size, 1.0)
-    squares = tl.sum(deviation * deviation, 0) - rest * total
+    wide = value.to(tl.float64)
+    mean = tl.sum(wide, 0) / tl.maximum(size, 1.0)
+    deviation = tl.where(scored, wide - mean, 0.0)
     blocks = tl.num_programs(0).to(tl.int64)
     tl.store(parts + block, size.to(tl.float64))
-    tl.store(parts + blocks + block, centre.to(tl.float64) + rest.to(tl.float64))
-    tl.store(parts + 2 * blocks + block, tl.where(squares < 0.0, 0.0, squares).to(tl.float64))
+    tl.store(parts + blocks + block, mean)
+    tl.store(parts + 2 * blocks + block, tl.sum(deviation * deviation, 0))
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -113,21 +111,24 @@ def _whiten_kernel(
     inside = element < count
     scored, value = _scored_values(x, mask, element, inside)
 
+    squares = tl.load(moments + 2)
+    unit = whitening_unit(squares)
     # The mean in two floats, whose difference from an element keeps its digits also where the mean is large.
     mean = tl.load(moments + 1)
-    high = mean.to(tl.float32)
-    low = (mean - high.to(tl.float64)).to(tl.float32)
+    high = (mean * unit).to(tl.float32)
+    low = (mean * unit - high).to(tl.float32)
     divisor = tl.load(moments).to(tl.float32)
     if UNBIASED:
         divisor -= 1.0
-    variance = tl.load(moments + 2).to(tl.float32) / tl.maximum(divisor, 1.0)
+    variance = (squares * unit * unit).to(tl.float32) / tl.maximum(divisor, 1.0)
+    eps *= unit * unit
     if EPS_FLOOR:
         variance = tl.where(variance < eps, eps, variance)
     else:
         variance += eps
-    result = ((value - high) - low) * (1.0 / tl.sqrt(variance))
+    result = ((value * unit - high) - low) * (1.0 / tl.sqrt(variance))
     if not SHIFT_MEAN:
-        result += high
+        result += mean.to(tl.float32)
     tl.store(whitened + element, tl.where(scored, result, 0.0), mask=inside)
 
 
@@ -136,7 +137,7 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     rows, length = x.shape
     blocks_per_row = triton.cdiv(length, BLOCK)
     blocks = rows * blocks_per_row
-    sums, counts = x.new_empty(blocks), x.new_empty(blocks)
+    sums, counts = x.new_empty(blocks, dtype=torch.float64), x.new_empty(blocks)
     means, scale = x.new_empty(rows), x.new_empty(rows)
     if blocks:
         _sums_kernel[(blocks,)](x, mask, sums, counts, length, blocks_per_row, ALIGNED=length % 16 == 0, BLOCK=BLOCK)

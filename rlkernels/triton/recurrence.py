@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rlkernels.triton._config import num_warps
 from rlkernels.triton._launch import implements
+from rlkernels.triton._math import whitening_unit
 from rlkernels.triton._sequences import bounds
 
 GAE = tl.constexpr(0)
@@ -206,8 +207,9 @@ def _finish(
         tl.store(_at(advantages, start, ALIGNED) + position, advantage * factor, mask=inside)
         result = value + each
         if statistics is not None:
+            # In double, in which the square of no float overflows.
             count = tl.sum(tl.where(scored, 1.0, 0.0), 0)
-            mean = tl.sum(advantage, 0) / tl.maximum(count, 1.0)
+            mean = tl.sum(advantage.to(tl.float64), 0) / tl.maximum(count, 1.0)
             deviation = tl.where(scored, advantage - mean, 0.0)
             tl.store(statistics + slot, count)
             tl.store(statistics + slots + slot, mean)
@@ -537,9 +539,9 @@ def _apply_kernel(
 @triton.jit(do_not_specialize=["statistics", "moments", "slots"])
 def _moments_kernel(statistics, moments, slots: tl.int64, BLOCK: tl.constexpr):
     """Mean and 1 / sqrt(variance + eps) of all advantages, from count, mean and squared deviations of each block; 0
-    where fewer than two are scored."""
-    counts = tl.zeros((BLOCK,), tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
+    where fewer than two are scored. Both in the unit of whitening_unit, which is the third."""
+    counts = tl.zeros((BLOCK,), tl.float64)
+    sums = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, slots, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         count = tl.load(statistics + slot, mask=slot < slots, other=0.0)
@@ -547,7 +549,7 @@ def _moments_kernel(statistics, moments, slots: tl.int64, BLOCK: tl.constexpr):
         sums += count * tl.load(statistics + slots + slot, mask=slot < slots, other=0.0)
     total = tl.sum(counts, 0)
     mean = tl.sum(sums, 0) / tl.maximum(total, 1.0)
-    squares = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, slots, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         count = tl.load(statistics + slot, mask=slot < slots, other=0.0)
@@ -555,8 +557,11 @@ def _moments_kernel(statistics, moments, slots: tl.int64, BLOCK: tl.constexpr):
         within = tl.load(statistics + 2 * slots + slot, mask=slot < slots, other=0.0)
         squares += within + tl.where(count > 0.0, count * distance * distance, 0.0)
     variance = tl.sum(squares, 0) / tl.maximum(total - 1.0, 1.0)
-    tl.store(moments, mean)
-    tl.store(moments + 1, tl.where(total > 1.0, 1.0 / tl.sqrt(variance + WHITEN_EPS), 0.0))
+    unit = whitening_unit(variance)
+    scale = 1.0 / (tl.sqrt(variance + WHITEN_EPS) * unit)
+    tl.store(moments, (mean * unit).to(tl.float32))
+    tl.store(moments + 1, tl.where(total > 1.0, scale, 0.0).to(tl.float32))
+    tl.store(moments + 2, unit)
 
 
 @triton.jit(do_not_specialize=["advantages", "mask", "valid", "moments", "tokens"])
@@ -567,7 +572,7 @@ def _whiten_kernel(advantages, mask, valid, moments, tokens: tl.int64, ALIGNED: 
     scored, _ = _scored_and_done(mask, None, start, size, position, ALIGNED)
     advantage = _scored_only(advantages, start, size, position, scored, ALIGNED)
     scale = tl.load(moments + 1)
-    whitened = tl.where(scored, (advantage - tl.load(moments)) * scale, 0.0)
+    whitened = tl.where(scored, (advantage * tl.load(moments + 2) - tl.load(moments)) * scale, 0.0)
     whitened = tl.where(scale == 0.0, 0.0, whitened)
     if valid is not None:
         whitened *= tl.load(valid)
@@ -606,7 +611,7 @@ def recurrence(
 
     slots = tokens // BLOCK + sequences
     # Not every slot has a block.
-    statistics = rewards.new_zeros(3, slots) if whiten else None
+    statistics = rewards.new_zeros(3, slots, dtype=torch.float64) if whiten else None
     inputs = (rewards, values, logprobs, behavior_logprobs, mask, dones)
     per_token = [tensor for tensor in inputs if tensor is not None]
     aligned = length % 16 == 0 and cu_seqlens is None and all(t.data_ptr() % 16 == 0 for t in per_token)
@@ -667,7 +672,7 @@ def recurrence(
             GROUP=GROUP,
         )
     if statistics is not None:
-        moments = rewards.new_empty(2)
+        moments = rewards.new_empty(3)
         _moments_kernel[(1,)](statistics, moments, slots, BLOCK=BLOCK, num_warps=num_warps("scan"))
         _whiten_kernel[(triton.cdiv(tokens, BLOCK),)](
             advantages, mask, valid, moments, tokens, ALIGNED=aligned, BLOCK=BLOCK, num_warps=num_warps("scan")

@@ -27,23 +27,25 @@ RLK_HD Moments combine(const Moments& a, const Moments& b) {
   return {count, a.mean + delta * share, a.squares + b.squares + delta * delta * a.count * share};
 }
 
-// The mean in two floats, whose difference from an element keeps its digits also where the mean is large.
+// Of elements in the unit of whitening_unit. The mean in two floats, whose difference from an element keeps its digits
+// also where the mean is large.
 struct Whitening {
-  float mean_high, mean_low, scale, offset;
+  float unit, mean_high, mean_low, scale, offset;
 };
 
 // eps is added to the variance, or, with eps_floor, the least that it may be.
 inline Whitening whitening_of(const Moments& m, bool shift_mean, double eps, bool unbiased, bool eps_floor) {
   const double divisor = m.count - (unbiased ? 1.0 : 0.0), variance = m.squares / (divisor < 1.0 ? 1.0 : divisor);
   const double scaled = eps_floor ? (variance < eps ? eps : variance) : variance + eps;
-  const float mean = static_cast<float>(m.mean);
-  return {mean, static_cast<float>(m.mean - mean), static_cast<float>(1.0 / std::sqrt(scaled)),
-          shift_mean ? 0.0f : mean};
+  const double std = std::sqrt(scaled), unit = whitening_unit(std), mean = m.mean * unit;
+  const float high = static_cast<float>(mean);
+  return {static_cast<float>(unit), high, static_cast<float>(mean - high), static_cast<float>(1.0 / (std * unit)),
+          shift_mean ? 0.0f : static_cast<float>(m.mean)};
 }
 
 template <class F>
 RLK_HD F whiten(const Whitening& w, F x) {
-  return ((x - F(w.mean_high)) - F(w.mean_low)) * F(w.scale) + F(w.offset);
+  return ((x * F(w.unit) - F(w.mean_high)) - F(w.mean_low)) * F(w.scale) + F(w.offset);
 }
 
 }  // namespace rlk

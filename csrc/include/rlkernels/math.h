@@ -20,6 +20,7 @@ RLK_HD float expm1(float x) { return ::expm1f(x); }
 RLK_HD float log(float x) { return ::logf(x); }
 RLK_HD float log1p(float x) { return ::log1pf(x); }
 RLK_HD float sqrt(float x) { return ::sqrtf(x); }
+RLK_HD double sqrt(double x) { return ::sqrt(x); }
 RLK_HD float tanh(float x) { return ::tanhf(x); }
 RLK_HD float abs(float x) { return ::fabsf(x); }
 
@@ -56,5 +57,9 @@ template <class F>
 RLK_HD F clamp(F x, F low, F high) {
   return select(x < low, low, select(x > high, high, x));
 }
+
+// What numbers with this standard deviation are multiplied by before they are whitened: beside float's largest numbers
+// their differences would overflow, and 1 / std would have lost digits. A power of two, so that nothing is rounded.
+RLK_HD double whitening_unit(double std) { return std > 0x1p64 ? 0x1p-64 : 1.0; }
 
 }  // namespace rlk

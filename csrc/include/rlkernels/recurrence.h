@@ -67,7 +67,22 @@ RLK_HD F recurrence_return(int kind, F value, F y) {
   return has_advantages(kind) ? value + y : y;
 }
 
-// (A - mean) / sqrt(variance + kWhitenEps)
-constexpr double kWhitenEps = 1e-8;
+// (A - mean) / sqrt(variance + 1e-8), of advantages in the unit of whitening_unit.
+struct AdvantageWhitening {
+  float unit, mean, scale;
+};
+
+// From the sums over `count` > 1 advantages and their squares. In double, in which a float's square is exact.
+RLK_HD AdvantageWhitening advantage_whitening(double count, double sum, double squares) {
+  const double mean = sum / count, rest = squares - sum * mean;
+  const double std = sqrt((rest < 0.0 ? 0.0 : rest) / (count - 1.0) + 1e-8);
+  const double unit = whitening_unit(std);
+  return {static_cast<float>(unit), static_cast<float>(mean * unit), static_cast<float>(1.0 / (std * unit))};
+}
+
+template <class F>
+RLK_HD F whiten_advantage(const AdvantageWhitening& w, F advantage) {
+  return (advantage * F(w.unit) - F(w.mean)) * F(w.scale);
+}
 
 }  // namespace rlk
