@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
@@ -261,6 +262,21 @@ class NumberedRows(Dataset):
         return {"_row_id": index, **self.rows[index]}
 
 
+class LengthGroupedSampler(Sampler[int]):
+    """Indices at random, but so that each batch has rows of about one length. The order of an epoch depends on the seed
+    and the epoch alone, so that a resumed run, and every process, sees the same; transformers' own does not."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
 class Metrics:
     """Weighted means, and extremes, of what was recorded since the last log. Values stay on their device until then."""
 
@@ -386,7 +402,9 @@ class BaseTrainer(SavingTrainer):
         for each in models:
             warn_of_batch_dependence(each)
         # Now that they are on their device.
-        self.padding_free = args.padding_free and all(prepare_packing(each, args.device) for each in models)
+        # NEFTune's noise depends on how long a row is, which several laid end to end would be together.
+        packs = args.padding_free and args.neftune_noise_alpha is None
+        self.padding_free = packs and all(prepare_packing(each, args.device) for each in models)
         #: What a mixture of experts adds to its loss; None: it has none, or it is not wanted.
         self.router = None
         if hasattr(args, "router_aux_loss_coef"):
@@ -444,6 +462,20 @@ class BaseTrainer(SavingTrainer):
             batch_size=self._train_batch_size * self.accumulation_steps,
             sampler_fn=self._get_train_sampler,
             is_training=True,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        size = self._train_batch_size * self.accumulation_steps * self.accelerator.num_processes
+        # Exactly the number of epochs where one begins.
+        return LengthGroupedSampler(
+            self.train_dataset["num_tokens"][:], size, self.args.data_seed, lambda: int(self.state.epoch or 0)
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return (
+            None if self.args.train_sampling_strategy == "group_by_length" else super()._get_eval_sampler(eval_dataset)
         )
 
     # The optimizer step

@@ -30,6 +30,16 @@ OBJECTIVES = {
     "dppo_kl": ("dppo_kl", "token_sum"),
     "reinforce": ("reinforce", "token_sum"),
 }
+# Options of the Trainer's own steps, predictions and data, which are others here: what must be off, and what on.
+OFF = (
+    *("label_smoothing_factor", "torch_empty_cache_steps", "bf16_full_eval", "fp16_full_eval", "use_liger_kernel"),
+    *("eval_accumulation_steps", "eval_use_gather_object", "include_for_metrics", "batch_eval_metrics", "label_names"),
+    *("do_predict", "debug", "enable_jit_checkpoint"),  # SIGTERM saves a checkpoint in any case
+)
+ON = ("average_tokens_across_devices", "eval_do_concat_batches", "dataloader_in_order")
+# The same of `accelerator_config`.
+OFF_IN_ACCELERATE = ("split_batches", "dispatch_batches")
+ON_IN_ACCELERATE = ("even_batches", "use_seedable_sampler")
 
 
 def _computes_bf16(use_cpu: bool) -> bool:
@@ -38,6 +48,13 @@ def _computes_bf16(use_cpu: bool) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def _refuse_others(place: str, options: Any, off: tuple[str, ...], on: tuple[str, ...]) -> None:
+    for name in (*off, *on):
+        value = getattr(options, name, name in on)  # older versions of transformers have not all
+        if bool(value) != (name in on):
+            raise ValueError(f"{place}{name} is not supported; got {value}")
 
 
 def _router_aux_loss_coef() -> Any:
@@ -127,6 +144,7 @@ class BaseConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.deepspeed is not None:  # its engine would divide each micro-batch's loss by the number of them
             raise ValueError("deepspeed is set up by accelerate launch alone: see examples/accelerate/zero3.yaml")
+        _refuse_others("", self, OFF, ON)
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing is not False
         self.gradient_checkpointing = self.activation_checkpointing  # all that transformers below 5.23 knows
@@ -150,9 +168,14 @@ class BaseConfig(TrainingArguments):
         coefficient = getattr(self, "router_aux_loss_coef", None)
         if coefficient is not None and not 0 <= coefficient < math.inf:
             raise ValueError(f"router_aux_loss_coef must be a finite number, at least 0; got {coefficient}")
-        for name in ("label_smoothing_factor", "torch_empty_cache_steps", "bf16_full_eval", "fp16_full_eval"):
-            if getattr(self, name):  # of the Trainer's own steps and evaluation, which are others here
-                raise ValueError(f"{name} is not supported; got {getattr(self, name)}")
+        _refuse_others("accelerator_config: ", self.accelerator_config, OFF_IN_ACCELERATE, ON_IN_ACCELERATE)
+        for kind in ("tp", "cp", "sp"):
+            if getattr(self.parallelism_config, f"{kind}_size", 1) > 1:
+                raise ValueError(f"parallelism_config: {kind}_size above 1 is not supported")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy batch_rebalance is not supported: micro-batches are filled by token_budget"
+            )
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size is not supported: micro-batches are filled by token_budget")
 
@@ -336,6 +359,15 @@ class OnlineConfig(BaseConfig):
         if self.reward_workers < 0:
             raise ValueError(f"reward_workers must be at least 0; got {self.reward_workers}")
         self._check_choices("on_reward_error", "importance_sampling_mode")
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy must be random; got {self.train_sampling_strategy}. shuffle_dataset false "
+                "keeps the prompts in their order"
+            )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                "neftune_noise_alpha is not supported: with noise the model is another than the one that was sampled"
+            )
         for name in ("importance_sampling_cap", "vllm_server_timeout", "vllm_request_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
@@ -413,6 +445,8 @@ class SFTConfig(BaseConfig):
         self._check_choices("truncation_mode", "loss_type")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, to have a token to predict; got {self.max_length}")
+        if self.packing and self.train_sampling_strategy == "group_by_length":
+            raise ValueError("packing and train_sampling_strategy group_by_length exclude each other; got both")
         if self.packing and self.max_length is None:
             raise ValueError("packing needs max_length; got None")
 

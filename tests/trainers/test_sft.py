@@ -121,6 +121,35 @@ def test_resumed_is_uninterrupted(make_trainer):
         assert torch.equal(one, other)
 
 
+def test_batches_of_one_length(make_trainer):
+    """Every row once an epoch, each epoch in another order, which a resumed run finds again."""
+    rows = [{"text": "a" * (index % 7 + 1)} for index in range(60)]
+    options = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 3, "num_train_epochs": 2}
+    trainer = make_trainer(rows, eval_dataset=rows, max_steps=-1, **options)
+    seen, micro_batches = [], trainer.micro_batches
+    trainer.micro_batches = lambda inputs: seen.append([row["_row_id"] for row in inputs]) or micro_batches(inputs)
+    trainer.train()
+    first, second = ([index for step in seen[start : start + 20] for index in step] for start in (0, 20))
+    assert sorted(first) == sorted(second) == list(range(60)) and first != second
+    trainer.state.epoch = 1.4
+    assert list(trainer._get_train_sampler()) == second
+    lengths = [[len(rows[index]["text"]) for index in step] for step in seen]
+    assert sum(max(step) - min(step) for step in lengths) / len(lengths) < 2  # by chance it would be 3
+    trainer.micro_batches = micro_batches
+    assert "eval_loss" in trainer.evaluate()
+
+
+def test_noise_is_of_each_row(make_trainer, monkeypatch):
+    """Of NEFTune: its size depends on the length of the rows, not on how many lie end to end."""
+    sizes = []
+    trainer = make_trainer(neftune_noise_alpha=5.0, max_steps=1)
+    embedding = trainer.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape) and None)
+    trainer.train()
+    longest = max(trainer.train_dataset["num_tokens"])
+    assert sizes and all(rows > 1 and width <= longest for rows, width, _ in sizes)
+
+
 def test_what_is_learned(make_trainer):
     """The completions, and not the prompts: also where rows are left out, in several evaluation sets."""
     rows = [{"prompt": f"{letter} is", "completion": letter.upper()} for letter in "abcdefgh"]
