@@ -279,7 +279,7 @@ def make_folder(folder: Path) -> list[Path]:
     """Those of the folder and the ones above it that were not there, once it is known that it can be written to."""
     if local_rank() > 0:  # its first process makes it, and takes it away
         return []
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -291,7 +291,7 @@ def make_folder(folder: Path) -> list[Path]:
 
 def remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
+        if os.path.isdir(folder) and not any(folder.iterdir()):
             folder.rmdir()
 
 

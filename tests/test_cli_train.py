@@ -370,6 +370,9 @@ OF_A_COMMAND = [
         TWO_CHECKPOINTS | {"x/checkpoint-3/trainer_state.json": "{}"},
         ["x/checkpoint-3: not a whole checkpoint: it has no manifest.json", "the last whole one is x/checkpoint-10"],
     ),
+    ("sft", {"output_dir": "x" * 300}, {}, ["cannot be written to: File name too long"]),
+    ("sft", {"output_dir": "x/" * 3000}, {}, ["cannot be written to: File name too long"]),
+    ("sft", {"resume_from_checkpoint": "x" * 5000}, {}, ["x: not a whole checkpoint: there is no such folder"]),
     ("sft", {"report_to": "absent"}, {}, ["absent is not supported"]),
     ("sft", {"lora_r": "8"}, {}, ["--lora_r: needs --use_peft"]),
     ("dpo", {"loss_type": "best"}, {}, ["loss_type", "best"]),
@@ -492,6 +495,34 @@ def test_refuses_the_checkpoint_of_another_model(run, capsys, command, of):
     error = capsys.readouterr().err
     assert f"rlkernels {command}: error: --resume_from_checkpoint other/checkpoint-1: " in error
     assert not Path("out").exists()
+
+
+def test_a_second_run_into_a_folder_is_refused(run, capsys):
+    """Before it removes what the first is writing, and without taking away the folder, which it has not made."""
+    unfinished = Path("out/run/.checkpoint-1.unfinished")
+    unfinished.mkdir(parents=True)
+    with trainers.checkpoints.Lock(Path("out/run")):
+        assert run("sft") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("rlkernels sft: error: --output_dir out/run: another run writes there (process ")
+        assert unfinished.is_dir()
+    assert run("sft") == 0 and not unfinished.exists()
+
+
+def test_a_run_that_another_overtakes_leaves_its_folder(run, monkeypatch, capsys):
+    """Which the first of them had made."""
+    lock = trainers.checkpoints.Lock(Path("out/run"))
+    build = trainers.SFTTrainer.__init__
+
+    def overtaken(*args, **kwargs):
+        build(*args, **kwargs)
+        lock.__enter__()
+
+    monkeypatch.setattr(trainers.SFTTrainer, "__init__", overtaken)
+    assert run("sft") == 2
+    assert "error: output_dir out/run: another run writes there" in capsys.readouterr().err
+    assert Path("out/run/.lock").is_file()
+    lock.__exit__()
 
 
 def test_failed_run_leaves_an_older_run_as_it_was(run, workplace):

@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
 UNFINISHED, REMOVED = "unfinished", "removed"
+LEFT = re.compile(rf"\.checkpoint-.*\.({UNFINISHED}|{REMOVED})|\.model\.{UNFINISHED}")
 CONFIGS = ("config.json", "adapter_config.json")
 
 # What libraries raise where a file cannot be written: Python, torch.save, safetensors.
@@ -105,7 +106,7 @@ def _short(value: Any) -> str:
 
 def fault(folder: Path, contents: bool = False) -> str | None:
     """What keeps a folder from being a whole checkpoint; None if it is one. With `contents` every byte is read."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # of a path that is too long Path would raise
         return "there is no such folder"
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}, which is written last"
@@ -156,8 +157,8 @@ def is_whole(folder: Path) -> bool:
 
 def numbered(output_dir: Path) -> list[Path]:
     """The folders named checkpoint-N, whole or not, from the first to the last."""
-    found = [folder for folder in output_dir.glob("checkpoint-*") if step_of(folder) is not None and folder.is_dir()]
-    return sorted(found, key=step_of)
+    found = output_dir.glob("checkpoint-*") if os.path.isdir(output_dir) else ()
+    return sorted((folder for folder in found if step_of(folder) is not None and folder.is_dir()), key=step_of)
 
 
 def step_of(folder: Path) -> int | None:
@@ -269,8 +270,15 @@ class Lock:
 
 
 LOCKS: WeakSet[Lock] = WeakSet()
+
+
+def _forget_locks() -> None:
+    for lock in LOCKS:
+        lock.forget()
+
+
 # A process forked from a run may outlive it.
-os.register_at_fork(after_in_child=lambda: [lock.forget() for lock in LOCKS])
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _is_open_as(number: int, file: Path) -> bool:
@@ -340,8 +348,8 @@ def settle(output_dir: Path) -> None:
                 put_in_place(unfinished, folder)
             except OSError as error:
                 raise cannot_be_written(str(folder), output_dir, reason(error, output_dir)) from error
-    for name in (f".checkpoint-*.{UNFINISHED}", f".checkpoint-*.{REMOVED}", f".model.{UNFINISHED}"):
-        for folder in output_dir.glob(name):
+    for folder in output_dir.iterdir():
+        if LEFT.fullmatch(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -650,16 +650,6 @@ class BaseTrainer(SavingTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*COLUMNS, "_row_id"]
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # Called with the weights of a checkpoint.
-        super()._issue_warnings_after_load(load_result)
-        weights = dict(self.model.named_parameters(remove_duplicate=False))
-        loaded = {id(weight) for name, weight in weights.items() if name not in load_result.missing_keys}
-        missing = [name for name in load_result.missing_keys if id(weights.get(name)) not in loaded]
-        if missing or load_result.unexpected_keys:
-            names = ", ".join([*missing, *load_result.unexpected_keys][:5])
-            raise BadCheckpoint(str(self.resumed_from), f"a checkpoint of another model: {names} in one alone")
-
     # What rows a step learns from depends on its number and on these alone.
 
     def settings(self) -> dict[str, Any]:

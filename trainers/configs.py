@@ -192,16 +192,16 @@ class BaseConfig(TrainingArguments):
     # Pickled as training_args.bin. A copy in this process is as it was.
 
     def __getstate__(self) -> dict[str, Any]:
-        return without_secrets(vars(self))
+        return without_secrets(self.__dict__)
 
     def __copy__(self) -> Self:
         copied = object.__new__(type(self))
-        vars(copied).update(vars(self))
+        copied.__dict__.update(self.__dict__)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = object.__new__(type(self))
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def _check_choices(self, *names: str) -> None:

@@ -270,7 +270,7 @@ class OnlineTrainer(BaseTrainer):
         """The completions that this optimizer step learns from, and how many steps have learned from them."""
         step = self.state.global_step % self.steps_per_rollout
         if self._saved_rows is not None:
-            found = [self._saved_rows != digest(inputs)]
+            found = [self._saved_rows != digest(inputs) or len(self.rollouts.input_ids) != len(inputs)]
             if self.accelerator.num_processes > 1:
                 found = gather_object(found)
             if any(found):

@@ -114,9 +114,8 @@ class SavingTrainer(Trainer):
                 if given is True:
                     last = checkpoints.last_checkpoint(Path(self.args.output_dir), contents=True)
                     if last is None:
-                        raise checkpoints.BadCheckpoint(
-                            given, f"there is no whole checkpoint in {self.args.output_dir}"
-                        )
+                        why = f"there is no whole checkpoint in {self.args.output_dir}"
+                        raise checkpoints.BadCheckpoint("True", why)
                     folder = last
                 checkpoints.check(folder, contents=given is not True)
                 check_state(folder)
@@ -150,24 +149,26 @@ class SavingTrainer(Trainer):
                 raise checkpoints.BadCheckpoint(resume_from_checkpoint, why)
 
         hook = loaded.register_load_state_dict_pre_hook(look)
+        adapters = {} if self.is_fsdp_enabled or not hasattr(loaded, "get_base_model") else loaded.peft_config
         try:
-            if self.is_fsdp_enabled or not hasattr(loaded, "get_base_model"):
+            if not adapters:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-                return
             # The Trainer would take any folder with adapters, such as those of PPO's value, for one more of these.
-            active = loaded.active_adapters
-            for name in loaded.peft_config:
+            active = loaded.active_adapters if adapters else ()
+            for name in adapters:
                 folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
                 loaded.load_adapter(str(folder), name, is_trainable=name in active)
         finally:
             hook.remove()
-        if given and not any(each.is_prompt_learning for each in loaded.peft_config.values()):
-            # PEFT leaves out what does not fit.
-            trained = {name for name, weight in loaded.named_parameters() if weight.requires_grad}
-            if others := sorted(trained - given) + sorted(given - loaded.state_dict().keys()):
-                raise checkpoints.BadCheckpoint(
-                    resume_from_checkpoint, f"adapters of another kind: {', '.join(others[:5])} in one alone"
-                )
+        if self.is_fsdp_enabled or any(each.is_prompt_learning for each in adapters.values()):
+            return
+        # The Trainer and PEFT warn at most. Of tied weights one is enough, and of a model with adapters the trained.
+        own = loaded.state_dict(keep_vars=True)
+        found = {id(own[name]) for name in given & own.keys()}
+        missing = [n for n, value in own.items() if id(value) not in found and (not adapters or value.requires_grad)]
+        if others := [*missing, *sorted(given - own.keys())]:
+            names = ", ".join(others[:5])
+            raise checkpoints.BadCheckpoint(resume_from_checkpoint, f"of another model: {names} in one alone")
 
     @reads("its optimizer and scheduler")
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -269,8 +270,9 @@ class SavingTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            if not 0 <= np.random.get_state()[2] <= 624:  # of its 624 words; numpy would read past them
-                raise ValueError("numpy's is at a position that there is not")
+            place = np.random.get_state(legacy=False)["state"]["pos"]
+            if not 0 <= place <= 624:  # of its 624 words, past which numpy would read
+                raise ValueError(f"numpy's is at a place that there is not, {place}")
             folder = Path(checkpoint)
             # Of fewer processes, another's: its loss is theirs all the same.
             file = checkpoints.unlogged_file(folder, self.args.process_index % checkpoints.processes(folder))

@@ -25,30 +25,34 @@ def other_optimizer(optimizer: Optimizer, given: dict[str, Any]) -> str | None:
     sizes, own = ([len(group["params"]) for group in each["param_groups"]] for each in (given, optimizer.state_dict()))
     if sizes != own:
         return f"its optimizer has {sizes} parameters in its groups, that of this run {own}"
+    for number, (group, mine) in enumerate(zip(given["param_groups"], optimizer.param_groups, strict=True)):
+        options = {name: value for name, value in mine.items() if type(value) in (int, float, tuple, list)}
+        if missing := options.keys() - group.keys():
+            return f"its optimizer is another: its groups have no {', '.join(sorted(missing))}"
+        if why := unlike(group, {**options, "params": []}, f"param_groups[{number}] of its optimizer"):
+            return why
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in given["param_groups"] for number in group["params"]]
     states = {number: state for number, state in given["state"].items() if state}
     if unknown := states.keys() - set(numbers):
         return f"its optimizer has a state of parameter {min(unknown, key=str)}, which there is not"
-    names = set().union(*states.values()) if states else set()
+    # Others keep states of shapes of their own, and what reads these looks at them.
+    if not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, LBFGS | Adafactor):
+        return None
+    names = set().union(*states.values())
     if states and isinstance(optimizer, Adam):  # and AdamW
-        maxima = {"max_exp_avg_sq"} if optimizer.param_groups[0]["amsgrad"] else set()
+        maxima = {"max_exp_avg_sq"} if any(group["amsgrad"] for group in given["param_groups"]) else set()
         names |= {"step", "exp_avg", "exp_avg_sq"} | maxima
     for number, parameter in zip(numbers, parameters, strict=True):
         for name in sorted(names) if number in states else ():
             if name not in states[number]:
                 return f"its optimizer has no {name} of parameter {number}"
-            why = _other_state(optimizer, name, states[number][name], parameter)
-            if why is not None:
+            if why := _other_state(name, states[number][name], parameter):
                 return f"{name} of parameter {number} in its optimizer {why}"
     return None
 
 
-def _other_state(optimizer: Optimizer, name: str, value: Any, parameter: Tensor) -> str | None:
-    # Others keep states of shapes of their own, and what reads them looks at these.
-    is_elementwise = type(optimizer).__module__.startswith("torch.optim.")
-    if not is_elementwise or isinstance(optimizer, LBFGS | Adafactor):
-        return None
+def _other_state(name: str, value: Any, parameter: Tensor) -> str | None:
     if name in NUMBERS:
         count = value.numel() if isinstance(value, Tensor) else isinstance(value, int | float)
         return None if count == 1 else f"must be one number; got {told(value)}"

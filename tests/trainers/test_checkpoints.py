@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from rlkernels.trainers import (
@@ -177,8 +179,9 @@ def test_a_model_is_that_of_before_or_the_new_one_or_none(tmp_path):
         lambda folder: torch.save(torch.zeros(9000), Path(folder) / "x"),
         lambda folder: save_file({"x": torch.zeros(9000)}, Path(folder) / "x"),
         lambda folder: (Path(folder) / "x").write_bytes(bytes(36000)),
+        lambda folder: Tokenizer(WordLevel({f"word {i}": i for i in range(9000)})).save(f"{folder}/x"),
     ],
-    ids=["torch", "safetensors", "python"],
+    ids=["torch", "safetensors", "python", "tokenizers"],
 )
 def test_what_cannot_be_written_says_why_and_leaves_nothing(tmp_path, save):
     """By a real limit on the size of files."""
@@ -525,6 +528,12 @@ OTHERS = {
     "a state without steps": ("optimizer.pt", lambda o: state(o).pop("step") and None, "no step of parameter 0"),
     "a state alone": ("optimizer.pt", lambda o: o["state"].update({99: {"step": 1}}), "a state of parameter 99"),
     "fewer parameters": ("optimizer.pt", lambda o: o["param_groups"][0]["params"].pop() and None, "parameters in its"),
+    "another optimizer": (
+        "optimizer.pt",
+        lambda o: o["param_groups"][0].pop("betas") and None,
+        "its optimizer is another: its groups have no betas",
+    ),
+    "an option of text": ("optimizer.pt", lambda o: o["param_groups"][0].update(eps="x"), "optimizer.eps is str; want"),
     "no optimizer": ("optimizer.pt", lambda o: [1], "its optimizer and scheduler cannot be loaded: "),
     "scheduler": ("scheduler.pt", lambda s: s.update(base_lrs=[0.1]), "scheduler.pt.base_lrs has 1 values; want 2"),
     "scheduler of text": ("scheduler.pt", lambda s: s.update(last_epoch="x"), "scheduler.pt.last_epoch is str; want"),
@@ -581,6 +590,30 @@ def test_weights_that_do_not_fit_are_refused(make_model, tokenizer, run_options,
     (folder / c.MANIFEST).unlink()
     c.seal(folder)
     assert (why if why != "size mismatch" else "float32 [") in refused(make(), folder)
+
+
+def test_a_part_of_sharded_weights_that_lacks_some_is_refused(saved, make_model):
+    """Their index alone names all."""
+    make, folder = saved
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    make_model().save_pretrained(folder, max_shard_size="30KB", state_dict=weights)
+    first, *_ = sorted(folder.glob("model-*.safetensors"))
+    part = load_file(first)
+    (folder / c.MANIFEST).unlink()
+    c.seal(folder)
+    make().train(resume_from_checkpoint=str(folder))
+    name = sorted(part)[0]
+    kept = {other: value for other, value in part.items() if other != name}
+    for changed, why in (
+        (kept, f"of another model: {name} in one alone"),
+        ({**part, name: part[name].half()}, f"{name} is float16 "),
+        ({**part, name: part[name][:1].contiguous()}, f"{name} is float32 [1"),
+    ):
+        save_file(changed, first, metadata={"format": "pt"})
+        (folder / c.MANIFEST).unlink()
+        c.seal(folder)
+        assert why in refused(make(), folder)
 
 
 def test_a_reference_that_lacks_weights_is_refused(saved):
