@@ -21,6 +21,12 @@
 Each is a function on tensors that serves CPUs (C++ SIMD) and GPUs (Triton, CUDA C++), is differentiable where its
 docstring says so, and works under torch.compile. `use_backend` chooses the implementation; by default the tensors'
 device does.
+
+All take dense tensors that hold their values themselves: sparse, nested, quantised and complex ones, wrappers such as
+DTensor and tensors on the meta device are refused. Options that are numbers may be NumPy's, but no bools, tensors or
+text. They are 0 or of a magnitude that float32 holds in full (1.2e-38 to 3.4e38), also where the tensors are float64: a
+number that would be rounded to 0 or infinity is refused. Each error is a TypeError or ValueError of one line, which
+names the argument, what came and what was wanted.
 """
 
 from rlkernels.lm_head import unwrap_lm_head, wrap_lm_head

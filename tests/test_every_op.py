@@ -1,8 +1,15 @@
 """What holds of every op: its derivatives, what it takes and refuses, and that it can be compiled."""
 
+import inspect
+import math
+import re
+from decimal import Decimal
+
+import numpy
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
 
 from op_cases import CASES
 from rlkernels.ops import _registry
@@ -105,7 +112,7 @@ def test_second_derivatives_of_what_is_plain_pytorch(backend, device, name):
 
 @pytest.mark.parametrize("name", ["masked_mean", "masked_mean, of rows"])
 def test_second_derivatives_of_a_mean(backend, device, name):
-    x = case_of(name, device).differentiable["x"].requires_grad_()
+    x = case_of(name, device).differentiable["x"].clone().requires_grad_()
     mask = CASES[name].others["mask"].to(device)
 
     def second(mean):
@@ -239,7 +246,7 @@ def test_compiled_for_any_number_of_sequences(backend, device, name):
     case = CASES[name]
     torch._dynamo.reset()
     compiled = torch.compile(lambda arguments: case(**arguments), backend="eager", fullgraph=True)
-    for lengths in ([2, 4], [2, 1, 5], [2, 7], [5]):
+    for lengths in ([2, 4], [2, 1, 5], [5]):
         arguments = resized(case, lengths)
         torch.testing.assert_close(compiled(arguments), case(**arguments))
 
@@ -255,3 +262,148 @@ def test_a_mean_is_compiled_for_any_dimension(backend, device, dynamic):
     for dim, shape in ((0, (2, 3)), (1, (4, 5)), (-1, (3, 3))):
         x = torch.randn(shape)
         torch.testing.assert_close(compiled(dim, x), case(x=x, mask=x > 0, dim=dim))
+
+
+# Every number that an op takes, with what else it needs.
+NUMBERS = {
+    "token_logprobs": ("temperature", "softcap"),
+    "kl_penalty": ("log_ratio_clamp", "value_clamp"),
+    "linear_token_logprobs": ("temperature", "softcap", "scale", "logits_budget_mb"),
+    "linear_policy_loss": ("temperature", "softcap", "scale", "logits_budget_mb", "normalizer"),
+    "linear_kl_divergence": (
+        *("temperature", "softcap", "scale", "teacher_softcap", "teacher_scale", "beta", "logits_budget_mb"),
+    ),
+    "linear_preference_logps": ("temperature", "softcap", "scale", "logits_budget_mb"),
+    "policy_loss": (
+        *("clip_low", "clip_high", "dual_clip", "delta", "log_ratio_clamp"),
+        *("kl_coef", "entropy_coef", "sampler_cap", "normalizer"),
+    ),
+    "value_loss": ("clip", "normalizer"),
+    "gae": ("gamma", "lam"),
+    "td_lambda": ("gamma", "lam"),
+    "discounted_returns": ("gamma",),
+    "vtrace": ("gamma", "lam", "rho_clip", "c_clip"),
+    "shaped_rewards": ("kl_coef",),
+    "group_advantages": ("eps",),
+    "masked_whiten": ("eps",),
+    "preference_loss": ("beta", "alpha", "discopop_tau", "simpo_gamma", "label_smoothing"),
+    "preference_loss, kto": ("kl", "desirable_weight", "undesirable_weight"),
+}
+OF_OBJECTIVES = {
+    "sapo_temperature_pos": "sapo",
+    "sapo_temperature_neg": "sapo",
+    **dict.fromkeys(("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"), "vespo"),
+}
+EVERY_NUMBER = [(op, name, {}) for op, names in NUMBERS.items() for name in names] + [
+    ("policy_loss", name, {"objective": objective}) for name, objective in OF_OBJECTIVES.items()
+]
+NUMBER_OF = pytest.mark.parametrize(
+    ("op", "name", "others"), [pytest.param(*given, id=f"{given[0]}-{given[1]}") for given in EVERY_NUMBER]
+)
+NOT_IN_FLOAT32 = [1e-46, 1e-38, 1e39, 1e300, 5e-324, 10**400, -(10**400), 10**5000, math.nan, -1e-46]
+NOT_NUMBERS = ["0.5", Decimal("0.5"), True, numpy.bool_(True), [0.5], 1j]
+
+
+def test_every_number_is_here():
+    for op, case in CASES.items():
+        if op in NUMBERS:
+            given = inspect.signature(case.op).parameters.values()
+            numeric = {p.name for p in given if re.search(r"\bfloat\b", str(p.annotation))} - {"weights"}
+            named = {name for key, name, _ in EVERY_NUMBER if key.split(",")[0] == op.split(",")[0]}
+            assert numeric <= named | {"kl"}, op
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@NUMBER_OF
+def test_numbers_that_float32_cannot_hold_are_refused(op, name, others, dtype):
+    """Neither taken for 0 or infinity nor, in float64, taken as they are. 1e-38 it holds with fewer digits."""
+    case = CASES[op].to(dtype)
+    for value in NOT_IN_FLOAT32:
+        with pytest.raises(ValueError, match=rf"^{name} must be .*; got "):
+            case(**{**others, name: value})
+
+
+@NUMBER_OF
+def test_numbers_of_numpy_are_numbers_and_text_is_not(op, name, others):
+    case = CASES[op]
+    half = 1 if name in ("dual_clip", "label_smoothing") else 0.5
+    given = numpy.float32(half + 1 if name == "dual_clip" else half if name != "label_smoothing" else 0)
+    for result, expected in zip(case(**{**others, name: given}), case(**{**others, name: float(given)}), strict=True):
+        assert torch.equal(result, expected)
+    for value in NOT_NUMBERS:
+        with pytest.raises(TypeError, match=rf"^{name} must be a number; got {type(value).__name__}$"):
+            case(**{**others, name: value})
+
+
+def test_temperature_and_softcap_are_of_the_logits_before_scale():
+    case = CASES["linear_token_logprobs"]
+    with pytest.raises(ValueError, match=r"^temperature divided by scale must be .*; got 1e-38"):
+        case(scale=1e38)
+    with pytest.raises(ValueError, match=r"^softcap divided by scale must be .*; got "):
+        case(softcap=1e25, scale=1e-25)
+
+
+def test_integers():
+    case = CASES["token_logprobs"]
+    assert torch.equal(case(ignore_index=numpy.int64(-100))[0], case(ignore_index=-100)[0])
+    for value in (10**5000, -(2**63) - 1):
+        with pytest.raises(ValueError, match=r"^ignore_index must fit in 64 bits; got "):
+            case(ignore_index=value)
+    for value in (True, 1.0, "1"):
+        with pytest.raises(TypeError, match=r"^ignore_index must be an integer; got "):
+            case(ignore_index=value)
+
+
+@pytest.mark.parametrize("weights", [b"ab", "ab", {0.5, 1.0}, {"a": 1.0}])
+def test_weights_are_in_order(weights):
+    with pytest.raises(TypeError, match=r"^weights must be a (tensor or a sequence of numbers|number); got"):
+        CASES["group_advantages"](weights=weights)
+
+
+GIVEN_AS_THEY_ARE = [name for name in CASES if "in place" not in name]
+
+
+def _quantised(value):
+    return torch.quantize_per_tensor(value.float().contiguous(), 0.1, 0, torch.qint8)
+
+
+NOT_PLAIN = {
+    "sparse": (torch.Tensor.to_sparse, TypeError, "dense tensor; got one of the layout sparse_coo"),
+    "nested": (lambda v: torch.nested.nested_tensor([v]), TypeError, "dense tensor; got one of the layout nested"),
+    "jagged": (
+        lambda v: torch.nested.nested_tensor([v], layout=torch.jagged),
+        TypeError,
+        "plain tensor; got a NestedTensor, which wraps others",
+    ),
+    "wrapped": (lambda v: TwoTensor(v, v), TypeError, "plain tensor; got a TwoTensor, which wraps others"),
+    "meta": (lambda v: v.to("meta"), ValueError, "on a device that holds values, such as cpu; got meta"),
+    "complex": (lambda v: v.to(torch.complex64), TypeError, "one of the dtypes .*; got complex64"),
+    "quantised": (_quantised, TypeError, "one of the dtypes .*; got qint8"),
+    "unsigned": (lambda v: v.to(torch.uint16), TypeError, "one of the dtypes .*; got uint16"),
+    "an array": (torch.Tensor.numpy, TypeError, "(tensor|number|tensor or a sequence of numbers); got ndarray"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+@pytest.mark.parametrize("name", GIVEN_AS_THEY_ARE)
+def test_tensors_that_are_refused(name, kind):
+    """By one rule, whichever argument it is."""
+    case = CASES[name]
+    of_kind, error, message = NOT_PLAIN[kind]
+    for key, value in case.tensors().items():
+        if value.dim() or kind not in ("nested", "jagged"):
+            named = re.escape({"adapter_0": "adapter[0]", "adapter_1": "adapter[1]"}.get(key, key))
+            with pytest.raises(error, match=f"^{named} must (be|have) (a )?{message}"):
+                case(**{key: of_kind(value)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("name", GIVEN_AS_THEY_ARE)
+def test_numbers_are_in_floating_point(name, dtype):
+    case = CASES[name]
+    for key, value in {**case.differentiable, **case.data}.items():
+        with pytest.raises(
+            TypeError, match=rf"must have one of the dtypes .*; got {str(dtype).removeprefix('torch.')}$"
+        ):
+            case(**{key: value.to(dtype)})

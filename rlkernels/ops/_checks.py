@@ -3,6 +3,8 @@ what was wanted. Values inside tensors are the kernels' to check (on a GPU only 
 
 import os
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -11,14 +13,25 @@ CHECK_VALUES = os.environ.get("RLKERNELS_CHECK") == "1"
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+LEAST, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""Magnitudes of options: those that float32, in which the kernels compute, holds in full."""
 
 
 def tensor(name: str, value: object, dtypes: Iterable[torch.dtype]) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    # A collective that is under way wraps its own result; other wrappers (a DTensor, a quantised weight) stand for more
+    # than they hold.
+    if hasattr(type(value), "__tensor_flatten__") and not hasattr(type(value), "trigger_wait"):
+        raise TypeError(f"{name} must be a plain tensor; got a {type(value).__name__}, which wraps others")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor; got one of the layout {layout}")
     if value.dtype not in tuple(dtypes):
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must have one of the dtypes {wanted}; got {str(value.dtype).removeprefix('torch.')}")
+    if value.is_meta:
+        raise ValueError(f"{name} must be on a device that holds values, such as cpu; got meta")
 
 
 def shape(name: str, value: torch.Tensor, *wanted: tuple[int, ...], because: str) -> None:
@@ -50,20 +63,21 @@ def no_tangent(name: str, value: torch.Tensor, because: str = "it is differentia
 
 
 def choice(name: str, value: object, valid: Iterable[str]) -> None:
-    if value not in tuple(valid):
+    if not isinstance(value, str) or value not in tuple(valid):
         raise ValueError(f"{name} must be one of {', '.join(valid)}; got {value!r}")
 
 
 def number(
     name: str,
-    value: object,
+    value: Any,
     *,
     above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
     finite: bool = True,
 ) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """`value`, 0 or of a magnitude from LEAST to MOST whatever the dtype of the tensors; infinite unless `finite`."""
+    if not _is_a(value, int, float, Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
     # Comparisons alone, which torch.compile can trace where a float has become an input of the graph.
     if (
@@ -75,15 +89,32 @@ def number(
     ):
         bounds = [f"> {above:g}"] if above is not None else [f">= {at_least:g}"] if at_least is not None else []
         bounds = (["finite"] if finite else []) + bounds + ([f"<= {at_most:g}"] if at_most is not None else [])
-        raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}; got {value}")
+        raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}; got {_shown(value)}")
+    if value != 0 and not LEAST <= abs(value) <= MOST and abs(value) != float("inf"):
+        raise ValueError(
+            f"{name} must be a number that float32 holds in full (0, or a magnitude from {LEAST:.2g} to {MOST:.2g}); "
+            f"got {_shown(value)}"
+        )
     return float(value)
 
 
-def integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: Any) -> int:
+    if not _is_a(value, int, Integral):
         raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit in 64 bits; got {value}")
+        raise ValueError(f"{name} must fit in 64 bits; got {_shown(value)}")
+    return int(value)
+
+
+def _is_a(value: object, *kinds: type) -> bool:
+    """Among them NumPy's scalars; no bool, tensor or text."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """Python refuses to print an integer of thousands of digits."""
+    large = _is_a(value, Integral) and abs(value) > MOST
+    return f"an integer of {int(value).bit_length()} bits" if large else str(value)
 
 
 def mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> torch.Tensor:

@@ -106,9 +106,13 @@ def check_head(
     temperature = _checks.number("temperature", temperature, above=0.0)
     softcap = 0.0 if softcap is None else _checks.number(f"{prefix}softcap", softcap, above=0.0)
     scale = _checks.number(f"{prefix}scale", scale, above=0.0)
-    _checks.integer("ignore_index", ignore_index)
+    # The logits before `scale` are what the kernels see.
+    of_logits = f"divided by {prefix}scale"
+    temperature = _checks.number(f"temperature {of_logits}", temperature / scale)
+    softcap = _checks.number(f"{prefix}softcap {of_logits}", softcap / scale)
+    ignore_index = _checks.integer("ignore_index", ignore_index)
     if num_scored is not None:
-        _checks.integer("num_scored", num_scored)
+        num_scored = _checks.integer("num_scored", num_scored)
         if not 0 <= num_scored <= token_ids.numel():
             raise ValueError(
                 f"num_scored must be between 0 and {token_ids.numel()}, the number of rows; got {num_scored}"
@@ -116,11 +120,10 @@ def check_head(
     if tile is not None:
         if not isinstance(tile, tuple | list) or len(tile) != 2:
             raise TypeError(f"tile must be a pair (rows, tokens); got {tile!r}")
+        tile = (_checks.integer("tile's rows", tile[0]), _checks.integer("tile's tokens", tile[1]))
         for name, size in zip(("rows", "tokens"), tile, strict=True):
-            _checks.integer(f"tile's {name}", size)
             if size < 1:
                 raise ValueError(f"tile's {name} must be at least 1; got {size}")
-        tile = (tile[0], tile[1])
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup; got {type(group).__name__}")
     if group is not None and torch.compiler.is_compiling():
@@ -137,8 +140,13 @@ def check_head(
     backend = _registry.select(inputs.hidden, "linear_token_logprobs")
     if group is None and _checks.values_in_python(backend, token_ids):
         check_ids(inputs.token_ids, vocab_size, ignore_index)
-    options = Options(temperature / scale, softcap / scale, ignore_index, group, num_scored, tile, backend)
+    options = Options(temperature, softcap, ignore_index, group, num_scored, tile, backend)
     return inputs, options
+
+
+def budget_bytes(logits_budget_mb: float) -> int:
+    """As torch.compile takes it, in 64 bits."""
+    return min(int(_checks.number("logits_budget_mb", logits_budget_mb, at_least=0.0) * 2**20), 2**63 - 1)
 
 
 def start(inputs: Inputs, options: Options, share: tuple[int, int, int] | None = None) -> Head:

@@ -90,7 +90,7 @@ def group_advantages(
         if count:
             order, offsets = _segments(group_ids)
     elif group_size is not None:
-        _checks.integer("group_size", group_size)
+        group_size = _checks.integer("group_size", group_size)
         if group_size < 1 or count % group_size:
             raise ValueError(f"group_size must be >= 1 and divide the number of rows, {count}; got {group_size}")
     size = group_size if group_size is not None else max(count, 1)
@@ -129,7 +129,7 @@ def group_advantages(
 def _weights(weights: Tensor | Sequence[float] | None, kinds: int, rewards: Tensor) -> Tensor | None:
     if weights is None:
         return None
-    if not isinstance(weights, Tensor | Sequence):
+    if not isinstance(weights, Tensor | Sequence) or isinstance(weights, str | bytes | bytearray):
         raise TypeError(f"weights must be a tensor or a sequence of numbers; got {type(weights).__name__}")
     if not isinstance(weights, Tensor):
         weights = torch.tensor([_checks.number("weights", weight) for weight in weights], dtype=rewards.dtype)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rlkernels.ops import _checks, _registry
-from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, scored_rows, start
+from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
 from rlkernels.ops._lm_head import Gradients, Head, Rows, nan_if, recycle, slices
 from rlkernels.ops.kl_divergence import divergence_and_centre
 from rlkernels.reference import linear_kl as reference
@@ -123,6 +123,8 @@ def linear_kl_divergence(
         (weight.shape[0], teacher_hidden.shape[-1]),
         because="the vocabulary of weight and the width of teacher_hidden",
     )
+    if teacher_bias is not None:
+        _checks.tensor("teacher_bias", teacher_bias, _checks.FLOATS)
     for name, value in (("hidden", teacher_hidden), ("weight", teacher_weight), ("bias", teacher_bias)):
         if value is not None:
             _checks.no_tangent(f"teacher_{name}", value, "the teacher is data")
@@ -138,7 +140,7 @@ def linear_kl_divergence(
         *rest,
         prefix="teacher_",
     )
-    budget = int(_checks.number("logits_budget_mb", logits_budget_mb, at_least=0.0) * 2**20)
+    budget = budget_bytes(logits_budget_mb)
     if kind == "js" and beta in (0.0, 1.0):
         kind = "reverse" if beta else "forward"
     options = replace(options, budget=budget, differentiated=torch.is_grad_enabled())

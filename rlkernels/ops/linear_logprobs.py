@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlkernels.ops import _checks, _registry
-from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, check_head, scored_rows, start
+from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
 from rlkernels.ops._head_outputs import OUTPUTS, Outputs
 from rlkernels.ops._lm_head import Gradients, forward_backward, nan_if, recycle, scored_index, slices
 from rlkernels.reference import linear_logprobs as reference
@@ -96,12 +96,12 @@ def linear_token_logprobs(
     inputs, options = check_head(
         hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile
     )
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs must be a sequence of names; got the string {outputs!r}")
+    if not isinstance(outputs, tuple | list):
+        raise TypeError(f"outputs must be a sequence of names, a tuple or a list; got {outputs!r}")
     outputs = tuple(outputs)
     for name in outputs:
         _checks.choice("outputs", name, OUTPUTS)
-    budget = int(_checks.number("logits_budget_mb", logits_budget_mb, at_least=0.0) * 2**20)
+    budget = budget_bytes(logits_budget_mb)
     options = replace(options, return_entropy=return_entropy, outputs=outputs, budget=budget)
     logprobs, entropy, others = evaluate(inputs, options)
     results = [value.view(token_ids.shape) for value in (logprobs, *([entropy] if return_entropy else []), *others)]

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from rlkernels.ops import _checks, _registry
-from rlkernels.ops._head_inputs import LOSS_LOGITS_BUDGET_MB, Inputs, Options, check_head, check_tokens, start
+from rlkernels.ops._head_inputs import (
+    LOSS_LOGITS_BUDGET_MB,
+    Inputs,
+    Options,
+    budget_bytes,
+    check_head,
+    check_tokens,
+    start,
+)
 from rlkernels.ops._lm_head import (
     Gradients,
     Head,
@@ -88,13 +96,13 @@ def linear_policy_loss(
     _, cu_seqlens = _checks.sequences("token_ids", token_ids, options.get("cu_seqlens"))
     if cu_seqlens is not None and (cu_seqlens.is_cpu or _checks.CHECK_VALUES) and not torch.compiler.is_compiling():
         _checks.cu_seqlens_values(cu_seqlens, len(token_ids))
-    _checks.integer("ignore_index", ignore_index)
+    ignore_index = _checks.integer("ignore_index", ignore_index)
     if mask is not None:
         token_ids = token_ids.long().masked_fill(~_checks.mask("mask", mask, "token_ids", token_ids), ignore_index)
     inputs, head_options = check_head(
         hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile
     )
-    budget = int(_checks.number("logits_budget_mb", logits_budget_mb, at_least=0.0) * 2**20)
+    budget = budget_bytes(logits_budget_mb)
     scored = token_ids.long() != ignore_index
     head_options = replace(head_options, return_entropy=True, budget=budget, differentiated=torch.is_grad_enabled())
     dtype = working_dtype(inputs.hidden)

@@ -69,7 +69,7 @@ def token_logprobs(
     _checks.same_device("token_ids", token_ids, "logits", logits)
     temperature = _checks.number("temperature", temperature, above=0.0)
     softcap = 0.0 if softcap is None else _checks.number("softcap", softcap, above=0.0)
-    _checks.integer("ignore_index", ignore_index)
+    ignore_index = _checks.integer("ignore_index", ignore_index)
     inplace_backward = (
         inplace_backward and logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     )

@@ -34,7 +34,7 @@ def masked_mean(x: Tensor, mask: Tensor | None, *, dim: int | None = None) -> Te
     """
     mask = _checked(x, mask)
     if dim is not None:
-        _checks.integer("dim", dim)
+        dim = _checks.integer("dim", dim)
         if not -x.dim() <= dim < x.dim():
             raise ValueError(f"dim must be one of the {x.dim()} dimensions of x; got {dim}")
         x, mask = x.movedim(dim, -1), None if mask is None else mask.movedim(dim, -1)
