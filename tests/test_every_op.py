@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from op_cases import CASES
@@ -407,3 +408,12 @@ def test_numbers_are_in_floating_point(name, dtype):
             TypeError, match=rf"must have one of the dtypes .*; got {str(dtype).removeprefix('torch.')}$"
         ):
             case(**{key: value.to(dtype)})
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_logprobs", "gae"])
+def test_results_of_collectives_are_tensors(name):
+    """What tensor parallelism hands on wraps its own result until that has come."""
+    case = CASES[name]
+    wrapped = {key: AsyncCollectiveTensor(value) for key, value in {**case.differentiable, **case.data}.items()}
+    for result, expected in zip(case(**wrapped), case(), strict=True):
+        assert torch.equal(result, expected)

@@ -415,6 +415,19 @@ def test_memory_of_kept_logits_is_used_again(backend, device):
 
 
 @pytest.mark.only("cpu")
+def test_memory_that_another_thread_takes_first(backend, device, monkeypatch):
+    class Taken(list):
+        def __bool__(self):
+            return True
+
+    problem, token_ids = random_problem((40,), 130, device)
+    wanted = run(ours, problem, token_ids, upstream_for(token_ids), logits_budget_mb=0.0, tile=TILE)
+    monkeypatch.setattr(_lm_head, "_recycled", Taken())
+    got = run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.only("cpu")
 def test_memory_of_an_odd_number_of_16_bit_logits_is_used_again(backend, device):
     _lm_head._recycled.clear()
     problem, token_ids = random_problem((3,), 101, device)

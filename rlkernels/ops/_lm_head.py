@@ -9,6 +9,7 @@ and over the processes that share a vocabulary, in one order.
 import functools
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -248,10 +249,12 @@ class Head:
     def kept(self, rows: Rows) -> Tensor:
         """Memory for all logits of `rows`, seen through `tiles` and `strips`; to be given to `recycle`."""
         size = len(rows) * self.weight.shape[0]
-        if self.weight.is_cpu and _recycled:
-            memory, used = _recycled.pop(), size * self.logits_dtype.itemsize
-            if memory.numel() >= used:
-                return memory[:used].view(self.logits_dtype)
+        if self.weight.is_cpu:
+            used = size * self.logits_dtype.itemsize
+            with suppress(IndexError):  # none, or by now another thread's
+                memory = _recycled.pop()
+                if memory.numel() >= used:
+                    return memory[:used].view(self.logits_dtype)
         return self.weight.new_empty(size, dtype=self.logits_dtype)
 
     def tiles(self, kept: Tensor, rows: Rows) -> list[Tensor]:
