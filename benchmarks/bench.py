@@ -111,8 +111,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def place(path: Path, device: str) -> Path:
     """Where to save. Whether that can work is known before anything is measured."""
-    target = path if path.suffix == ".json" and not path.is_dir() else path / reporting.file_name(device)
-    existing = next(folder for folder in target.absolute().parents if folder.exists())
+    try:
+        target = path if path.suffix == ".json" and not path.is_dir() else path / reporting.file_name(device)
+        existing = next(folder for folder in target.absolute().parents if folder.exists())
+    except OSError as error:
+        raise BadValue(f"--save {path}: {error.strerror}") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise BadValue(f"--save {path}: cannot write in {existing}")
     return target

@@ -188,9 +188,12 @@ def read(path: Path) -> Result:
     """Raises OSError, and ValueError for what is not the file of a run."""
     try:
         content = json.loads(path.read_text())
-        assert {"device", "commit", "date", "versions"} <= content.keys()
-        assert all({"case", "implementation"} <= result.keys() for result in content["results"])
-    except (ValueError, AssertionError, AttributeError, KeyError, TypeError) as error:
+        assert all(isinstance(content[name], str) for name in ("device", "commit", "date"))
+        assert isinstance(content["versions"], dict)
+        for result in content["results"]:
+            assert all(isinstance(result[name], str) for name in ("case", "implementation"))
+            assert result.get("p50", 1.0) > 0
+    except (ValueError, AssertionError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError("not a file that `rlkernels bench --save` wrote") from error
     return content
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -36,6 +37,12 @@ def show(error: BaseException) -> str:
     text = str(error)
     return text if type(error) in (ValueError, FileNotFoundError) and text else f"{type(error).__name__}: {text}"
 
+
+# Of a file of options: the longest mapping, as JSON; what else than a mapping it could be; and what YAML takes single
+# values for.
+LONGEST_MAPPING = 1_000_000
+NODES = {"sequence": "list", "scalar": "single value"}
+SCALARS = {"str", "bool", "int", "float", "null", "timestamp", "merge", "value"}
 
 # What each command takes: these arguments, and every field of its config.
 
@@ -143,26 +150,60 @@ def options_in_file(arguments: list[str], known: set[str]) -> list[str]:
     if file is None:
         return []
     try:
-        values = yaml.safe_load(Path(file).read_text()) or {}
+        given = yaml.compose(Path(file).read_bytes(), Loader=yaml.SafeLoader)
+        if given is None:
+            return []
+        if not isinstance(given, yaml.MappingNode):
+            raise BadValue(f"--config {file}: want `option: value` lines; got a {NODES[given.id]}")
+        options = [(name.value, value) for name, value in given.value]
+        if len(names := [name for name, _ in options]) > len(set(map(str, names))):
+            raise BadValue(f"--config {file}: option '{max(names, key=names.count)}' stands twice")
+        return [part for name, value in options for part in option_in_file(name, value, known)]
     except OSError as error:
         raise BadValue(f"--config {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadValue(f"--config {file}: not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise BadValue(f"--config {file}: want `option: value` lines; got a {type(values).__name__}")
-    options = []
-    for name, value in values.items():
-        if name not in known - {"config"}:
-            raise BadValue(f"--config {file}: unknown option '{name}'")
-        if isinstance(value, list):
-            options += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return options
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, OverflowError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise BadValue(f"--config {file}: {reason}") from error
+
+
+def option_in_file(name: Any, value: Any, known: set[str]) -> list[str]:
+    """An option as it would stand on the command line: the text of the file, which YAML would have typed."""
+    import yaml
+
+    if not isinstance(name, str) or name not in known - {"config"}:
+        raise ValueError(f"unknown option '{name}'")
+    if isinstance(value, yaml.ScalarNode):
+        return [] if value.tag == "tag:yaml.org,2002:null" else [f"--{name}={text_of(value)}"]
+    if isinstance(value, yaml.SequenceNode):
+        if not all(isinstance(each, yaml.ScalarNode) for each in value.value):
+            raise ValueError(f"{name}: want one value, or a list of values")
+        return [f"--{name}", *map(text_of, value.value)]
+    loader = yaml.SafeLoader("")
+    try:
+        mapping = loader.construct_document(value)
+    finally:
+        loader.dispose()
+    text = ""
+    for part in json.JSONEncoder().iterencode(mapping):  # piece by piece: aliases of aliases have no end
+        text += part
+        if len(text) > LONGEST_MAPPING:
+            raise ValueError(f"{name}: want at most {LONGEST_MAPPING} characters as JSON; got more")
+    return [f"--{name}={text}"]
+
+
+def text_of(scalar: Any) -> str:
+    """Where YAML has a spelling of its own for what is no text, that of the command line."""
+    kind = scalar.tag.removeprefix("tag:yaml.org,2002:")
+    if kind not in SCALARS:
+        raise ValueError(f"unknown tag {scalar.tag}")
+    own = {"on": "true", "off": "false", ".inf": "inf", "-.inf": "-inf", "+.inf": "inf", ".nan": "nan"}
+    return own.get(scalar.value.lower(), scalar.value) if kind in ("bool", "float") else scalar.value
 
 
 def parse_run(name: str, config_class: type, arguments: list[str]) -> tuple[Any, Any]:
     from transformers import HfArgumentParser
+
+    from rlkernels.trainers.field_values import check_fields
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -178,8 +219,12 @@ def parse_run(name: str, config_class: type, arguments: list[str]) -> tuple[Any,
         run, config, rest = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, TypeError, ImportError) as error:
-        raise BadValue(str(error)) from error
+        check_fields(run)
+    except BadValue:
+        raise
+    except Exception as error:  # all that it reads was given, and transformers raises what it likes
+        told = isinstance(error, ValueError | TypeError | ImportError)
+        raise BadValue(str(error) if told else show(error)) from error
     if rest:
         option = rest[0].partition("=")[0]
         near = difflib.get_close_matches(option, [f"--{each}" for each in known], 1)
@@ -235,6 +280,11 @@ def adapter(run: RunArguments, task_type: str) -> Any:
     except ModuleNotFoundError as error:
         raise BadValue("--use_peft: peft is not installed") from error
     targets = run.lora_target_modules
+    if targets is not None and len(targets) == 1:
+        try:
+            re.compile(targets[0])
+        except re.error as error:
+            raise BadValue(f"--lora_target_modules {targets[0]}: not a name, nor a pattern: {error}") from error
     return LoraConfig(
         task_type=task_type,
         r=run.lora_r,
@@ -365,6 +415,8 @@ def train(name: str, arguments: list[str]) -> None:
             raise BadValue(f"--{error}") from error
         if checkpoint is not None and not first.begun:
             raise BadValue(f"--resume_from_checkpoint {checkpoint}: {show(error)}") from error
+        if isinstance(error, REFUSALS) and not first.begun:  # by the optimizer, say, or the scheduler
+            raise BadValue(show(error)) from error
         raise
     if trainer.is_world_process_zero():
         print(f"saved in {config.output_dir}")
@@ -404,12 +456,14 @@ def first_step() -> Any:
     return FirstStep()
 
 
-def checked(build: Callable, *args: Any, **options: Any) -> Any:
-    """The trainer. What it refuses was given by the user; what it raises later is a defect of ours."""
-    from safetensors import SafetensorError
+# What was given is refused by these, before the first step; what is raised later is a defect of ours.
+REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
+
+def checked(build: Callable, *args: Any, **options: Any) -> Any:
+    """The trainer."""
     try:
         return build(*args, **options)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError) as error:
+    except REFUSALS as error:
         of_peft = type(error).__module__.startswith("peft.")
         raise BadValue("--lora_target_modules: " * of_peft + show(error)) from error

@@ -241,6 +241,7 @@ def test_bad_values(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write in" in refusal(capsys, "--save", str(tmp_path / "file" / "out.json"))
     assert "No such file" in refusal(capsys, "--compare", str(tmp_path / "none.json"))
+    assert "File name too long" in refusal(capsys, "--save", f"{'x' * 300}.json")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -249,7 +250,14 @@ def test_no_gpu(capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", "null", '{"results": 3}', '{"device": "x", "results": [{}]}', "\xff"]
+    "text",
+    [
+        *("", "{}", "[1]", "null", '{"results": 3}', '{"device": "x", "results": [{}]}', "\xff", "[" * 100_000),
+        '{"device": "x", "commit": 3, "date": "d", "versions": {}, "results": []}',
+        '{"device": "x", "commit": "c", "date": "d", "versions": [], "results": []}',
+        '{"device": "x", "commit": "c", "date": "d", "versions": {}, '
+        '"results": [{"case": "c", "implementation": "i", "p50": "fast"}]}',
+    ],
 )
 def test_not_the_file_of_a_run(capsys, tmp_path, text):
     path = tmp_path / "old.json"

@@ -248,6 +248,18 @@ def test_rows_keep_columns_and_text_as_they_are(workplace):
     assert loaded["prompt"] == ["a", text] and loaded["answer"] == [None, 1]
 
 
+def test_options_of_a_file_are_as_they_are_written(workplace):
+    text = "run_name: 2024-1-31\nproject: 007\nhub_model_id: 1.10\neval_strategy: no\nuse_peft: on\nseed: ~\n"
+    text += "reward_timeout: .inf\nreward: [a:b, 1:30]\nchat_template_kwargs: {deep: {a: [1, '1', null, no]}}\n"
+    (workplace / "x.yaml").write_text(text)
+    arguments = ["--config", "x.yaml", "--model", "m", "--dataset", "d", "--use_cpu", "True"]
+    run, config = cli_train.parse_run("grpo", trainers.GRPOConfig, arguments)
+    assert (config.run_name, config.project, config.hub_model_id) == ("2024-1-31", "007", "1.10")
+    assert (config.eval_strategy, config.seed, config.reward_timeout) == ("no", 42, float("inf"))
+    assert (run.use_peft, run.reward) == (True, ["a:b", "1:30"])
+    assert config.chat_template_kwargs == {"deep": {"a": [1, "1", None, False]}}
+
+
 AS_WRITTEN = {
     "objects of other keys": '{"x": {"a": 1}}\n{"x": {"b": "2", "c": []}}\n{"x": {}}\n',
     "kinds": '{"x": 1}\n{"x": "1"}\n{"x": 1.0}\n{"x": true}\n{"x": null}\n{"x": [1, "a", {"b": null}]}\n',
@@ -361,6 +373,9 @@ TWO_CHECKPOINTS = {
     }.items()
 }
 
+# Each line ten times the one before, 10^10 in all.
+BOMB = "".join(f"  b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 10)}]\n" for i in range(1, 11))
+
 OF_A_COMMAND = [
     ("sft", {"output_dir": "x"}, TWO_CHECKPOINTS, ["--output_dir x: holds checkpoint-10 of an earlier run"]),
     ("sft", {"output_dir": "x", "resume_from_checkpoint": "True"}, TWO_CHECKPOINTS, ["x/checkpoint-10: "]),
@@ -372,6 +387,7 @@ OF_A_COMMAND = [
     ),
     ("sft", {"output_dir": "x" * 300}, {}, ["cannot be written to: File name too long"]),
     ("sft", {"output_dir": "x/" * 3000}, {}, ["cannot be written to: File name too long"]),
+    ("sft", {"resume_from_checkpoint": "x" * 300}, {}, ["--resume_from_checkpoint xxx", "there is no such folder"]),
     ("sft", {"resume_from_checkpoint": "x" * 5000}, {}, ["x: not a whole checkpoint: there is no such folder"]),
     ("sft", {"report_to": "absent"}, {}, ["absent is not supported"]),
     ("sft", {"lora_r": "8"}, {}, ["--lora_r: needs --use_peft"]),
@@ -433,6 +449,58 @@ OF_A_COMMAND = [
     ("grpo", {"config": "x.yaml"}, {"x.yaml": "a: [1\nb: 2"}, ["x.yaml", "line 2"]),
     ("grpo", {"config": "x.yaml"}, {"x.yaml": "- a\n- b\n"}, ["x.yaml", "list"]),
     ("grpo", {"config": "x.yaml"}, {"x.yaml": "absent_option: 1\n"}, ["x.yaml", "'absent_option'"]),
+    *[
+        ("grpo", {"config": "x.yaml"}, {"x.yaml": text}, ["--config x.yaml: ", expected])
+        for text, expected in (
+            ("[" * 2000, "nested too deep"),
+            ("chat_template_kwargs: " + "{a: " * 900, "nested too deep"),
+            ("chat_template_kwargs: &a {x: *a}", "Circular"),
+            ("lora_target_modules: &a [*a]", "lora_target_modules: want one value, or a list of values"),
+            ("chat_template_kwargs: {day: 2024-01-31}", "date is not JSON"),
+            ("chat_template_kwargs:\n  b0: &b0 [x]\n" + BOMB, "chat_template_kwargs: want at most 1000000 characters"),
+            ("run_name: !!python/object:os.system x", "unknown tag tag:yaml.org,2002:python/object:os.system"),
+            ("seed: 1\nseed: 2", "option 'seed' stands twice"),
+            ("? [a]\n: b", "unknown option"),
+            ("seed: \0", "#x0000"),
+            ("--- 3", "a single value"),
+        )
+    ],
+    ("grpo", {"config": "x.yaml", "model": None}, {"x.yaml": 'model: "a\\0b"'}, ["model must not hold a NUL"]),
+    ("sft", {"output_dir": ""}, {}, ["output_dir must name a folder; got ''"]),
+    ("sft", {"model": ""}, {}, ["model must name a folder; got ''"]),
+    ("sft", {"optim": "adamw_bnb_8bit"}, {}, ["ImportError", "bitsandbytes"]),
+    ("sft", {"optim": "stable_adamw"}, {}, ["ImportError", "torch-optimi"]),
+    ("sft", {"optim_args": "x"}, {}, ["optim_args must be name=value, parted by commas; got 'x'"]),
+    ("sft", {"lr_scheduler_kwargs": '{"x": 1}'}, {}, ["TypeError", "'x'"]),
+    ("sft", {"model_init_kwargs": '{"dtype": "float99"}'}, {}, ["model: ", "cannot be loaded", "float99"]),
+    ("sft", {"model_init_kwargs": '{"x": 1}'}, {}, ["model: ", "cannot be loaded", "'x'"]),
+    ("sft", {"accelerator_config": "absent.json"}, {}, ["absent.json"]),
+    *[
+        ("sft", {"use_peft": "True", name: value}, {}, expected)
+        for name, value, expected in (
+            ("lora_r", "0", ["lora_r must be at least 1; got 0"]),
+            ("lora_alpha", "0", ["lora_alpha must be at least 1; got 0"]),
+            ("lora_dropout", "nan", ["lora_dropout must be at least 0 and below 1; got nan"]),
+            ("lora_target_modules", "[", ["--lora_target_modules [: not a name, nor a pattern: unterminated"]),
+            ("lora_target_modules", "", ["--lora_target_modules: "]),
+        )
+    ],
+    *[
+        ("sft", {name: value}, {}, [f"{name} must be ", f"got {value}"])
+        for name, value in (
+            ("gradient_accumulation_steps", "0"),
+            ("gradient_accumulation_steps", "-1"),
+            ("dataloader_num_workers", "-1"),
+            ("dataset_num_proc", "0"),
+            ("adam_beta1", "2.0"),
+            ("max_grad_norm", "nan"),
+            ("weight_decay", "nan"),
+            ("max_steps", "0"),
+            ("seed", "-1"),
+        )
+    ],
+    ("sft", {"max_length": "9" * 400}, {}, ["max_length must be a number that 64 bits hold; got one of 1329"]),
+    ("sft", {"save_strategy": "steps", "save_steps": "0"}, {}, ["save_steps must be above 0 with save_strategy steps"]),
 ]
 
 

@@ -108,6 +108,9 @@ def load_model(
         if isinstance(error, pickle.UnpicklingError):
             reason = "its pickle holds more than tensors, and could run code; safetensors hold tensors alone"
         raise ValueError(f"{name}: '{path}' cannot be loaded: {reason}") from error
+    for key, value in model.config.to_dict().items():
+        if "drop" in key and isinstance(value, int | float) and not 0 <= value <= 1:  # not looked at before training
+            raise ValueError(f"{name}: '{path}' cannot be loaded: {key} must be between 0 and 1; got {value}")
     lacks = {key for key in report["missing_keys"] if new is None or not key.startswith(f"{new}.")}
     others = set(report["unexpected_keys"])
     if auto_class is AutoModelForSequenceClassification:  # the head of a language model that it is made of is not used

@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 
 import rlkernels
 
+from .field_values import check_fields
+
 # Losses of pairs that label_smoothing changes.
 SMOOTHED = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo"}
 # Losses of all pairs of a micro-batch, which are sorted or whose tokens are counted.
@@ -142,6 +144,7 @@ class BaseConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.deepspeed is not None:  # its engine would divide each micro-batch's loss by the number of them
             raise ValueError("deepspeed is set up by accelerate launch alone: see examples/accelerate/zero3.yaml")
         _refuse_others("", self, OFF, ON)
@@ -156,18 +159,15 @@ class BaseConfig(TrainingArguments):
         disable_fsdp_ram_efficient_loading()
         if self.fsdp_plugin_args is not None:
             self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
-        if self.token_budget < 1:
-            raise ValueError(f"token_budget must be at least 1; got {self.token_budget}")
-        if self.per_device_train_batch_size < 1:
-            raise ValueError(f"per_device_train_batch_size must be at least 1; got {self.per_device_train_batch_size}")
-        if not 0 <= self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be a finite number, at least 0; got {self.learning_rate}")
+        if self.optim_args and not all(pair.count("=") == 1 for pair in self.optim_args.split(",")):
+            raise ValueError(f"optim_args must be name=value, parted by commas; got {self.optim_args!r}")
+        for kind in ("logging", "eval", "save"):
+            strategy, steps = getattr(self, f"{kind}_strategy"), getattr(self, f"{kind}_steps")
+            if strategy == "steps" and not steps > 0:
+                raise ValueError(f"{kind}_steps must be above 0 with {kind}_strategy steps; got {steps}")
         for name in self._VALID_DICT_FIELDS:
             if name.endswith("_kwargs") and not isinstance(getattr(self, name), dict | None):
                 raise ValueError(f"{name} must be a mapping (JSON on the command line); got {getattr(self, name)!r}")
-        coefficient = getattr(self, "router_aux_loss_coef", None)
-        if coefficient is not None and not 0 <= coefficient < math.inf:
-            raise ValueError(f"router_aux_loss_coef must be a finite number, at least 0; got {coefficient}")
         _refuse_others("accelerator_config: ", self.accelerator_config, OFF_IN_ACCELERATE, ON_IN_ACCELERATE)
         for kind in ("tp", "cp", "sp"):
             if getattr(self.parallelism_config, f"{kind}_size", 1) > 1:
@@ -204,12 +204,6 @@ class BaseConfig(TrainingArguments):
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
-    def _check_choices(self, *names: str) -> None:
-        for name in names:
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
-
 
 @dataclass(repr=False)
 class RewardConfig(BaseConfig):
@@ -232,9 +226,6 @@ class RewardConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        coefficient = self.center_rewards_coefficient
-        if coefficient is not None and not 0 <= coefficient < math.inf:
-            raise ValueError(f"center_rewards_coefficient must be a finite number, at least 0; got {coefficient}")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1; got {self.max_length}")
 
@@ -346,19 +337,6 @@ class OnlineConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length must be at least 1; got {self.max_completion_length}")
-        if self.num_completions_to_print is not None and self.num_completions_to_print < 0:
-            raise ValueError(f"num_completions_to_print must be at least 0; got {self.num_completions_to_print}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number above 0; got {self.temperature}")
-        if not all(math.isfinite(weight) for weight in self.reward_weights or []):
-            raise ValueError(f"reward_weights must be finite numbers; got {self.reward_weights}")
-        if self.reward_timeout is not None and not self.reward_timeout > 0:
-            raise ValueError(f"reward_timeout must be a number of seconds above 0, or None; got {self.reward_timeout}")
-        if self.reward_workers < 0:
-            raise ValueError(f"reward_workers must be at least 0; got {self.reward_workers}")
-        self._check_choices("on_reward_error", "importance_sampling_mode")
         if self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy must be random; got {self.train_sampling_strategy}. shuffle_dataset false "
@@ -368,9 +346,6 @@ class OnlineConfig(BaseConfig):
             raise ValueError(
                 "neftune_noise_alpha is not supported: with noise the model is another than the one that was sampled"
             )
-        for name in ("importance_sampling_cap", "vllm_server_timeout", "vllm_request_timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
         if self.staleness not in (0, 1):
             raise ValueError(f"staleness must be 0 or 1; got {self.staleness}")
         if self.staleness and not self.importance_sampling_correction:
@@ -390,8 +365,6 @@ class OnlineConfig(BaseConfig):
             self.use_vllm = True
         elif self.use_vllm:
             self.vllm_server_base_url = "http://localhost:8000"
-        if self.vllm_max_concurrency < 1:
-            raise ValueError(f"vllm_max_concurrency must be at least 1; got {self.vllm_max_concurrency}")
 
 
 @dataclass(repr=False)
@@ -442,7 +415,6 @@ class SFTConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choices("truncation_mode", "loss_type")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, to have a token to predict; got {self.max_length}")
         if self.packing and self.train_sampling_strategy == "group_by_length":
@@ -518,24 +490,10 @@ class PPOConfig(OnlineConfig):
     lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
 
     def __post_init__(self) -> None:
-        for name in ("response_length", "num_ppo_epochs", "num_mini_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         self.max_completion_length = self.response_length
         super().__post_init__()
-        self._check_choices("score_at", "kl_estimator")
-        for name in ("missing_eos_penalty", "kl_coef", "cliprange", "vf_coef", "cliprange_value"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
-        for name in ("target_kl", "horizon"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
         if self.adap_kl_ctrl and self.kl_coef == 0:
             raise ValueError("adap_kl_ctrl needs a kl_coef above 0 to start from; got 0")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if rows % self.num_mini_batches:
             raise ValueError(
@@ -544,8 +502,6 @@ class PPOConfig(OnlineConfig):
                 f"num_mini_batches ({self.num_mini_batches})"
             )
         if self.total_episodes is not None:
-            if self.total_episodes < 1:
-                raise ValueError(f"total_episodes must be at least 1; got {self.total_episodes}")
             batches = math.ceil(self.total_episodes / self.rollout_batch_size)
             self.max_steps = batches * self.num_ppo_epochs * self.num_mini_batches
 
@@ -701,37 +657,18 @@ class GRPOConfig(OnlineConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        fields = self.__dataclass_fields__
-        self._check_choices(*[name for name in GRPOConfig.__annotations__ if "choices" in fields[name].metadata])
-        if self.num_iterations < 1:
-            raise ValueError(f"num_iterations must be at least 1; got {self.num_iterations}")
+        super().__post_init__()
         if self.num_generations < (1 if self.advantage == "reinforce_plus_plus" else 2):
             raise ValueError(f"num_generations must be at least 2, to have a group; got {self.num_generations}")
-        for name in ("beta", "epsilon", "epsilon_high", "overlong_penalty"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a finite number, at least 0; got {value}")
-        positive = [name for name in GRPOConfig.__annotations__ if name.startswith(("sapo", "vespo"))]
-        for name in (*positive, "delta"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0; got {value}")
-        if not 0 <= self.top_entropy_quantile <= 1:
-            raise ValueError(f"top_entropy_quantile must be between 0 and 1; got {self.top_entropy_quantile}")
         buffer = self.overlong_buffer_length
         if buffer is not None and not 0 < buffer <= self.max_completion_length:
             raise ValueError(
                 f"overlong_buffer_length must be between 1 and max_completion_length ({self.max_completion_length}); "
                 f"got {buffer}"
             )
-        if self.dynamic_sampling_max_rounds < 0:
-            raise ValueError(f"dynamic_sampling_max_rounds must be at least 0; got {self.dynamic_sampling_max_rounds}")
         self._check_combinations()
-        if self.num_generations_eval is not None and self.num_generations_eval < 1:
-            raise ValueError(f"num_generations_eval must be at least 1; got {self.num_generations_eval}")
         self._set_generation_batch()
 
     @property
@@ -873,22 +810,15 @@ class DPOConfig(BaseConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        super().__post_init__()
         if not self.loss_type:
             raise ValueError("loss_type must name at least one loss; got none")
-        for name, values in (("loss_type", self.loss_type), ("f_divergence_type", [self.f_divergence_type])):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            for value in values:
-                if value not in choices:
-                    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(
                 f"loss_weights must have one entry per loss, {len(self.loss_type)}; got {len(self.loss_weights)}"
             )
-        if not all(math.isfinite(weight) for weight in self.loss_weights or []):
-            raise ValueError(f"loss_weights must be finite numbers; got {self.loss_weights}")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length must be at least 2; got {self.max_length}")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
@@ -904,8 +834,6 @@ class DPOConfig(BaseConfig):
             )
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha must be above 0 and at most 1; got {self.ref_model_mixup_alpha}")
-        if self.ref_model_sync_steps < 1:
-            raise ValueError(f"ref_model_sync_steps must be at least 1; got {self.ref_model_sync_steps}")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError("sync_ref_model and precompute_ref_log_probs exclude each other: the reference changes")
         nothing: Any = torch.zeros(0)

@@ -3,14 +3,17 @@
 import copy
 import dataclasses
 import importlib
+import math
 import os
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from rlkernels.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig, configs
+from rlkernels import trainers
+from rlkernels.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig, configs, field_values
 
 CONFIGS = [GRPOConfig, RewardConfig, SFTConfig]
 
@@ -140,6 +143,18 @@ def test_read_back(tmp_path):
         ({"temperature": 0.0}, "temperature must be a finite number above 0"),
         ({"beta": -0.1}, "beta must be a finite number, at least 0; got -0.1"),
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0; got -1"),
+        ({"adam_beta1": 2.0}, "adam_beta1 must be at least 0 and below 1; got 2.0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number, at least 0; got nan"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1; got 0"),
+        ({"data_seed": 2**32}, r"data_seed must be from 0 to 2\^32 - 1; got 4294967296"),
+        ({"save_strategy": "steps", "save_steps": 0}, "save_steps must be above 0 with save_strategy steps; got 0"),
+        ({"eval_strategy": "steps", "eval_steps": -1}, "eval_steps must be above 0 with eval_strategy steps; got -1"),
+        ({"logging_steps": -1}, "logging_steps must be above 0 with logging_strategy steps; got -1"),
+        ({"reward_weights": [1.0, 10**400]}, "reward_weights must be a number that 64 bits hold; got one of 1329"),
+        ({"output_dir": ""}, "output_dir must name a folder; got ''"),
+        ({"log_level": "loud"}, "log_level must be one of .*; got 'loud'"),
         ({"generation_batch_size": 12}, "must be a multiple of per_device_train_batch_size x processes"),
         ({"generation_batch_size": 16, "steps_per_generation": 3}, "exclude each other"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple of gradient_accumulation_steps"),
@@ -166,7 +181,32 @@ def test_read_back(tmp_path):
 )
 def test_bad_values(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+        GRPOConfig(**{"output_dir": str(tmp_path), "use_cpu": True, **options})
+
+
+@pytest.mark.parametrize("name", ["SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "GRPOConfig"])
+def test_no_field_holds_what_it_must_not(name):
+    """Of the trainers' own and of those of transformers: numbers are finite and of 64 bits, text is no number."""
+    config = getattr(trainers, name)
+    options, types, tried = {"use_cpu": True, "report_to": "none"}, typing.get_type_hints(config), 0
+    for field in dataclasses.fields(config):
+        if not field.init or field.name in field_values.OF_ANY_TYPE:
+            continue
+        kinds = {*typing.get_args(types[field.name]), types[field.name]}
+        bad = [object(), [object()]]
+        if {int, float, list[float]} & kinds:
+            bad += [math.nan, -math.inf, 10**400, -(10**5000), 1e-46, 1e39, "3", True]
+        elif bool in kinds:
+            bad += [3, math.nan] + ["False"] * (str not in kinds)
+        elif str in kinds:
+            bad += ["x\0y", 3]
+        for value in bad:
+            if types[field.name] == str | bool and value is True:
+                continue
+            tried += 1
+            with pytest.raises((TypeError, ValueError), match=rf"^{field.name} must "):
+                config(**{**options, field.name: value})
+    assert tried > 500
 
 
 def test_every_process_of_fsdp_reads_the_weights(monkeypatch):

@@ -101,6 +101,7 @@ BROKEN = {
         lambda folder: edit(folder / "config.json", hidden_size="large"),
         "cannot be loaded: .*hidden",
     ),
+    "a dropout of -1": (lambda folder: edit(folder / "config.json", attention_dropout=-1), "dropout must be between"),
     "a config that is a number": (lambda folder: (folder / "config.json").write_text("3"), "cannot be loaded: Type"),
     "a deep config": (
         lambda folder: (folder / "config.json").write_text("[" * 100_000),
