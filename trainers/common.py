@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from .checkpoints import BadCheckpoint, processes
 from .configs import BaseConfig
 from .limits import embedded
 from .packing import Sequence, lay_out, prepare_packing, warn_of_batch_dependence
-from .reporting import CurvesCallback
+from .reporting import CurvesCallback, unique
 from .router_loss import find_router_loss
 from .saving import SavingTrainer, reads
 from .scoring import needs_no_logits
@@ -40,6 +41,10 @@ from .sharding import accumulating, load_whole_state_dict, prepare_frozen, refus
 logger = logging.get_logger(__name__)
 
 
+# In `Metrics`, before the names under which reward functions log, and what others the Trainer logs.
+LOGGED = "log_metric: "
+TAKEN = {"loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "num_input_tokens_seen", "runtime"}
+TAKEN |= {"samples_per_second", "steps_per_second", "model_preparation_time"}
 # What the trainers themselves read of a dataset.
 COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "margin", "sequences", "num_tokens")
 
@@ -313,7 +318,8 @@ class Metrics:
         self.highest.clear()
 
     def flush(self, accelerator: Any) -> dict[str, float]:
-        """Over all processes. Names may differ between them: a reward function logs what it likes."""
+        """Over all processes. Names may differ between them: a reward function logs what it likes; where a name is
+        taken by another metric, it becomes name_2."""
         own = list(self.sums), list(self.highest)
         found = gather_object([own]) if accelerator.num_processes > 1 else [own]
         means, ranges = (sorted({name for names in parts for name in names}) for parts in zip(*found, strict=True))
@@ -328,6 +334,8 @@ class Metrics:
             for name, (least, greatest) in zip(ranges, accelerator.gather(pairs[None]).amax(0).tolist(), strict=True):
                 values |= {f"min_{name}": -least, f"max_{name}": greatest}
         self.clear()
+        for name in [each for each in values if each.startswith(LOGGED)]:
+            values[unique(name.removeprefix(LOGGED), TAKEN | values.keys())] = values.pop(name)
         return values
 
 
@@ -389,6 +397,7 @@ class BaseTrainer(SavingTrainer):
         self.fused = self.auto_class is AutoModelForCausalLM and all(map(needs_no_logits, models))
         self.accumulation_steps = args.gradient_accumulation_steps
         args = copy.copy(args)
+        args.output_dir = os.path.abspath(args.output_dir)  # the current folder is a matter of the user's functions
         args.gradient_accumulation_steps = 1
         if args.data_seed is None:
             # All processes shuffle alike, whose random numbers differ; so does a resumed run, whatever was before it.

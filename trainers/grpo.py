@@ -60,7 +60,8 @@ class GRPOTrainer(OnlineTrainer):
         reward_funcs: one or several functions `f(prompts=, completions=, completion_ids=, **columns, trainer_state=,
             log_extra=, log_metric=) -> list[float | None]`, plain or async, by TRL's contract.
         args: the config; `GRPOConfig()` if None.
-        train_dataset: rows with a `prompt`, a string or a list of messages; further columns go to the reward functions.
+        train_dataset: rows with a `prompt`, a string or a list of messages; further columns go to the reward functions,
+            of which none may have the name of another of their arguments.
         eval_dataset: the same, or a dict of such.
         processing_class: the tokenizer; the model's own if None.
         peft_config: of PEFT: adapters are trained, and the reference is the model without them.
@@ -110,6 +111,9 @@ class GRPOTrainer(OnlineTrainer):
         self.num_generations_eval = args.num_generations_eval or args.num_generations
         # Optimizer steps that one generation batch serves.
         self.steps_per_rollout = args.steps_per_generation * args.num_iterations // self.accumulation_steps
+
+    def reward_names_taken(self, args: Any) -> tuple[str, ...]:
+        return () if args.overlong_buffer_length is None else ("overlong",)
 
     # Data: a batch of the dataloader is the prompts of a whole generation batch, repeated for each step it serves.
 

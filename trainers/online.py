@@ -5,8 +5,8 @@ import functools
 import hashlib
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,22 @@ from transformers.utils import logging
 
 from . import checkpoints
 from .ahead import SampledAhead
-from .common import BaseTrainer, Metrics, NumberedRows, check_columns, load_classifier
+from .common import (
+    LOGGED,
+    BaseTrainer,
+    Metrics,
+    NumberedRows,
+    check_columns,
+    each_part,
+    isolated_rng,
+    load_classifier,
+)
 from .configs import BaseConfig, OnlineConfig
 from .data import check_prompts
 from .limits import Limits
 from .packing import shift
-from .reporting import CompletionsCallback, plain
+from .reporting import CompletionsCallback, unique
+from .reward_calls import copied
 from .reward_model import RewardModel
 from .rewards import RewardFunction, RewardFunctions, RewardSource
 from .rollout import (
@@ -48,6 +58,10 @@ logger = logging.get_logger(__name__)
 
 # Columns of a dataset that reward functions get under another name, or that would hide what was sampled.
 RESERVED = ("prompt", "completion", "completion_ids", "_row_id")
+# What else reward functions get, and the trainer's own number of a row: no columns of a dataset.
+REFUSED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric", "_row_id")
+# Columns of the table of completions, beside the rewards.
+SHOWN = ("step", "prompt", "completion", "advantage")
 # In a checkpoint.
 COMPLETIONS = "completions.json"
 # What a run may change while it still learns from the completions of before: when and by whom they are sampled and
@@ -126,6 +140,21 @@ def digest(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def column_of(reward: str) -> str:
+    """Of the table of completions."""
+    return f"rewards/{reward}"
+
+
+def check_prompt_columns(name: str, dataset: Any) -> None:
+    check_columns(name, dataset, "prompt")
+    for column in getattr(dataset, "column_names", None) or dataset[0]:
+        if column in REFUSED:
+            raise ValueError(
+                f"{name} has a column '{column}', the name of something else that reward functions or the trainer get; "
+                "rename it"
+            )
+
+
 def reward_function(source: RewardSource, args: OnlineConfig) -> RewardFunction:
     if not isinstance(source, str | nn.Module):
         return source
@@ -163,15 +192,14 @@ class OnlineTrainer(BaseTrainer):
             timeout=args.reward_timeout,
             workers=args.reward_workers,
             on_error=args.on_reward_error,
+            taken=self.reward_names_taken(args),
         )
         count = len(self.rewards.names)
         weights = [1.0] * count if args.reward_weights is None else args.reward_weights
         if len(weights) != count:
             raise ValueError(f"reward_weights must have one entry per reward function, {count}; got {len(weights)}")
-        if eval_dataset is not None:
-            parts = eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]
-            for key, part in parts:
-                check_columns(f"eval_dataset['{key}']" if key else "eval_dataset", part, "prompt")
+        check_prompt_columns("train_dataset", kwargs["train_dataset"])
+        each_part(eval_dataset, check_prompt_columns)
         if rollout is not None and args.use_vllm:
             raise ValueError("rollout and use_vllm, which vllm_server_base_url sets, exclude each other; got both")
         super().__init__(model, args, eval_dataset=eval_dataset, **kwargs)
@@ -205,6 +233,10 @@ class OnlineTrainer(BaseTrainer):
         self.undo_step: Callable[[], None] = lambda: None
         if args.log_completions:
             self.add_callback(CompletionsCallback(self))
+
+    def reward_names_taken(self, args: Any) -> Sequence[str]:
+        """Names of rewards that the trainer itself logs."""
+        return ()
 
     @property
     def vocab_size(self) -> int:
@@ -332,14 +364,24 @@ class OnlineTrainer(BaseTrainer):
             raise ServerLost(f"{error}. {self._kept(options.step)}") from error
         completion_ids = [rollout.completion_ids for rollout in rollouts]
         completions = decode(self.processing_class, completion_ids, is_chat(prompts[0]))
-        extra: dict[str, list] = defaultdict(list)
+        extra: dict[str, list] = {}
         columns = {name: [row[name] for row in inputs] for name in inputs[0] if name not in RESERVED}
-        rewards = self.rewards(
-            {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids},
-            trainer_state=self.state,
-            log_extra=lambda column, values: extra[column].extend(values),
-            log_metric=metrics.add,
-        )
+
+        def log_extra(column: str, values: list) -> None:
+            extra[unique(column, {*SHOWN, *map(column_of, self.rewards.names), *extra})] = values
+
+        def log_metric(name: str, value: float, weight: float) -> None:
+            metrics.add(name if name in self.rewards.metrics else LOGGED + name, value, weight)
+
+        # Their random numbers are others than the training's, which a function that seeds would make repeat themselves.
+        seed = random.Random(f"{self.args.seed} {options.step} {options.rows}").getrandbits(30)
+        with isolated_rng(seed, self.accelerator.device):
+            rewards = self.rewards(
+                {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids},
+                trainer_state=self.state,
+                log_extra=log_extra,
+                log_metric=log_metric,
+            )
         return Samples(prompts, rollouts, completions, rewards.to(self.accelerator.device), extra)
 
     def complete(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
@@ -446,11 +488,11 @@ class OnlineTrainer(BaseTrainer):
         rewards = zip(*samples.rewards.T.tolist(), strict=True)
         rows = [
             {
-                "prompt": samples.prompts[row],
+                "prompt": copied(samples.prompts[row]),
                 "completion": samples.completions[row],
-                **{f"rewards/{name}": reward for name, reward in zip(self.rewards.names, values, strict=True)},
+                **{column_of(name): reward for name, reward in zip(self.rewards.names, values, strict=True)},
                 "advantage": advantages[row],
-                **{column: plain(logged[row]) for column, logged in samples.extra.items() if row < len(logged)},
+                **{column: logged[row] for column, logged in samples.extra.items() if row < len(logged)},
             }
             for row, values in enumerate(rewards)
         ]

@@ -1,9 +1,10 @@
 """What a run shows and leaves behind: completions/*.parquet, a table of samples on the terminal, curves.png."""
 
 import contextlib
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .reward_calls import text_of
 from .rollout import is_chat
 
 logger = logging.get_logger(__name__)
@@ -51,6 +53,12 @@ def warned_of(file: Path) -> Iterator[None]:
         logger.warning(f"{file} could not be written: {error.strerror or error}")
 
 
+def unique(name: str, taken: Container[str]) -> str:
+    """The name, or the first of name_2, name_3, ... that is free."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if each not in taken)
+
+
 def missing(package: str, what: str) -> bool:
     """Whether a package is not installed; then says, in one line, what there will not be."""
     if find_spec(package) is not None:
@@ -89,18 +97,6 @@ class CompletionsCallback(TrainerCallback):
             Console().print(samples_table(chosen, f"step {state.global_step}"))
 
 
-def plain(value: Any) -> Any:
-    """What a reward function logged, as JSON can keep it: numbers and arrays of numpy and torch as Python's, and what
-    has no place there as text."""
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if isinstance(value, dict):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
 def columns_of(rows: list[dict[str, Any]]) -> list[str]:
     """Names in any row, `advantage` last: a reward function may log extra columns for some rows alone."""
     return sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name == "advantage")
@@ -115,9 +111,12 @@ def write_completions(file: Path, rows: list[dict[str, Any]], step: int) -> None
     for name in columns_of(rows):
         values = [row.get(name) for row in rows]
         try:
-            columns[name] = pyarrow.array(values, from_pandas=True)
-        except pyarrow.ArrowException:  # what a reward function logged has no common type
-            columns[name] = pyarrow.array([None if value is None else str(value) for value in values])
+            column = pyarrow.array(values, from_pandas=True)
+            if pyarrow.types.is_nested(column.type):  # not all that arrow has can be written, such as empty dicts
+                pyarrow.parquet.write_table(pyarrow.table({name: column}), pyarrow.BufferOutputStream())
+        except (pyarrow.ArrowException, ValueError, OverflowError):  # no common type, or none at all
+            column = pyarrow.array([None if value is None else text_of(value) for value in values])
+        columns[name] = column
     with written_aside(file) as aside:
         pyarrow.parquet.write_table(pyarrow.table(columns), aside)
 
@@ -208,7 +207,7 @@ def label_of(key: str, names: tuple[str, ...]) -> str | None:
 def rewards_of(history: list[dict[str, float]]) -> dict[str, Curve]:
     """The curves in training of each reward, where there are several."""
     keys = dict.fromkeys(key for entry in history for key in entry if re.fullmatch("rewards/.*/mean", key))
-    curves = {key.split("/")[1]: curves_of(history, (key,))["training"] for key in keys}
+    curves = {key[len("rewards/") : -len("/mean")]: curves_of(history, (key,))["training"] for key in keys}
     return curves if len(curves) > 1 else {}
 
 

@@ -1,20 +1,34 @@
 """Reward functions, by TRL's contract: `f(prompts=, completions=, completion_ids=, **columns, trainer_state=,
 log_extra=, log_metric=) -> list[float | None]`, plain or async; None where the reward does not apply."""
 
+import functools
 import inspect
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .reward_calls import AsyncCalls, Call, Failure, Outcome, Result, RewardError, RewardFunction, run_within, shorten
+from .reporting import unique
+from .reward_calls import (
+    AsyncCalls,
+    Call,
+    Failure,
+    Outcome,
+    Result,
+    RewardError,
+    RewardFunction,
+    run_within,
+    shorten,
+    text_of,
+)
 from .reward_model import RewardModel
 from .reward_workers import WorkerPool
+from .settings import restored
 
 logger = logging.get_logger(__name__)
 
@@ -22,12 +36,18 @@ RewardSource: TypeAlias = RewardFunction | str | PreTrainedModel
 
 
 def name_of(function: RewardFunction) -> str:
-    function = getattr(function, "func", function)  # functools.partial
-    return getattr(function, "__name__", type(function).__name__)
+    function = _without_arguments(function)
+    return text_of(getattr(function, "__name__", type(function).__name__))
+
+
+def _without_arguments(function: RewardFunction) -> RewardFunction:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def is_async(function: RewardFunction) -> bool:
-    function = getattr(function, "func", function)
+    function = _without_arguments(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
@@ -43,6 +63,10 @@ class RewardFunctions:
         on_error: what follows if a call fails, in whatever way: "raise" ends the run with a `RewardError`; "none" gives
             the rows that it fails on no reward, with a warning, and all others theirs. The rows are found by calling
             the function again, a row at a time, until the second time-out.
+        taken: names that no function has in the logs. One whose name is taken, also by another, is name_2 there.
+
+    Raises:
+        TypeError: for what is no function, such as a class.
     """
 
     def __init__(
@@ -52,14 +76,19 @@ class RewardFunctions:
         timeout: float | None = None,
         workers: int = 0,
         on_error: str = "raise",
+        taken: Iterable[str] = (),
     ) -> None:
         if not functions:
             raise ValueError("reward_funcs must hold at least one function; got none")
         for function in functions:
-            if not callable(function) or isinstance(function, torch.nn.Module):
+            if not callable(function) or isinstance(function, torch.nn.Module | type):
                 raise TypeError(f"reward_funcs must be functions; got {function!r}")
         self.functions = list(functions)
-        self.names = [name_of(function) for function in functions]
+        self.names: list[str] = []
+        for function in functions:
+            self.names.append(unique(name_of(function), [*taken, *self.names]))
+        #: Metrics that are logged of the functions, which they themselves cannot log.
+        self.metrics = {f"rewards/{name}/failed" for name in self.names}
         self.on_error = on_error
         self.timeout = None if timeout == math.inf else timeout
         self._async = [index for index, function in enumerate(functions) if is_async(function)]
@@ -110,7 +139,7 @@ class RewardFunctions:
             if log_metric is not None:
                 for part, outcome in outcomes:
                     for metric, value in outcome.metrics:
-                        log_metric(metric, value, len(part) / size)
+                        log_metric(unique(metric, self.metrics), value, len(part) / size)
                 if self.on_error == "none":
                     log_metric(f"rewards/{name}/failed", len(failed) / size, 1.0)
         return rewards
@@ -128,7 +157,7 @@ class RewardFunctions:
         for place, (index, _) in enumerate(calls):
             places["pool" if index in self._pooled else "loop" if index in self._async else "here"].append(place)
         results = {place: run_within(self.timeout, made[place]) for place in places["here"]}
-        with self._loop.started([made[place] for place in places["loop"]]) as wait:
+        with restored(), self._loop.started([made[place] for place in places["loop"]]) as wait:
             if places["pool"]:
                 pooled = [(self._pooled.index(calls[place][0]), made[place].rows, shared) for place in places["pool"]]
                 results |= zip(places["pool"], self._pool.run(pooled), strict=True)

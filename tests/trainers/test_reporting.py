@@ -125,6 +125,78 @@ def test_columns_of_some_rows_and_of_mixed_types(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "values, kept",
+    [
+        ([{}, {"a": 1}], [{"a": None}, {"a": 1}]),
+        ([{}, {}], ["{}", "{}"]),
+        ([[{}], []], ["[{}]", "[]"]),
+        ([10**30, 1], ["1" + "0" * 30, "1"]),
+        (["\ud800", None], ["\\ud800", None]),
+        ([{"a": 1}, 2], ["{'a': 1}", "2"]),
+    ],
+)
+def test_what_parquet_cannot_hold_is_written_as_text(tmp_path, values, kept):
+    reporting.write_completions(tmp_path / "x.parquet", [{"note": value} for value in values], step=1)
+    assert pyarrow.parquet.read_table(tmp_path / "x.parquet")["note"].to_pylist() == kept
+
+
+def test_curves_of_rewards_have_their_whole_names():
+    history = [{"step": 1, "rewards/a/b/mean": 1.0, "rewards/a/c/mean": 2.0}]
+    assert reporting.rewards_of(history) == {"a/b": ([1], [1.0]), "a/c": ([1], [2.0])}
+
+
+def named(name, value, **logs):
+    def function(completions, log_extra, log_metric, **kwargs):
+        for column, logged in logs.items():
+            log_extra(column.replace("_of_", "/"), [logged] * len(completions))
+            log_metric(column.replace("_of_", "/"), logged)
+        return [value] * len(completions)
+
+    function.__name__ = name
+    return function
+
+
+def test_every_name_is_one_thing_everywhere(make_model, tokenizer, tmp_path, capsys):
+    """In logs, completions and curves: rewards of one name, and what they log under the names of other things."""
+    taken = ["step", "prompt", "completion", "advantage", "rewards_of_same", "loss", "reward", "kl"]
+    functions = [named("same", 1.0), named("same", 2.0, **dict.fromkeys(taken, 7.0)), named("overlong", 3.0, note=8.0)]
+    functions.append(named("fourth", 4.0, note=9.0))
+    args = GRPOConfig(
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=6,
+        overlong_buffer_length=2,
+        beta=0.1,
+        logging_steps=1,
+        max_steps=1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        activation_checkpointing=False,
+        disable_tqdm=True,
+        on_reward_error="none",
+    )
+    trainer = GRPOTrainer(make_model(), functions, args, PROMPTS, PROMPTS[:1], tokenizer)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    means = {"same": 1.0, "same_2": 2.0, "overlong_2": 3.0, "fourth": 4.0}
+    assert {name: log[f"rewards/{name}/mean"] for name in means} == means
+    assert log["rewards/overlong/mean"] <= 0.0 and log["rewards/same_2/failed"] == 0.0
+    assert log["reward"] == 10.0 and log["reward_2"] == log["loss_2"] == log["kl_2"] == log["step_2"] == 7.0
+    assert abs(log["loss"]) < 1 and log["kl"] < 1 and log["step"] == 1 and log["note"] == 8.5
+    table = pyarrow.parquet.read_table(tmp_path / "run" / "completions" / "completions_00001.parquet").to_pylist()
+    assert [row["step"] for row in table] == [1] * 4 and [row["advantage"] for row in table] != [7.0] * 4
+    for row in table:
+        assert {name: row[f"rewards/{name}"] for name in means} == means
+        assert row["prompt"].startswith("ab") and isinstance(row["completion"], str)
+        assert (row["note"], row["note_2"], row["loss"]) == (8.0, 9.0, 7.0)
+        assert [row[f"{name.replace('_of_', '/')}_2"] for name in taken[:4]] == [7.0] * 4
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward"] == 10.0 and metrics["eval_reward_2"] == 7.0
+
+
 def test_conversations_are_kept_as_such(tmp_path):
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2"}]
     row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "4"}], "advantage": 0.0}

@@ -151,6 +151,22 @@ async def leaving_in_a_task(completions, **kwargs):
     await asyncio.gather(leaving(completions))
 
 
+async def cancels_itself(completions, **kwargs):
+    asyncio.current_task().cancel()
+    return [1.0] * len(completions)
+
+
+async def cancels_all(completions, **kwargs):
+    for task in asyncio.all_tasks():
+        task.cancel()
+    await asyncio.sleep(60)
+
+
+async def stops_the_loop(completions, **kwargs):
+    asyncio.get_running_loop().stop()
+    await asyncio.sleep(60)
+
+
 async def fine(completions, **kwargs):
     await asyncio.sleep(0.01)
     return [2.0] * len(completions)
@@ -167,6 +183,9 @@ ASYNC_FAILURES = {
     deaf: TOO_LATE,
     leaving: "raised SystemExit: 3",
     leaving_in_a_task: "raised SystemExit: 3",
+    cancels_itself: "cancelled the task that it was called in",
+    cancels_all: "cancelled the task that it was called in",
+    stops_the_loop: TOO_LATE,
 }
 
 

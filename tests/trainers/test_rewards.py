@@ -1,13 +1,22 @@
 """The contract of reward functions, and what each breach of it ends in."""
 
 import asyncio
+import copy
 import functools
+import io
 import math
+import os
+import signal
+import sys
+from decimal import Decimal
+from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from rlkernels.trainers import settings
 from rlkernels.trainers.rewards import RewardError, RewardFunctions
 
 ROWS = {
@@ -20,6 +29,21 @@ ROWS = {
 
 def call(*functions, **shared):
     return RewardFunctions(functions)(ROWS, **shared)
+
+
+class Silent(ValueError):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+class Longer(list):
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter([0.0] * 6)
 
 
 def exact(completions, answer, **kwargs):
@@ -47,9 +71,10 @@ def test_arguments():
         np.array([1.0, 0.0, -2.0]),
         [np.float32(1), np.int64(0), np.float64(-2)],
         torch.tensor([1.0, 0.0, -2.0]),
-        [torch.tensor(1.0), torch.tensor(0), torch.tensor([-2.0]).squeeze()],
+        [torch.tensor(1.0), torch.tensor(0), torch.tensor([-2.0])],
+        [Decimal(1), Fraction(0), Decimal("-2")],
     ],
-    ids=["int", "tuple", "bool", "array", "numpy_scalars", "tensor", "torch_scalars"],
+    ids=["int", "tuple", "bool", "array", "numpy_scalars", "tensor", "torch_scalars", "decimals"],
 )
 def test_numbers(result):
     assert call(lambda **kwargs: result).tolist() == [[1.0], [0.0], [-2.0]]
@@ -121,6 +146,20 @@ def test_inside_a_running_loop():
         (torch.tensor(2.0), "'judge' must return a list of numbers; got float"),
         (None, "'judge' must return a list of numbers; got NoneType"),
         ("abc", "'judge' must return a list of numbers; got str"),
+        (dict.fromkeys(range(3)), "'judge' must return a list of numbers; got dict"),
+        ({1.0, 2.0, 3.0}, "'judge' must return a list of numbers; got set"),
+        (range(3), "'judge' must return a list of numbers; got range"),
+        (b"abc", "'judge' must return a list of numbers; got bytes"),
+        (memoryview(b"abc"), "'judge' must return a list of numbers; got memoryview"),
+        ((value for value in range(3)), "'judge' must return a list of numbers; got generator"),
+        ([1.0, 1e300, -1e39], r"got 1e\+300, at row 1: .*; .* got -1e\+39, at row 2"),
+        (np.array([1.0, 1e300, 3.0]), r"got 1e\+300, at row 1"),
+        ([1.0, 10**400, 3.0], "got 10{20}.*, at row 1"),
+        ([1.0, 10**5000, 3.0], r"got \(int without a text\), at row 1"),
+        ([Decimal("NaN"), 2.0, 3.0], r"got Decimal\('NaN'\), at row 0"),
+        ([1.0, 2j, 3.0], "got 2j, at row 1"),
+        ([1.0, Silent(), 3.0], r"got \(Silent without a text\), at row 1"),
+        (Longer([1.0, 2.0, 3.0]), "must return one reward for each of the 3 completions; got 6"),
     ],
 )
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["plain", "async"])
@@ -187,3 +226,251 @@ def test_long_texts_are_cut():
     with pytest.raises(RewardError) as caught:
         RewardFunctions([lambda **kwargs: ["bad"]])(rows)
     assert len(str(caught.value)) < 700
+
+
+def raised(error):
+    def fails(**kwargs):
+        raise error
+
+    return fails
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (Silent(), r"Silent: \(Silent without a text\)"),
+        (StopIteration(3), "StopIteration: 3"),
+        (GeneratorExit("end"), "GeneratorExit: end"),
+        (RecursionError("deep"), "RecursionError: deep"),
+        (SystemExit(0), "SystemExit: 0"),
+        (BaseExceptionGroup("both", [Silent(), SystemExit(0)]), r"BaseExceptionGroup: both \(2 sub-exceptions\)"),
+        (ValueError("\ud800"), r"ValueError: \\ud800"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["plain", "async"])
+def test_whatever_is_raised(error, told, asynchronous):
+    async def fails(**kwargs):
+        raised(error)()
+
+    if asynchronous and isinstance(error, StopIteration):
+        told = "RuntimeError: coroutine raised StopIteration"  # says Python
+    with pytest.raises(RewardError, match=f"^reward function 'fails' raised {told}, at row 0") as caught:
+        call(fails if asynchronous else raised(error))
+    assert str(caught.value).encode()
+
+
+# What they are given, and what they leave behind
+
+
+def edits(prompts, completions, completion_ids, trainer_state, **columns):
+    for values in (prompts, completions):
+        values[0][0]["content"] = "edited"
+        values.append("edited")
+    for ids in completion_ids:
+        ids.clear()
+    columns["facts"][1]["steps"][0] = "edited"
+    trainer_state.global_step = 10**6
+    return [0.0, 0.0]
+
+
+async def edits_async(**kwargs):
+    return edits(**kwargs)
+
+
+@pytest.mark.parametrize("first", [edits, edits_async, functools.partial(edits)])
+def test_functions_change_nothing_but_what_is_their_own(first):
+    def messages(text):
+        return [{"role": "user", "content": text}]
+
+    rows = {
+        "prompts": [messages("a"), messages("b")],
+        "completions": [messages("c"), messages("d")],
+        "completion_ids": [[1, 2], [3]],
+        "facts": [{"steps": ["one"]}, {"steps": ["two"]}],
+    }
+    given, seen, state = copy.deepcopy(rows), {}, SimpleNamespace(global_step=7)
+
+    async def notes(**kwargs):
+        await asyncio.sleep(0.02)
+        seen.update(kwargs)
+        return [0.0, 0.0]
+
+    RewardFunctions([first, notes])(rows, trainer_state=state)
+    assert rows == given and state.global_step == 7
+    assert {name: seen[name] for name in rows} == given and seen["trainer_state"].global_step == 7
+
+
+def test_what_cannot_be_copied_is_given_as_it_is():
+    column = [io.StringIO("a"), lambda: 0, os]
+    seen = {}
+
+    def notes(**kwargs):
+        seen.update(kwargs)
+        return [0.0] * 3
+
+    RewardFunctions([notes])({**ROWS, "column": column})
+    assert all(given is other for given, other in zip(seen["column"][1:], column[1:], strict=True))
+
+
+class KEPT:
+    contexts: list = []
+
+    @classmethod
+    def enter(cls, context):
+        context.__enter__()
+        cls.contexts.append(context)
+
+
+def in_a_folder_that_is_gone(folder):
+    os.chdir(folder)
+    folder.rmdir()
+
+
+LEFT_CHANGED = {
+    "gradients": lambda _: torch.set_grad_enabled(False),
+    "no_grad": lambda _: KEPT.enter(torch.no_grad()),
+    "inference": lambda _: KEPT.enter(torch.inference_mode()),
+    "autocast": lambda _: KEPT.enter(torch.autocast("cpu", torch.bfloat16)),
+    "dtype": lambda _: torch.set_default_dtype(torch.float64),
+    "device": lambda _: torch.set_default_device("meta"),
+    "threads": lambda _: torch.set_num_threads(torch.get_num_threads() + 1),
+    "determinism": lambda _: torch.use_deterministic_algorithms(True),
+    "precision": lambda _: torch.set_float32_matmul_precision("medium"),
+    "folder": os.chdir,
+    "lost folder": in_a_folder_that_is_gone,
+    "umask": lambda _: os.umask(0o777),
+    "streams": lambda _: vars(sys).update(stdout=None, stderr=io.StringIO()),
+    "Ctrl-C": lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    "SIGTERM": lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_CHANGED)
+def test_settings_of_the_process_are_put_back(kind, tmp_path):
+    """Also where the function fails; and the next function does not see them."""
+
+    def state():
+        weight = torch.ones(2, 2, requires_grad=True)
+        product = weight @ weight
+        return [read() for read, _ in settings.SETTINGS], product.requires_grad, product.is_inference(), product.dtype
+
+    seen = []
+
+    def changes(**kwargs):
+        LEFT_CHANGED[kind](tmp_path)
+        raise ValueError("too late")
+
+    def notes(**kwargs):
+        seen.append(state())
+        return [1.0] * 3
+
+    before = state()
+    RewardFunctions([changes, notes], on_error="none")({**ROWS, "completions": ["2", "5", "six"]})
+    assert state() == before and seen == [before]
+
+
+def test_a_stream_that_was_closed_is_opened_anew(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdout", os.fdopen(1, "w", closefd=False))
+
+    def closes(**kwargs):
+        sys.stdout.close()
+        return [0.0] * 3
+
+    call(closes)
+    print("still here")
+    assert capfd.readouterr().out == "still here\n"
+
+
+# What they log
+
+
+def test_names_are_unique():
+    def same(**kwargs):
+        return [0.0] * 3
+
+    functions = [same, functools.partial(functools.partial(same), x=1), exact, same]
+    assert RewardFunctions(functions).names == ["same", "same_2", "exact", "same_3"]
+    assert RewardFunctions(functions, taken=["exact", "same"]).names == ["same_2", "same_3", "exact_2", "same_4"]
+
+
+def test_an_attribute_func_is_no_partial():
+    class Grader:
+        def __init__(self):
+            self.func = lambda: 0
+
+        def __call__(self, **kwargs):
+            return [0.5] * 3
+
+    made = RewardFunctions([Grader()])
+    assert made.names == ["Grader"] and made(ROWS).tolist() == [[0.5]] * 3
+    with pytest.raises(TypeError, match="reward_funcs must be functions; got <class"):
+        RewardFunctions([Grader])
+
+
+CIRCULAR: list = [1]
+CIRCULAR.append(CIRCULAR)
+DEEP = functools.reduce(lambda inner, _: [inner], range(10_000), 0)
+
+
+@pytest.mark.parametrize(
+    "value, kept",
+    [
+        (b"x", "b'x'"),
+        ("\ud800", "\\ud800"),
+        (10**30, "1" + "0" * 30),
+        (10**5000, "(int without a text)"),
+        (np.float32(0.5), 0.5),
+        (torch.tensor([1, 2]), [1, 2]),
+        ({1: Silent()}, {"1": "(Silent without a text)"}),
+        (CIRCULAR, [1, "[1, [...]]"]),
+        (True, True),
+    ],
+    ids=["bytes", "surrogate", "30 digits", "5000 digits", "numpy", "torch", "dict", "circular", "bool"],
+)
+def test_what_is_logged_can_be_kept(value, kept):
+    logged = []
+
+    def logs(log_extra, **kwargs):
+        log_extra("value", [value, None, 3.0])
+        return [0.0] * 3
+
+    call(logs, log_extra=lambda *each: logged.append(each))
+    assert logged == [("value", [kept, None, 3.0])]
+
+
+def test_what_is_logged_is_as_it_was_then():
+    logged, notes = [], ["first"]
+
+    def logs(log_extra, **kwargs):
+        log_extra("deep", [DEEP] * 3)
+        log_extra("notes", [notes] * 3)
+        notes.append("second")
+        return [0.0] * 3
+
+    call(logs, log_extra=lambda *each: logged.append(each))
+    assert logged[1] == ("notes", [["first"]] * 3)
+    depth, value = 0, logged[0][1][0]
+    while isinstance(value, list):
+        (value,), depth = value, depth + 1
+    assert (value, depth) == ("(list without a text)", 32)
+
+
+@pytest.mark.parametrize(
+    "log, message",
+    [
+        (lambda extra, metric: extra(None, [1.0] * 3), "TypeError: log_extra: .* must be a name; got None"),
+        (lambda extra, metric: extra("x", None), "TypeError: 'NoneType' object is not iterable"),
+        (lambda extra, metric: metric(b"x", 1.0), "TypeError: log_metric: .* must be a name; got b'x'"),
+        (lambda extra, metric: metric("x", None), "TypeError: float.. argument must be .* not 'NoneType'"),
+        (lambda extra, metric: metric("x", 1e300), r"ValueError: log_metric: .* float32 can hold; got 1e\+300"),
+        (lambda extra, metric: metric("x", 10**400), "OverflowError: int too large"),
+    ],
+)
+def test_what_cannot_be_logged(log, message):
+    def logs(log_extra, log_metric, **kwargs):
+        log(log_extra, log_metric)
+        return [0.0] * 3
+
+    with pytest.raises(RewardError, match=f"^reward function 'logs' raised {message}"):
+        call(logs)

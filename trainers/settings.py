@@ -1,0 +1,90 @@
+"""Settings of this process that training depends on, and that the code of a user may leave changed."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
+
+
+def _set_folder(folder: str | None) -> None:
+    if folder is not None:
+        os.chdir(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _set_autocast_depth(depth: int) -> None:
+    # Inside an autocast context casts of weights are kept, and would not see the next optimizer step.
+    torch.clear_autocast_cache()
+    while _autocast_depth() > depth:
+        torch.autocast_decrement_nesting()
+
+
+def _streams() -> tuple:
+    """Standard output and errors; of one that was closed another, on the same file."""
+    found = {1: sys.stdout, 2: sys.stderr}
+    for number, stream in found.items():
+        if getattr(stream, "closed", False):
+            found[number] = os.fdopen(number, "w", buffering=1, errors="backslashreplace", closefd=False)
+    return tuple(found.values())
+
+
+def _set_streams(streams: tuple) -> None:
+    sys.stdout, sys.stderr = streams
+    sys.stdout, sys.stderr = _streams()
+
+
+DEVICES = sorted({"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")})
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: How each is read and written. What changes no run, such as the environment and the locale, is left as it is.
+SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    *((partial(torch.is_autocast_enabled, each), partial(torch.set_autocast_enabled, each)) for each in DEVICES),
+    (_autocast_depth, _set_autocast_depth),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, torch.set_default_device),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (_folder, _set_folder),
+    (_umask, os.umask),
+    (_streams, _set_streams),
+    *((partial(signal.getsignal, each), partial(signal.signal, each)) for each in SIGNALS),
+]
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Puts back what is changed inside."""
+    before = [read() for read, _ in SETTINGS]
+    try:
+        # An inference mode that was begun inside ends with this one alone, which also sets the mode of gradients.
+        with torch.inference_mode(torch.is_inference_mode_enabled()):
+            torch.set_grad_enabled(before[0])
+            yield
+    finally:
+        for (read, write), value in zip(SETTINGS, before, strict=True):
+            if read() != value:
+                with contextlib.suppress(Exception):  # as the folder, if that was removed
+                    write(value)
