@@ -1,9 +1,12 @@
 """Reward functions that fail in every way, in a module that worker processes can import, and what their tests share."""
 
+import builtins
+import contextlib
 import itertools
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -56,6 +59,81 @@ def act(completions, **kwargs):
     return [ACTIONS[text]() if text in ACTIONS else float(len(completions)) for text in completions]
 
 
+def pipes():
+    """The numbers of the files that a worker talks to the trainer by."""
+    found = []
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                found.append(number)
+    return found
+
+
+def write_to_pipes(content):
+    for number in pipes():
+        with contextlib.suppress(OSError):
+            os.write(number, content)
+
+
+def without_builtins():
+    builtins.len = lambda value: 0
+    builtins.isinstance = None
+    return 1.0
+
+
+def keep_the_pipe_open():
+    if not os.fork():
+        os.setsid()
+        time.sleep(2)
+        os._exit(0)
+    os._exit(3)
+
+
+def write_without_end():
+    while True:
+        write_to_pipes(struct.pack("!QQ", 0, 2**16) + bytes(2**16))
+
+
+SABOTAGE = {
+    "garbage": lambda: write_to_pipes(b"\xff" * 1000),
+    "part": lambda: (write_to_pipes(struct.pack("!QQ", 1, 100) + b"{"), time.sleep(60)),
+    "oversize": lambda: (write_to_pipes(struct.pack("!QQ", 1, 2**62)), time.sleep(60)),
+    "no answer": lambda: write_to_pipes(struct.pack("!QQ", 1, 2) + b"[]"),
+    "another's": lambda: write_to_pipes(struct.pack("!QQ", 99, 2) + b"{}") or 1.0,
+    "another's size": lambda: write_to_pipes(
+        struct.pack("!QQ", 1, 60) + b'{"rewards": [], "wrong": {}, "extra": {}, "metrics": []}'.ljust(60)
+    ),
+    "endless": write_without_end,
+    "no builtins": without_builtins,
+    "no stdout": lambda: sys.stdout.close() or 1.0,
+    "child keeps the pipe": keep_the_pipe_open,
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
+
+
+def sabotages(completions, **kwargs):
+    """What each completion says."""
+    return [SABOTAGE[text]() if text in SABOTAGE else 2.0 for text in completions]
+
+
+def forks(completions, **kwargs):
+    """Returns twice: the child what is wrong, and later than the parent."""
+    wrong = 0.0 if os.fork() else 0.5
+    time.sleep(wrong / 5)
+    return [wrong + len(text) for text in completions]
+
+
+async def forks_async(**kwargs):
+    return forks(**kwargs)
+
+
+def stops_in_the_end(completions, **kwargs):
+    """The process, when this call has returned."""
+    if "stop" in completions:
+        subprocess.Popen(["sh", "-c", f"sleep 0.2; kill -STOP {os.getpid()}"])
+    return [1.0] * len(completions)
+
+
 def length(completions, **kwargs):
     return [float(len(text)) for text in completions]
 
@@ -83,7 +161,7 @@ def logs(prompts, completions, log_extra, log_metric, **kwargs):
 
 
 def logs_a_function(completions, log_extra, **kwargs):
-    log_extra("functions", [lambda: 0] * len(completions))
+    log_extra("functions", [len] * len(completions))
     return [0.0] * len(completions)
 
 

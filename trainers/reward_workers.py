@@ -2,38 +2,89 @@
 
 import contextlib
 import fcntl
+import json
+import math
 import multiprocessing
 import os
 import pickle
+import selectors
 import signal
+import struct
 import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker, util
-from typing import Any
+from typing import Any, BinaryIO
 
-from .reward_calls import Call, Failure, Result, RewardError, RewardFunction, failed, run, too_late
+from .reward_calls import Call, Failure, Outcome, Result, RewardError, RewardFunction, failed, run, text_of, too_late
+from .settings import restored
 
 # Seconds that a worker may take to start, most of which the modules of the functions take to be imported.
 START_LIMIT = 300.0
+# Before each message: the number of the call that it is of, and its length.
+HEADER = struct.Struct("!QQ")
+# Bytes of an answer, and what is read at a time.
+LONGEST, CHUNK = 2**28, 2**20
+# What is raised where others than `_told` have written.
+NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+# Beside selectors.EVENT_READ and EVENT_WRITE, which are of the pipe.
+ENDED = 4
 
 
 @dataclass(eq=False)
 class Worker:
-    """A process, the pipe to it, and the number of the call that it is at."""
+    """A process, our end of the pipe to it, and the call that it is at. A function may do with the other end what it
+    likes: nothing here waits for it, and what is not the answer to this call is not taken for it."""
 
     process: Any
     pipe: connection.Connection
     deadline: float
     is_ready: bool = False
     task: int | None = None
+    size: int = 0  # rows of the call
+    number: int = 0  # of the call; 0: it is to say that it is ready
+    unsent: memoryview = field(default_factory=lambda: memoryview(b""))
+    received: bytearray = field(default_factory=bytearray)
 
     @property
     def is_idle(self) -> bool:
         return self.is_ready and self.task is None
+
+    def send(self, message: bytes) -> None:
+        self.number += 1
+        self.unsent = memoryview(HEADER.pack(self.number, len(message)) + message)
+        self.exchange(selectors.EVENT_WRITE)
+
+    def exchange(self, events: int) -> Result | None:
+        """Sends and reads as much as goes without waiting. What it answered, once that is whole, or None. Raises
+        EOFError or OSError if there will be no answer, and one of NO_ANSWER for what is none."""
+        with contextlib.suppress(BlockingIOError):
+            if events & selectors.EVENT_WRITE:
+                self.unsent = self.unsent[os.write(self.pipe.fileno(), self.unsent) :]
+            if events & selectors.EVENT_READ:
+                found = os.read(self.pipe.fileno(), CHUNK)
+                self.received += found
+                if not found:
+                    raise EOFError
+            elif events & ENDED:  # what it said before that counts
+                raise EOFError
+        while len(self.received) >= HEADER.size:
+            number, length = HEADER.unpack_from(self.received)
+            end = HEADER.size + length
+            if length > LONGEST:
+                raise ValueError(f"an answer of {length} bytes")
+            if len(self.received) < end:
+                break
+            message = bytes(self.received[HEADER.size : end])
+            del self.received[:end]
+            if number == self.number:
+                if self.unsent:
+                    raise ValueError("an answer before the question")
+                return _result(json.loads(message), self.size)
+        return None
 
     def kill(self) -> None:
         """With all that it has started."""
@@ -98,6 +149,7 @@ class WorkerPool:
         while len(self._workers) < self.count:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs, self._functions), name="reward_worker")
+            os.set_blocking(ours.fileno(), False)
             worker = Worker(process, ours, time.monotonic() + START_LIMIT)
             # Before it starts, so that none is left after an interrupt, which multiprocessing would wait for at exit.
             self._workers.append(worker)
@@ -123,57 +175,62 @@ class WorkerPool:
             results[task] = _ungiven(error)
             return
         try:
-            worker.pipe.send_bytes(message)
+            worker.send(message)
         except OSError:  # it ended while there was nothing to do
             self._drop(worker)
             waiting.appendleft(task)
             return
-        worker.task, worker.deadline = task, time.monotonic() + (self.limit or float("inf"))
+        worker.task, worker.size = task, len(calls[task][1]["prompts"])
+        worker.deadline = time.monotonic() + (self.limit or math.inf)
 
     def _receive(self, results: list) -> None:
-        """Waits for a worker to say something, to end or to be late."""
+        """Waits for a worker to take or to say something, to end or to be late."""
         active = [worker for worker in self._workers if not worker.is_idle]
         if not active:
             return
         left = min(worker.deadline for worker in active) - time.monotonic()
-        handles = [handle for worker in active for handle in (worker.pipe, worker.process.sentinel)]
-        ready = connection.wait(handles, None if left == float("inf") else max(left, 0))
+        events = dict.fromkeys(active, 0)
+        with selectors.DefaultSelector() as selector:
+            for worker in active:
+                writes = selectors.EVENT_WRITE if worker.unsent else 0
+                selector.register(worker.pipe, selectors.EVENT_READ | writes, worker)
+                selector.register(worker.process.sentinel, selectors.EVENT_READ, worker)
+            for key, ready in selector.select(None if left == math.inf else max(left, 0)):
+                events[key.data] |= ready if key.fileobj is key.data.pipe else ENDED
         for worker in active:
-            # What it said before it ended counts.
-            if worker.pipe in ready or worker.process.sentinel in ready:
-                try:
-                    message = worker.pipe.recv_bytes() if worker.pipe.poll() else None
-                except (EOFError, OSError):
-                    message = None
-                self._take(worker, message, results)
-            elif time.monotonic() >= worker.deadline:
-                self._drop(worker)
-                if worker.task is None:
-                    raise RewardError(f"reward_workers: a worker process did not start within {START_LIMIT:g} s")
-                results[worker.task] = too_late(self.limit)
+            self._take(worker, events[worker], results)
 
-    def _take(self, worker: Worker, message: bytes | None, results: list) -> None:
-        if message is None:
+    def _take(self, worker: Worker, events: int, results: list) -> None:
+        """What came of a worker's call, if that is known now; if not by an answer, the worker is of no more use."""
+        failure = None
+        try:
+            result = worker.exchange(events)
+        except (EOFError, OSError):
             worker.process.join(1)
             how = _ending(worker.process.exitcode)
+            failure = Failure(f"ended its worker process ({how})")
+            at_start = (
+                f"ended while it started ({how}); workers import the script that was run, which must do nothing then: "
+                'put what it does under `if __name__ == "__main__":`'
+            )
+        except NO_ANSWER:
+            failure = Failure("wrote something else than an answer into the pipe of its worker process")
+            at_start = "wrote something else than an answer into its pipe while it started"
+        else:
+            if result is None and time.monotonic() >= worker.deadline:
+                failure, at_start = too_late(self.limit or math.inf), f"did not start within {START_LIMIT:g} s"
+        if failure is not None:
             self._drop(worker)
             if worker.task is None:
-                raise RewardError(
-                    f"reward_workers: a worker process ended while it started ({how}); workers import the script that "
-                    'was run, which must do nothing then: put what it does under `if __name__ == "__main__":`'
-                )
-            results[worker.task] = Failure(f"ended its worker process ({how})")
-            return
-        try:
-            content = pickle.loads(message)
-        except Exception as error:
-            content = _unlogged(error)
-        if worker.task is not None:
-            results[worker.task], worker.task = content, None
-        elif content is not None:
+                raise RewardError(f"reward_workers: a worker process {at_start}")
+            results[worker.task] = failure
+        elif worker.task is not None and result is not None:
+            results[worker.task], worker.task = result, None
+        elif isinstance(result, Failure):
             self._drop(worker)
-            raise RewardError(content)
-        worker.is_ready = True
+            raise RewardError(result.reason)
+        elif result is not None:
+            worker.is_ready = True
 
 
 def _kill(workers: list[Worker]) -> None:
@@ -224,21 +281,28 @@ def _serve(pipe: connection.Connection, pickled: Sequence[tuple[str, bytes]]) ->
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     functions = []
-    for name, content in pickled:
-        try:
-            functions.append(pickle.loads(content))
-        except BaseException as error:
-            pipe.send_bytes(pickle.dumps(_unsendable(name, error)))
-            return
-    pipe.send_bytes(pickle.dumps(None))
-    while True:
-        try:
-            message = pipe.recv_bytes()
-        except EOFError:
-            return
-        answer = _answer(functions, message)
-        sys.stdout.flush()  # it may be killed later
-        pipe.send_bytes(answer)
+    with open(pipe.fileno(), "rb", closefd=False) as questions, open(pipe.fileno(), "wb", closefd=False) as answers:
+        for name, content in pickled:
+            try:
+                functions.append(pickle.loads(content))
+            except BaseException as error:
+                _say(answers, 0, _told(Failure(_unsendable(name, error))))
+                return
+        _say(answers, 0, _told(Outcome([], {}, {}, [])))
+        while header := questions.read(HEADER.size):
+            number, length = HEADER.unpack(header)
+            answer = _answer(functions, questions.read(length))
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()  # it may be killed later
+            _say(answers, number, answer)
+
+
+def _say(answers: BinaryIO, number: int, answer: dict) -> None:
+    message = json.dumps(answer).encode()
+    if len(message) > LONGEST:
+        message = json.dumps(_told(Failure(f"logged more than {LONGEST} bytes"))).encode()
+    answers.write(HEADER.pack(number, len(message)) + message)
+    answers.flush()
 
 
 def _end_with_parent() -> None:
@@ -253,32 +317,41 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _answer(functions: Sequence[RewardFunction], message: bytes) -> bytes:
+def _answer(functions: Sequence[RewardFunction], message: bytes) -> dict:
     try:
         index, rows, shared = pickle.loads(message)
     except BaseException as error:
-        return pickle.dumps(_portable(_ungiven(error)))
+        return _told(_ungiven(error))
     try:
-        result = run(Call(functions[index], rows, shared))
-    except KeyboardInterrupt as error:  # nobody's here
-        result = failed(error)
-    try:
-        return pickle.dumps(_portable(result))
-    except BaseException as error:
-        return pickle.dumps(_portable(_unlogged(error)))
+        with restored():
+            return _told(run(Call(functions[index], rows, shared)))
+    except BaseException as error:  # a KeyboardInterrupt: nobody's here
+        return _told(failed(error))
 
 
-def _portable(result: Result) -> Result:
-    """Without the exception, which may not be what can be sent, but with what is to be read of it."""
-    if isinstance(result, Failure) and result.error is not None:
-        text = "".join(traceback.format_exception(result.error))
-        return replace(result, error=RuntimeError(f"in a worker process:\n{text}"))
-    return result
+def _told(result: Result) -> dict:
+    """As JSON: what is unpickled may do anything. An exception is what is to be read of it."""
+    if isinstance(result, Outcome):
+        return vars(result)
+    error = result.error
+    trace = None if error is None else text_of(error, lambda _: "".join(traceback.format_exception(error)))
+    return {"reason": result.reason, "trace": trace, "of_the_batch": result.of_the_batch}
+
+
+def _result(answer: dict, size: int) -> Result:
+    """What `_told` was given. Raises one of the exceptions of a wrong value if it was not that which has written it."""
+    if "reason" in answer:
+        trace = answer["trace"]
+        error = None if trace is None else RuntimeError(f"in a worker process:\n{trace}")
+        return Failure(str(answer["reason"]), error, of_the_batch=bool(answer["of_the_batch"]))
+    rewards = [float(reward) for reward in answer["rewards"]]
+    wrong = {range(size)[int(row)]: str(reason) for row, reason in answer["wrong"].items()}
+    extra = {column: list(values) for column, values in answer["extra"].items()}
+    metrics = [(str(name), float(value)) for name, value in answer["metrics"]]
+    if len(rewards) != size:
+        raise ValueError(f"{len(rewards)} rewards")
+    return Outcome(rewards, wrong, extra, metrics)
 
 
 def _ungiven(error: BaseException) -> Failure:
     return Failure(f"could not be given its arguments in a worker process: {failed(error).reason}", error)
-
-
-def _unlogged(error: BaseException) -> Failure:
-    return Failure(f"logged what a worker process cannot send: {failed(error).reason}", error)

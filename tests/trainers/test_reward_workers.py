@@ -7,19 +7,23 @@ import itertools
 import math
 import multiprocessing
 import os
+import random
 import signal
+import sys
+import tempfile
 import threading
 import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 import reward_functions as functions
 from reward_functions import rows, values, wait_until
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RewardError, rewards
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RewardError, rewards, settings
 from rlkernels.trainers.interrupts import Terminated
 from rlkernels.trainers.reward_model import RewardModel
 from rlkernels.trainers.rewards import RewardFunctions, whole_groups
@@ -245,11 +249,76 @@ def test_what_cannot_go_over(make):
     called = make("workers", "raise", functions.length)
     with pytest.raises(RewardError, match=r"'length' could not be given its arguments in a worker process: .*at row 0"):
         called(rows("x", column=lambda: 0))
-    with pytest.raises(
-        RewardError, match=r"'logs_a_function' logged what a worker process cannot send: .*at rows 0, 1"
-    ):
-        make("workers", "raise", functions.logs_a_function)(rows("x", "x", "x"))
     assert values(called(rows("x"))) == [[1.0]]
+
+
+@pytest.mark.parametrize("where", ["here", "workers"])
+def test_what_is_logged_goes_over_as_text(make, where):
+    logged = []
+    make(where, "raise", functions.logs_a_function)(rows("x", "x"), log_extra=lambda *each: logged.append(each))
+    assert logged == [("functions", ["<built-in function len>"] * 2)]
+
+
+# What a worker does with its pipe
+
+NO_ANSWER = "wrote something else than an answer into the pipe of its worker process"
+SABOTAGED = {
+    "garbage": NO_ANSWER,
+    "part": TOO_LATE,
+    "oversize": NO_ANSWER,
+    "no answer": NO_ANSWER,
+    "another's": None,
+    "another's size": NO_ANSWER,
+    "endless": TOO_LATE,
+    "no builtins": "ended its worker process (exit code 1)",
+    "no stdout": None,
+    "child keeps the pipe": "ended its worker process (exit code 3)",
+    "stopped": TOO_LATE,
+}
+
+
+@pytest.mark.parametrize("kind", SABOTAGED)
+def test_a_pipe_is_not_waited_for(make, warned, kind):
+    """Beyond the limit; and the other row has its reward."""
+    began = time.monotonic()
+    called = make("workers", "none", functions.sabotages)
+    result = values(called(rows(kind, "x")))
+    assert time.monotonic() - began < 20 * LIMIT
+    assert values(called(rows("x", "x"))) == [[2.0, 2.0]]
+    if SABOTAGED[kind] is None:
+        assert (result, warned) == ([[1.0, 2.0]], [])
+    else:
+        assert result == [[None, 2.0]]
+        assert warned[0].startswith(f"reward function 'sabotages' {SABOTAGED[kind]}, at row 0: prompt 'a'")
+
+
+def test_a_function_that_forks_gives_each_call_its_own(make):
+    """The child returns too, and must neither answer nor take a later call."""
+    called = make("workers", "raise", functions.forks, timeout=20)
+    for texts in (["x"], ["xx"], ["xxx"], ["xxxx"]):
+        assert values(called(rows(*texts))) == [[float(len(texts[0]))]]
+        time.sleep(0.15)
+
+
+def test_a_function_that_forks_here(make):
+    """Its child would go on to train."""
+    process = os.getpid()
+    for function in (functions.forks, functions.forks_async):
+        assert values(make("here", "raise", function, timeout=20)(rows("x"))) == [[1.0]]
+        if os.getpid() != process:
+            os._exit(99)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+
+
+def test_a_stopped_worker_that_is_sent_more_than_a_pipe_holds(make, warned):
+    called = make("workers", "none", functions.stops_in_the_end, timeout=0.5)
+    assert values(called(rows("stop"))) == [[1.0]]
+    time.sleep(0.4)
+    began = time.monotonic()
+    large = rows("x", facts="x" * 10**7)
+    assert values(called(large)) == [[None]] and TOO_LATE.replace("0.25", "0.5") in warned[0]
+    assert time.monotonic() - began < 10
+    assert values(called(large)) == [[1.0]]
 
 
 def test_the_traceback_of_the_worker_is_kept(make):
@@ -457,14 +526,15 @@ PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(8)]
 def trained(make_model, tokenizer, run_options):
     """A run of two steps; its trainer, and what it logged."""
 
-    def train(method, reward_funcs, **options):
+    def train(method, reward_funcs, prompts=PROMPTS, evaluated=PROMPTS[:2], callbacks=None, **options):
         own = {"max_completion_length": 6, "num_generations": 4}
         if method == "ppo":
             own = {"response_length": 6, "num_ppo_epochs": 1}
         config = {"grpo": GRPOConfig, "ppo": PPOConfig}[method]
-        args = config(**run_options, **own, per_device_train_batch_size=8, learning_rate=1e-2, max_steps=2, **options)
+        own |= {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_steps": 2}
+        args = config(**run_options | own | options)
         build = {"grpo": GRPOTrainer, "ppo": PPOTrainer}[method]
-        trainer = build(make_model(), reward_funcs, args, PROMPTS, PROMPTS[:2], tokenizer)
+        trainer = build(make_model(), reward_funcs, args, prompts, evaluated, tokenizer, callbacks=callbacks)
         trainer.train()
         return trainer, [log for log in trainer.state.log_history if "loss" in log]
 
@@ -496,3 +566,88 @@ def test_a_run_without_any_reward(trained, method, warned):
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     assert weights.isfinite().all()
     assert all(row["rewards/short"] is None or math.isnan(row["rewards/short"]) for row in trainer.completions)
+
+
+def sound(completions, **kwargs):
+    return [float(len(turns[0]["content"])) for turns in completions]
+
+
+def hostile(prompts, completions, completion_ids, facts, trainer_state, **kwargs):
+    """Of the same rewards, which changes all that it can reach."""
+    rewards = sound(completions)
+    for row in range(len(prompts)):
+        prompts[row][0]["content"] = facts[row]["a"] = "edited"
+        completion_ids[row][:] = [5, 5, 5, 0]
+        completions[row].clear()
+    trainer_state.global_step += 1
+    trainer_state.log_history.append("edited")
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    gone = tempfile.mkdtemp()
+    os.chdir(gone)
+    os.rmdir(gone)
+    sys.stdout = None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return rewards
+
+
+hostile.__name__ = "sound"
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_a_function_changes_nothing_of_the_training(trained, method):
+    """Not the tokens that it learns from, the rows of the dataset, random numbers, weights or logs."""
+
+    def run(function):
+        prompts = [{"prompt": [{"role": "user", "content": "ab"[i % 2]}], "facts": {"a": i}} for i in range(8)]
+        trainer, logs = trained(method, function, prompts)
+        drawn = torch.rand(3).tolist(), np.random.rand()  # not Python's, which imports draw from too
+        shown = [{**row, "prompt": str(row["prompt"])} for row in trainer.completions]
+        for row in trainer.completions:  # as a callback may
+            row["prompt"][0]["content"] = "edited"
+        weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+        return [prompts, logs, shown, drawn, weights.tolist()]
+
+    with settings.restored():
+        first, second = run(sound), run(hostile)
+    assert first == second and first[0][1]["prompt"] == [{"role": "user", "content": "b"}]
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+@pytest.mark.parametrize("column", ["prompts", "completions", "trainer_state", "log_extra", "log_metric", "_row_id"])
+def test_columns_that_would_hide_what_functions_get(trained, method, column):
+    """Are refused before anything is sampled."""
+    rows = [{**row, column: "mine"} for row in PROMPTS]
+    with pytest.raises(ValueError, match=f"^train_dataset has a column '{column}', the name of something else"):
+        trained(method, functions.length, rows)
+    with pytest.raises(ValueError, match=f"^eval_dataset has a column '{column}', the name of something else"):
+        trained(method, functions.length, [*PROMPTS, *rows], evaluated=rows)
+
+
+def test_a_run_stays_where_it_began(trained, tmp_path, monkeypatch):
+    """Whoever changes the current folder: a function, or here a callback, whose change stays."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    class Leaves(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            os.chdir(tmp_path / "elsewhere")
+
+    options = {"output_dir": "out", "save_strategy": "steps", "save_steps": 1, "callbacks": [Leaves()]}
+    trainer, _ = trained("grpo", functions.length, **options)
+    trainer.save_model()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"checkpoint-1", "checkpoint-2", "completions", "model.safetensors"} <= written
+
+
+def test_a_resumed_run_stays_where_it_began(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer, logs = trained("grpo", functions.length, output_dir="out", save_strategy="steps", save_steps=1)
+    trainer.train(resume_from_checkpoint="out/checkpoint-1")
+    assert trainer.resumed_from == str(tmp_path / "out" / "checkpoint-1")
+    assert trainer.state.log_history[-2]["loss"] == logs[-1]["loss"]
