@@ -243,20 +243,26 @@ def load_rows(run: RunArguments, split: str, samples: bool) -> Any:
 
 
 def import_reward(name: str) -> Callable:
+    from rlkernels.trainers import reward_calls, settings
+
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise BadValue(f"--reward {name}: want module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise BadValue(f"--reward {name}: cannot import module '{module_name}': {show(error)}") from error
-    function = getattr(module, attribute, None)
+        with settings.restored():
+            function = getattr(importlib.import_module(module_name), attribute, None)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also sys.exit, after which there would be no run, and no error
+        told = reward_calls.text_of(error, show)
+        raise BadValue(f"--reward {name}: cannot import module '{module_name}': {told}") from error
     if function is None:
         raise BadValue(f"--reward {name}: module '{module_name}' has no function '{attribute}'")
-    if not callable(function):
-        raise BadValue(f"--reward {name}: '{attribute}' is a {type(function).__name__}, not a function")
+    if not callable(function) or isinstance(function, type):
+        kind = "class" if isinstance(function, type) else type(function).__name__
+        raise BadValue(f"--reward {name}: '{attribute}' is a {kind}, not a function")
     return function
 
 
@@ -386,13 +392,18 @@ def train(name: str, arguments: list[str]) -> None:
     options["callbacks"] = [first]
     build = getattr(trainers, f"{command.method}Trainer")
 
-    output_dir, trainer = Path(config.output_dir), None
-    made = make_folder(output_dir)
+    # Absolute, as for the trainer: the user's functions may change the current folder.
+    output_dir, trainer = Path(os.path.abspath(config.output_dir)), None
+    made = [folder.absolute() for folder in make_folder(Path(config.output_dir))]
+
+    def told(text: object) -> str:
+        return str(text).replace(str(output_dir), str(Path(config.output_dir)))  # as the user gave it
+
     try:
         trainer = checked(build, run.model, *rewards, config, train_dataset, eval_dataset, **options)
         with trainer.locked():
             trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.save_model(config.output_dir)
+            trainer.save_model()
     except BaseException as error:
         has_begun = trainer is not None and trainer.state.global_step > 0
         in_use = isinstance(error, trainers.checkpoints.FolderInUse)  # what is there is another run's
@@ -405,14 +416,14 @@ def train(name: str, arguments: list[str]) -> None:
             close_progress_bars(trainer)
             leave_process_group()
             if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"interrupted {progress(trainer)}") from error
-            raise Stopped(f"terminated {progress(trainer)}", error.code) from error
-        told = trainers.CheckpointError | trainers.RewardError | trainers.RolloutError | trainers.NonFiniteLoss
-        if isinstance(error, told):
+                raise KeyboardInterrupt(f"interrupted {told(progress(trainer))}") from error
+            raise Stopped(f"terminated {told(progress(trainer))}", error.code) from error
+        known = trainers.CheckpointError | trainers.RewardError | trainers.RolloutError | trainers.NonFiniteLoss
+        if isinstance(error, known):
             close_progress_bars(trainer)
-            raise BadValue(str(error)) from error
+            raise BadValue(told(error)) from error
         if isinstance(error, trainers.checkpoints.BadCheckpoint):
-            raise BadValue(f"--{error}") from error
+            raise BadValue(f"--{told(error)}") from error
         if checkpoint is not None and not first.begun:
             raise BadValue(f"--resume_from_checkpoint {checkpoint}: {show(error)}") from error
         if isinstance(error, REFUSALS) and not first.begun:  # by the optimizer, say, or the scheduler

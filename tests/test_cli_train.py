@@ -1,6 +1,7 @@
 """The commands that train: what they do, and that a bad value ends in one line, exit code 2 and no folder."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -502,6 +503,96 @@ OF_A_COMMAND = [
     ("sft", {"max_length": "9" * 400}, {}, ["max_length must be a number that 64 bits hold; got one of 1329"]),
     ("sft", {"save_strategy": "steps", "save_steps": "0"}, {}, ["save_steps must be above 0 with save_strategy steps"]),
 ]
+
+
+REWARD = "def length(completions, **kwargs):\n    return [float(len(each)) for each in completions]\n"
+NO_TEXT = "class Silent(Exception):\n    def __str__(self):\n        raise RuntimeError\n"
+MODULES = {
+    "exits": ("import sys\nsys.exit()\n" + REWARD, "length", "cannot import module 'graders': SystemExit:"),
+    "exits with 0": ("raise SystemExit(0)\n", "length", "cannot import module 'graders': SystemExit: 0"),
+    "raises": ("1 / 0\n", "length", "cannot import module 'graders': ZeroDivisionError: division by zero"),
+    "raises what is no Exception": ("raise GeneratorExit\n", "length", "cannot import module 'graders': GeneratorExit"),
+    "raises without a text": (NO_TEXT + "raise Silent\n", "length", "'graders': (Silent without a text)"),
+    "syntax": ("def length(:\n", "length", "cannot import module 'graders': SyntaxError: invalid syntax"),
+    "not text": ("\xff\x00", "length", "cannot import module 'graders': SyntaxError"),
+    "relative import": ("from . import other\n", "length", "cannot import module 'graders': ImportError: attempted"),
+    "attribute that raises": (
+        "def __getattr__(name):\n    raise OSError(name)\n",
+        "length",
+        "'graders': OSError: length",
+    ),
+    "prints and closes": ("import sys\nprint(3)\nsys.stdout = None\nlength = 1\n", "length", "'length' is a int, not"),
+    "class": ("class Grader:\n    pass\n", "Grader", "'Grader' is a class, not a function"),
+    "nothing": ("length = None\n", "length", "module 'graders' has no function 'length'"),
+    "method": (REWARD, "length.call", "module 'graders' has no function 'length.call'"),
+    "same": (
+        NO_TEXT + "def length(**kwargs):\n    raise Silent\n",
+        "length",
+        "'length' raised Silent: (Silent without",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_refuses_a_reward_module(refuses, case):
+    """In one line, with exit code 2, whatever the module does."""
+    text, name, expected = MODULES[case]
+    refuses("grpo", {"reward": f"graders:{name}"}, {"graders.py": text}, [expected])
+
+
+@pytest.mark.parametrize("name", [".graders:length", "..:x", "graders.length:x"])
+def test_refuses_names_that_are_no_module(refuses, name):
+    refuses("grpo", {"reward": name}, {}, [f"--reward {name}: cannot import module"])
+
+
+WANDERS = """
+import os, sys, tempfile
+import torch
+os.chdir(tempfile.mkdtemp())
+torch.set_grad_enabled(False)
+sys.stdout.close()
+
+class Silent(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+def length(completions, **kwargs):
+    os.chdir(tempfile.mkdtemp())
+    torch.set_grad_enabled(False)
+    sys.stdout.close()
+    return [float(len(each)) for each in completions]
+
+def fails(completions, log_extra, log_metric, **kwargs):
+    folder = tempfile.mkdtemp()
+    os.chdir(folder)
+    os.rmdir(folder)
+    circle = [1]
+    circle.append(circle)
+    for value in (None, b"x", "\\ud800", 10**30, circle, {}, Silent()):
+        log_extra("\\ud800", [value] * len(completions))
+    log_metric("\\ud800", 10**30)
+    if len(completions[0]) > 1:
+        raise Silent
+    return [0.0] * len(completions)
+"""
+
+
+def test_a_run_survives_its_rewards(run, workplace, monkeypatch):
+    (workplace / "graders.py").write_text(WANDERS)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(os.dup(1), "w"))
+    rewards = {
+        "reward": None,
+        "on_reward_error": "none",
+        "output_dir": "out",
+        "save_strategy": "steps",
+        "save_steps": "1",
+    }
+    assert run("grpo", "--reward", "graders:length", "graders:fails", "graders:length", **rewards) == 0
+    assert Path.cwd() == workplace
+    assert {"checkpoint-1", "completions", "model.safetensors"} <= {path.name for path in (workplace / "out").iterdir()}
+    state = json.loads((workplace / "out/checkpoint-1/trainer_state.json").read_text())
+    (log,) = state["log_history"]
+    assert log["rewards/length/mean"] == log["rewards/length_2/mean"] > 0 and log["rewards/length_2/failed"] == 0
 
 
 @pytest.fixture

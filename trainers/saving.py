@@ -76,7 +76,7 @@ class SavingTrainer(Trainer):
         self.saved_step = self.resumed_from = None
         self.metrics.clear()  # of a run of this trainer before
         if resume_from_checkpoint:
-            self.resumed_from = self._goes_on_from(resume_from_checkpoint)
+            self.resumed_from = os.path.abspath(self._goes_on_from(resume_from_checkpoint))
         if self.args.save_strategy == "no":
             return super().train(self.resumed_from, *args, **kwargs)
         with self.stop.listening(tells=self.args.local_process_index == 0):
