@@ -1,13 +1,16 @@
 """What the reward adapters share: others' functions called for one completion, and ours called by others."""
 
 import asyncio
+import copy
 import functools
 import inspect
-import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+# Float32's, in which rewards are learned from.
+LARGEST = (2**24 - 1) * 2**104
 
 
 def check_callable(argument: str, function: Any) -> None:
@@ -58,6 +61,16 @@ def plain(value: Any) -> Any:
     while isinstance(value, list | tuple) and len(value) == 1:
         value = plain(value[0])
     return value
+
+
+def _own(value: Any) -> Any:
+    """A copy, for a function that may change it; what cannot be copied as it is."""
+    if type(value) is dict:
+        return {key: _own(each) for key, each in value.items()}
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
 
 
 def number_or_none(value: Any) -> float | None:
@@ -126,9 +139,9 @@ class Ours:
         """What it returns, to be awaited if it is async, and what is to be made of that then."""
         called = Called(name_of(self.reward), len(texts), self.default)
         completions = [[{"role": "assistant", "content": text}] for text in texts] if self.chat else texts
-        own: dict[str, Any] = {"prompts": prompts, "completions": completions, "completion_ids": [None] * len(texts)}
-        own |= {"trainer_state": None, "log_extra": called.log_extra, "log_metric": called.log_metric}
-        return self.reward(**{**columns, **shared, **own}), called
+        given: dict[str, Any] = {**_own(columns), **shared, "prompts": _own(prompts), "completions": completions}
+        given |= {"completion_ids": [None] * len(texts), "trainer_state": None}
+        return self.reward(**given | {"log_extra": called.log_extra, "log_metric": called.log_metric}), called
 
 
 @dataclass
@@ -166,7 +179,7 @@ class Called:
         if value is None and self.default is None:
             raise ValueError(f"default must say what reward '{self.name}' is worth where it gives None")
         value = self.default if value is None else value
-        if not (isinstance(value, numbers.Real) and math.isfinite(value)):
+        if not (isinstance(value, numbers.Real) and abs(value) <= LARGEST):  # type: ignore[operator]
             raise ValueError(f"reward '{self.name}' must give finite numbers or None; got {value!r}")
         return float(value)
 

@@ -5,6 +5,7 @@ import functools
 import inspect
 import math
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -188,6 +189,23 @@ def test_ours_is_told_what_verl_tells():
     }
 
 
+def test_ours_changes_nothing_of_theirs():
+    def edits(prompts, completions, facts, **columns):
+        facts[0]["steps"].append("edited")
+        prompts.append("edited")
+        return [1.0]
+
+    lock = threading.Lock()
+    extra_info = {"facts": {"steps": ["one"]}, "lock": lock}
+    assert to_verl(edits)("s", "text", "42", extra_info) == 1.0
+    assert extra_info == {"facts": {"steps": ["one"]}, "lock": lock}
+    prompts, labels = ["p"], [{"steps": ["one"]}]
+    assert to_openrlhf(edits, column="facts")(["pq"], prompts, labels)["rewards"].tolist() == [1.0]
+    assert (prompts, labels) == (["p"], [{"steps": ["one"]}])
+    entry = {"question": "p", "answer": "a", "facts": {"steps": ["one"]}}
+    assert to_reasoning_gym(edits)("a", entry) == 1.0 and entry["facts"] == {"steps": ["one"]}
+
+
 def named(value):
     def short(**_):
         return value
@@ -210,7 +228,7 @@ def test_none_needs_a_default(make):
     assert once(named([0.0]), default=-1.0) == 0.0
     with pytest.raises(ValueError, match="default must say what reward 'short' is worth"):
         once(named([None]))
-    for wrong in (math.nan, math.inf, "good"):
+    for wrong in (math.nan, math.inf, 1e300, -(10**400), "good"):
         with pytest.raises(ValueError, match="reward 'short' must give finite numbers or None; got"):
             once(named([wrong]))
     for wrong in ([], [1.0, 2.0], 1.0, None):
