@@ -71,12 +71,43 @@ SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (_umask, os.umask),
     (_streams, _set_streams),
     *((partial(signal.getsignal, each), partial(signal.signal, each)) for each in SIGNALS),
+    (partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()), partial(signal.pthread_sigmask, signal.SIG_SETMASK)),
 ]
+
+
+@contextlib.contextmanager
+def _kept(number: int) -> Iterator[None]:
+    """An open file, which else the next one that is opened would take the place of, and get what is printed."""
+    spare = os.dup(number)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if not _are_same(number, spare):
+                os.dup2(spare, number)
+            os.close(spare)
+
+
+def _are_same(number: int, other: int) -> bool:
+    try:
+        return os.path.sameopenfile(number, other)
+    except OSError:  # it was closed
+        return False
 
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
     """Puts back what is changed inside."""
+    with contextlib.ExitStack() as files:
+        for number in (1, 2):
+            with contextlib.suppress(OSError):  # there is none
+                files.enter_context(_kept(number))
+        with _restored_settings():
+            yield
+
+
+@contextlib.contextmanager
+def _restored_settings() -> Iterator[None]:
     before = [read() for read, _ in SETTINGS]
     try:
         # An inference mode that was begun inside ends with this one alone, which also sets the mode of gradients.

@@ -342,6 +342,7 @@ LEFT_CHANGED = {
     "umask": lambda _: os.umask(0o777),
     "streams": lambda _: vars(sys).update(stdout=None, stderr=io.StringIO()),
     "Ctrl-C": lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    "blocked signals": lambda _: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}),
     "SIGTERM": lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN),
 }
 
@@ -380,6 +381,20 @@ def test_a_stream_that_was_closed_is_opened_anew(monkeypatch, capfd):
     call(closes)
     print("still here")
     assert capfd.readouterr().out == "still here\n"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("takes_its_place", [False, True])
+def test_a_file_that_was_closed_is_there_again(number, takes_its_place, capfd, tmp_path):
+    def closes(**kwargs):
+        os.close(number)
+        if takes_its_place:
+            assert os.open(tmp_path / "model", os.O_CREAT | os.O_WRONLY) == number
+        return [0.0] * 3
+
+    call(closes)
+    os.write(number, b"still here")
+    assert capfd.readouterr()[number - 1] == "still here"
 
 
 # What they log
