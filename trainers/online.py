@@ -147,8 +147,10 @@ def column_of(reward: str) -> str:
 
 def check_prompt_columns(name: str, dataset: Any) -> None:
     check_columns(name, dataset, "prompt")
-    for column in getattr(dataset, "column_names", None) or dataset[0]:
-        if column in REFUSED:
+    rows = dataset if isinstance(dataset, list | tuple) else ()  # which may differ
+    columns = set(getattr(dataset, "column_names", None) or dataset[0]).union(*rows)
+    for column in REFUSED:
+        if column in columns:
             raise ValueError(
                 f"{name} has a column '{column}', the name of something else that reward functions or the trainer get; "
                 "rename it"

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback, TrainerState
 
 import reward_functions as functions
@@ -624,8 +625,10 @@ def test_columns_that_would_hide_what_functions_get(trained, method, column):
     rows = [{**row, column: "mine"} for row in PROMPTS]
     with pytest.raises(ValueError, match=f"^train_dataset has a column '{column}', the name of something else"):
         trained(method, functions.length, rows)
-    with pytest.raises(ValueError, match=f"^eval_dataset has a column '{column}', the name of something else"):
-        trained(method, functions.length, [*PROMPTS, *rows], evaluated=rows)
+    with pytest.raises(ValueError, match=f"^train_dataset has a column '{column}', the name of something else"):
+        trained(method, functions.length, [*PROMPTS, *rows])
+    with pytest.raises(ValueError, match=rf"^eval_dataset\['a'\] has a column '{column}', the name of something else"):
+        trained(method, functions.length, evaluated={"a": Dataset.from_list(rows)})
 
 
 def test_a_run_stays_where_it_began(trained, tmp_path, monkeypatch):
