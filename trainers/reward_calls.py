@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, TypeAlias
 
+from transformers import TrainerState
 from transformers.utils import logging
 
 from .interrupts import Terminated
@@ -92,11 +93,16 @@ def _end_a_fork(process: int) -> None:
 
 
 def copied(value: Any) -> Any:
-    """`copy.deepcopy`, but fast for lists of numbers; what cannot be copied is passed on."""
+    """`copy.deepcopy`, but fast for lists of numbers and the logs of a long run; what cannot be copied is passed on."""
     if type(value) is list:
         return value.copy() if ATOMS.issuperset(map(type, value)) else [copied(each) for each in value]
     if type(value) is dict:
-        return {key: copied(each) for key, each in value.items()}
+        plain = ATOMS.issuperset(map(type, value.values()))
+        return value.copy() if plain else {key: copied(each) for key, each in value.items()}
+    if isinstance(value, TrainerState):
+        other = copy.copy(value)
+        vars(other).update(copied(vars(value)))
+        return other
     try:
         return copy.deepcopy(value)
     except Exception:
