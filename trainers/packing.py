@@ -277,25 +277,35 @@ def warn_of_batch_dependence(model: Any) -> None:
 
 def has_plain_masks(model: Any, other: str, alone: Tensor | None) -> bool:
     """Whether the attention of each layer is causal in the window that its function is told, whatever the length: what
-    `attend` computes. Found by the masks that the model asks for when its attention is `other` by another name, which
-    must not change what `probe` gives of each sequence alone."""
+    `attend` computes. Found by the masks that the model asks for, and uses, when its attention is `other` by another
+    name, which must not change what `probe` gives of each sequence alone."""
     asked: set[int | None] = set()
     told: set[int | None] = set()
+    made: list[Tensor | None] = []
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         asked.add(_window_of(kwargs["mask_function"]))
-        return ALL_MASK_ATTENTION_FUNCTIONS[other](*args, **kwargs)
+        made.append(ALL_MASK_ATTENTION_FUNCTIONS[other](*args, **kwargs))
+        return made[-1]
 
-    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        if not any(_equal(attention_mask, each) for each in made):
+            raise NotImplementedError("a mask that the model changed")
         window = kwargs.get("sliding_window")
         told.add(None if window is None or window >= FAR else window)
-        return ALL_ATTENTION_FUNCTIONS[other](module, *args, **kwargs)
+        return ALL_ATTENTION_FUNCTIONS[other](module, query, key, value, attention_mask, **kwargs)
 
     name = f"rlkernels_masks_of_{other}"
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     model.set_attn_implementation(name)
     return _same(probe(model, packed=False), alone) and told <= asked and len(told) > 0
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and one.equal(other))
 
 
 def _window_of(mask_function: Any) -> int | None:

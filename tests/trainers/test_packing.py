@@ -1,5 +1,7 @@
 """Sequences laid end to end: what the model is shown, and that it keeps them apart."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -197,6 +199,16 @@ def test_sequences_longer_than_windows_and_chunks_are_kept_apart(family):
             logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0, :-1].log_softmax(-1)
             alone = logits.gather(1, torch.tensor(sequence.input_ids)[1:, None])[:, 0]
             torch.testing.assert_close(part[:-1], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("Phimoe", "sliding_window"), ("Llama4", "attention_chunk_size"), ("Doge", "keep_window_size")]
+)
+def test_masks_of_another_kind_are_not_done_by_sequence_whatever_they_are_called(family, name, monkeypatch):
+    """And however far they reach: they are not narrowed here, and longer than what the model is tried on."""
+    monkeypatch.setattr(packing, "WIDTH", re.compile("(?!)"))
+    model = tiny(family, FAMILIES[family][1] | {name: 5000})
+    assert packing.prepare_packing(model, CPU) and not model.config._attn_implementation.startswith("rlkernels")
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
