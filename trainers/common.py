@@ -52,6 +52,7 @@ COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "ma
 # In a checkpoint: of a reference with adapters, the part that the model has trained since.
 REFERENCE_ADAPTERS = "reference_adapters.pth"
 SETTINGS = "settings.json"
+REFERENCE = "reference"
 
 
 class NonFiniteLoss(RuntimeError):
@@ -381,6 +382,9 @@ class BaseTrainer(SavingTrainer):
         # Without its adapters a model whose biases are trained with them is not what it was.
         is_kept = peft_config is None or getattr(peft_config, "bias", "none") != "none"
         self.has_own_reference = needs_reference and (ref_model is not None or is_kept)
+        self.reference_is = (
+            None if not needs_reference else "the model of the start" if ref_model is None else "ref_model"
+        )
         reference = None
         if self.has_own_reference:
             refuse_zero3("a reference model")
@@ -665,13 +669,14 @@ class BaseTrainer(SavingTrainer):
     # What rows a step learns from depends on its number and on these alone.
 
     def settings(self) -> dict[str, Any]:
-        """By name, what the order of rows depends on."""
+        """By name, what the order of rows depends on, and where the reference is from."""
         names = ("per_device_train_batch_size", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
         return {
             **{name: getattr(self.args, name, None) for name in names},
             "gradient_accumulation_steps": self.accumulation_steps,
             "processes": self.args.world_size,
             "rows of train_dataset": len(self.train_dataset),
+            REFERENCE: self.reference_is,
         }
 
     def changed(self, checkpoint: str | Path) -> list[str]:
@@ -706,8 +711,12 @@ class BaseTrainer(SavingTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        order = BaseTrainer.settings(self)
-        if changed := [each for each in self.changed(checkpoint) if each.partition(" (was")[0] in order]:
+        changed = [
+            each for each in self.changed(checkpoint) if each.partition(" (was")[0] in BaseTrainer.settings(self)
+        ]
+        if of_reference := [each for each in changed if each.startswith(REFERENCE)]:
+            logger.warning(f"{checkpoint} is of a run with another {of_reference[0]}")
+        if changed := [each for each in changed if each not in of_reference]:
             logger.warning(
                 f"{checkpoint} is of a run with another {', '.join(changed)}: its steps count, and this run goes on in "
                 f"the data where {self.state.global_step} steps of its own would have ended"

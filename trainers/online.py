@@ -312,10 +312,10 @@ class OnlineTrainer(BaseTrainer):
             self._saved_rows = None
         if step == 0 or self.rollouts is None:
             if step:
-                others = ", ".join(self._changed) or "steps per batch of completions"
+                why = f"those of the checkpoint are of another {', '.join(self._changed)}"
                 logger.warning(
-                    f"step {self.state.global_step + 1}: this step's prompts are completed anew, since the completions "
-                    f"of the checkpoint are of another {others}"
+                    f"step {self.state.global_step + 1}: this step's prompts are completed anew, since "
+                    f"{why if self._changed else 'the checkpoint holds no completions for it'}"
                 )
             with self.stop.while_doing("sampling completions and their rewards"):
                 self.rollouts, self.completions_step = self.roll_out(inputs), self.state.global_step

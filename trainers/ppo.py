@@ -406,4 +406,4 @@ class PPOTrainer(OnlineTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and self.args.adap_kl_ctrl:
-            self.kl_coef = json.loads((Path(checkpoint) / KL_COEF).read_text())
+            self.kl_coef = float(json.loads((Path(checkpoint) / KL_COEF).read_text()))

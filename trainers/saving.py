@@ -184,6 +184,10 @@ class SavingTrainer(Trainer):
         if not isinstance(optimizer, torch.optim.Optimizer):  # of DeepSpeed
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        if not self.is_fsdp_enabled:
+            for name in ("optimizer.pt", "scheduler.pt"):  # without which the Trainer goes on with new ones
+                if not (Path(checkpoint) / name).is_file():
+                    raise checkpoints.BadCheckpoint(checkpoint, f"it has no {name}")
         hook = optimizer.register_load_state_dict_pre_hook(look)
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -268,6 +272,8 @@ class SavingTrainer(Trainer):
 
     @reads("its random states")
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.args.world_size == checkpoints.processes(Path(checkpoint)) == 1:
+            (Path(checkpoint) / "rng_state.pth").stat()  # where there is none the Trainer says so and goes on
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             place = np.random.get_state(legacy=False)["state"]["pos"]

@@ -616,6 +616,26 @@ def test_a_part_of_sharded_weights_that_lacks_some_is_refused(saved, make_model)
         assert why in refused(make(), folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("optimizer.pt", ": it has no optimizer.pt"),
+        ("scheduler.pt", ": it has no scheduler.pt"),
+        ("rng_state.pth", ": its random states cannot be loaded: FileNotFoundError: "),
+        ("trainer_state.json", ": its trainer_state.json cannot be read: FileNotFoundError: "),
+        ("model.safetensors", ": its weights cannot be loaded: ValueError: Can't find a valid checkpoint"),
+        ("completions.json", ": its completions cannot be loaded: FileNotFoundError: "),
+    ],
+)
+def test_what_is_left_out_is_missed(saved, name, why):
+    """Also where the manifest does not list it; the Trainer would go on with a new one."""
+    make, folder = saved
+    for file in (name, c.MANIFEST):
+        (folder / file).unlink()
+    c.seal(folder)
+    assert f"{folder}{why}" in refused(make(), folder)
+
+
 def test_a_reference_that_lacks_weights_is_refused(saved):
     """It would be filled up with random numbers."""
     make, folder = saved

@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import rlkernels.ops.preference_loss as op
 from cases import thorough
-from rlkernels.trainers import DPOConfig, DPOTrainer, configs, dpo, reference_cache, reporting, scoring
+from rlkernels.trainers import DPOConfig, DPOTrainer, common, configs, dpo, reference_cache, reporting, scoring
 from rlkernels.trainers.reference_cache import hash_model
 
 PAIRS = [
@@ -181,6 +181,16 @@ def test_adapters_that_it_was_given_are_the_reference(make_trainer, make_model, 
     resumed = make_trainer(model, output_dir=str(tmp_path / "resumed"), **options)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert history(resumed) == history(whole)
+
+
+def test_another_reference_than_the_first_run_had_is_told(make_trainer, make_model, tmp_path, monkeypatch):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(ref_model=make_model(seed=3), **options).train()
+    warnings: list[str] = []
+    monkeypatch.setattr(common.logger, "warning", warnings.append)
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    make_trainer(output_dir=str(tmp_path / "again"), **options).train(resume_from_checkpoint=checkpoint)
+    assert f"{checkpoint} is of a run with another reference (was ref_model, is the model of the start)" in warnings
 
 
 def test_adapters_of_another_scale_are_another_reference(make_model):
