@@ -1,6 +1,7 @@
 """Datasets of the command line. Local files are read here rather than by `load_dataset`, which does not say which line
 or row is wrong, and gives a column one type, to which it changes what is in the file."""
 
+import contextlib
 import csv
 import json
 import math
@@ -43,7 +44,8 @@ def load_split(path: str, configuration: str | None, split: str) -> Any:
     if not path:
         raise ValueError(f"want a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, a folder or a name; got ''")
     file = local_file(Path(path), split)
-    if file is None:
+    files = files_of_others(Path(path), configuration, split) if file is None else [file]
+    if not files:
         from datasets import load_dataset
 
         try:
@@ -52,13 +54,11 @@ def load_split(path: str, configuration: str | None, split: str) -> Any:
             raise
         except Exception as error:  # each format raises what it likes
             raise ValueError(f"{type(error).__name__}: {error}") from error
+    elif files[0].suffix == ".parquet":
+        with naming(files[0], path):
+            rows = read_parquet(files[0])
     else:
-        try:
-            rows = read_rows(file)
-        except ValueError as error:
-            if file == Path(path):
-                raise
-            raise ValueError(f"{file.name}: {error}") from error
+        rows = Rows(read_texts(files, path))
     if len(rows) == 0:
         raise ValueError(f"the split '{split}' has no rows")
     return rows
@@ -81,23 +81,53 @@ def local_file(path: Path, split: str) -> Path | None:
     return None
 
 
-def read_rows(file: Path) -> Any:
-    if file.suffix == ".parquet":
-        import pyarrow.parquet
-        from datasets import Dataset
+def files_of_others(folder: Path, configuration: str | None, split: str) -> list[Path]:
+    """The files of a folder, named otherwise, that `load_dataset` takes for a split. None if it is to read them: there
+    is a card, which may say how, or they are neither CSV nor JSON lines."""
+    if not folder.is_dir() or configuration is not None or (folder / "README.md").exists():
+        return []
+    from datasets import load_dataset_builder
 
-        try:
-            return Dataset(pyarrow.parquet.read_table(file))
-        except (NotImplementedError, LookupError, TypeError) as error:  # of kinds of columns
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-    readers = {".jsonl": read_lines, ".json": read_list, ".csv": read_csv}
-    if file.suffix not in readers:
-        raise ValueError(f"want a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-    return Rows(readers[file.suffix](file))
+    try:
+        found = load_dataset_builder(str(folder)).config.data_files or {}
+    except Exception:  # `load_dataset` raises it again
+        return []
+    files = [Path(file) for name, each in found.items() if str(name) == split for file in each]
+    return files if {file.suffix for file in files} <= {".csv", ".jsonl"} else []
+
+
+@contextlib.contextmanager
+def naming(file: Path, given: str) -> Iterator[None]:
+    """Says which file an error is of, where it was not named."""
+    try:
+        yield
+    except ValueError as error:
+        if file == Path(given):
+            raise
+        raise ValueError(f"{file.name}: {error}") from error
+
+
+def read_parquet(file: Path) -> Any:
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        return Dataset(pyarrow.parquet.read_table(file))
+    except (NotImplementedError, LookupError, TypeError) as error:  # of kinds of columns
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 Texts = Iterator[tuple[bytes, Iterable[str]]]
 """Rows as JSON, and the names of their columns."""
+
+
+def read_texts(files: list[Path], given: str) -> Texts:
+    readers = {".jsonl": read_lines, ".json": read_list, ".csv": read_csv}
+    for file in files:
+        with naming(file, given):
+            if file.suffix not in readers:
+                raise ValueError(f"want a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+            yield from readers[file.suffix](file)
 
 
 def read_lines(file: Path) -> Texts:

@@ -313,6 +313,22 @@ def test_csv_is_text(workplace):
     assert list(rows) == [{"x": field, "0": str(i)} for i, field in enumerate(fields, 1)]
 
 
+def test_files_of_other_names_are_read_alike(workplace):
+    """Those that `load_dataset` takes for the split, in its order."""
+    (workplace / "data").mkdir()
+    for name, text in (("a", '{"x": {"a": 1}}\n'), ("b", '{"x": {"b": "2"}}\n'), ("test", '{"x": 0}\n')):
+        (workplace / f"data/{name}-0.jsonl").write_text(text)
+    (workplace / "texts").mkdir()
+    (workplace / "texts/any.csv").write_text("x\n007\n")
+    assert list(cli_data.load_split("texts", None, "train")) == [{"x": "007"}]
+    assert list(cli_data.load_split("data", None, "test")) == [{"x": 0}]
+    (workplace / "data/test-0.jsonl").unlink()
+    assert list(cli_data.load_split("data", None, "train")) == [{"x": {"a": 1}}, {"x": {"b": "2"}}]
+    (workplace / "data/b-0.jsonl").write_text("{}\n{")
+    with pytest.raises(ValueError, match=r"^b-0\.jsonl: line 2: "):
+        cli_data.load_split("data", None, "train")
+
+
 @pytest.mark.parametrize("name, text", [("x.jsonl", '\r\n{"x": "a"}\r\n \n{"x": "b"}'), ("x.csv", "\r\nx\r\na\r\n\nb")])
 def test_marks_and_empty_lines_are_no_data(workplace, name, text):
     Path(name).write_bytes(b"\xef\xbb\xbf" + text.encode())
