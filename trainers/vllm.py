@@ -115,11 +115,9 @@ def _token_ids(choice: Any, place: str, name: str) -> list[int]:
 
 
 def _logprob(value: Any) -> float:
-    if value is None:
-        return math.nan
-    if type(value) not in (int, float):
+    if value is not None and type(value) not in (int, float):
         raise ValueError(f"choices[0].logprobs.token_logprobs must be a list of numbers; got {value!r:.60} in it")
-    return float(value) if value > NO_LOGPROB else math.nan
+    return float(value) if value is not None and value > NO_LOGPROB else math.nan
 
 
 class VLLMEngine:
