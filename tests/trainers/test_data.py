@@ -191,8 +191,9 @@ def test_numbers_of_csv_are_text(tokenizer):
     rows = [{"chosen": "ab", "rejected": "ac", "margin": margin} for margin in ("0.5", "-1e-3")]
     tokenize = partial(reward_pair, tokenizer)
     assert prepare("train_dataset", rows, tokenize, keep=("margin",))["margin"] == [0.5, -1e-3]
-    with pytest.raises(ValueError, match=r"^train_dataset, row 2: margin must be a finite number; got 'much'$"):
-        prepare("train_dataset", [*rows, {**rows[0], "margin": "much"}], tokenize, keep=("margin",))
+    for margin in ("much", ""):
+        with pytest.raises(ValueError, match=rf"^train_dataset, row 2: margin must be a finite number; got '{margin}'$"):
+            prepare("train_dataset", [*rows, {**rows[0], "margin": margin}], tokenize, keep=("margin",))
 
 
 def test_a_column_of_the_same_name(tokenizer):
