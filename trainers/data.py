@@ -43,6 +43,7 @@ def prepare(
     *,
     columns: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
     limits: Limits | None = None,
     num_proc: int | None = None,
 ) -> Dataset:
@@ -54,7 +55,8 @@ def prepare(
         keep        columns of finite numbers, as they are; None if the dataset has no such column
 
     Rows for which it gives None, as nothing can be learned from them, are left out. All rows are read now: a wrong one
-    is known before the training starts. A dataset that was made here is given back.
+    is known before the training starts. A dataset that was made here is given back. A warning tells of rows in which a
+    special token of the tokenizer, if it is given, stands twice.
 
     Raises:
         TypeError, ValueError: naming the dataset, if it is no sequence of rows, or without one of `columns`; and the
@@ -81,6 +83,7 @@ def prepare(
             "_row_id": index,
             "sequences": [vars(sequence) for sequence in sequences],
             "num_tokens": sum(map(len, sequences)),
+            "doubled": any(is_doubled(tokenizer, sequence.input_ids) for sequence in sequences),
             **dict.fromkeys(keep),
             **kept,
         }
@@ -89,6 +92,7 @@ def prepare(
         _row_id=Value("int64"),
         sequences=List({"input_ids": TOKENS, "labels": TOKENS}),
         num_tokens=Value("int64"),
+        doubled=Value("bool"),
         **{column: Value("float64") for column in keep},
     )
     # A transform of the user's would go on to change what is found.
@@ -109,6 +113,13 @@ def prepare(
         new_fingerprint=fingerprint,
         desc=f"Tokenizing {name}",
     )
+    doubled = [index for index, is_one in enumerate(rows["doubled"]) if is_one]
+    rows = rows.remove_columns("doubled")
+    if doubled:
+        logger.warning(
+            f"{name}: in {len(doubled)} of {len(rows)} rows, the first of them row {doubled[0]}, the token that begins "
+            "or ends a sequence stands there twice: the text or the trainer writes it, and the tokenizer adds it."
+        )
     kept = [index for index, count in enumerate(rows["num_tokens"]) if count]
     if not kept:
         raise ValueError(f"{name}: none of its {len(rows)} rows has a token to learn from that max_length leaves")
@@ -120,6 +131,13 @@ def prepare(
 
 def _read_at(read: Callable[[Row, int], Row], dataset: Any, row: Row, index: int) -> Row:
     return read(dataset[index], index)
+
+
+def is_doubled(tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> bool:
+    """Whether tokens begin with two beginning-of-sequence tokens, or end with two end-of-sequence tokens."""
+    if tokenizer is None or len(ids) < 2:
+        return False
+    return ids[0] == ids[1] == tokenizer.bos_token_id or ids[-2] == ids[-1] == tokenizer.eos_token_id
 
 
 def _number(column: str, value: Any) -> float:
@@ -159,7 +177,12 @@ def check_prompts(
 ) -> None:
     """Refuses, by a ValueError that names it, a row whose prompt is neither text nor messages, or not what the first
     row's is; one that with a completion of that many tokens is beyond `limits`; and one that any of `others` refuses.
-    Prompts are encoded only if some could be beyond."""
+    Prompts are encoded only if some could be beyond. Warnings tell of text that begins with the token that the
+    tokenizer puts before it, and of a tokenizer that ends prompts."""
+    ids = tokenizer("a")["input_ids"]
+    begins, ends = (len(ids) > 1 and ids[0] == tokenizer.bos_token_id), ids[1:][-1:] == [tokenizer.eos_token_id]
+    doubled: list[int] = []
+    ended: list[int] = []
     is_plain = isinstance(dataset, Dataset) and dataset.format["type"] != "custom"
     prompts = dataset.with_format(None)["prompt"] if is_plain else (dataset[i]["prompt"] for i in range(len(dataset)))
     chat = None
@@ -167,6 +190,9 @@ def check_prompts(
         try:
             if not isinstance(prompt, str) and not _messages("prompt", prompt):
                 raise ValueError("prompt must have messages; got none")
+            if isinstance(prompt, str):
+                doubled += [index] * (begins and prompt.startswith(tokenizer.bos_token))
+                ended += [index] * ends
             chat = is_chat(prompt) if chat is None else chat
             if is_chat(prompt) != chat:
                 raise ValueError(f"prompt must be {'messages' if chat else 'text'}, as row 0 has; got {_short(prompt)}")
@@ -177,6 +203,13 @@ def check_prompts(
         except Exception as error:  # chat templates raise what they like
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{name}, row {index}: {kind}{error}") from error
+
+    for rows, fault in (
+        (doubled, f"begin with {tokenizer.bos_token!r} twice: the text holds it, and the tokenizer adds it"),
+        (ended, f"end with {tokenizer.eos_token!r}, which the tokenizer adds: completions follow an end"),
+    ):
+        if rows:
+            logger.warning(f"{name}: {len(rows)} of {len(dataset)} prompts, the first of them row {rows[0]}, {fault}.")
 
 
 class Packed(data.Dataset):

@@ -90,11 +90,11 @@ class DPOTrainer(BaseTrainer):
         if ref_model is not None and not precompute:
             ref_model = self.load(ref_model, args)
         read_by = [each for each in (model, ref_model) if isinstance(each, nn.Module)]
+        tokenizer = processing_class or load_tokenizer(model, args)
         self.prepared = partial(
             prepare,
-            tokenize=partial(
-                preference_pair, processing_class or load_tokenizer(model, args), max_length=args.max_length
-            ),
+            tokenize=partial(preference_pair, tokenizer, max_length=args.max_length),
+            tokenizer=tokenizer,
             columns=("chosen", "rejected"),
             limits=Limits.of(*read_by),
             num_proc=args.dataset_num_proc,

@@ -76,9 +76,11 @@ class RewardTrainer(BaseTrainer):
             peft_config.task_type = "SEQ_CLS"
         # Before the Trainer, which makes the output folder.
         model = self.load(model, args)
+        tokenizer = processing_class or load_tokenizer(model, args)
         self.prepared = partial(
             prepare,
-            tokenize=partial(reward_pair, processing_class or load_tokenizer(model, args), max_length=args.max_length),
+            tokenize=partial(reward_pair, tokenizer, max_length=args.max_length),
+            tokenizer=tokenizer,
             columns=("chosen", "rejected"),
             keep=("margin",),
             limits=Limits.of(model),

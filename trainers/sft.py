@@ -59,16 +59,23 @@ class SFTTrainer(BaseTrainer):
         refuse_prompt_learning("peft_config", peft_config)
         # Before the Trainer, which makes the output folder.
         model = self.load(model, args)
+        tokenizer = processing_class or load_tokenizer(model, args)
         tokenize = partial(
             supervised,
-            processing_class or load_tokenizer(model, args),
+            tokenizer,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
             text_field=args.dataset_text_field,
         )
-        self.prepared = partial(prepare, tokenize=tokenize, limits=Limits.of(model), num_proc=args.dataset_num_proc)
+        self.prepared = partial(
+            prepare,
+            tokenize=tokenize,
+            tokenizer=tokenizer,
+            limits=Limits.of(model),
+            num_proc=args.dataset_num_proc,
+        )
         train_dataset = self.prepared("train_dataset", train_dataset)
         super().__init__(
             model,

@@ -1,5 +1,6 @@
 """Rows of each format to token ids and labels: those of TRL, and what is left out or refused."""
 
+import copy
 import math
 import os
 from functools import partial
@@ -8,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
+from rlkernels.trainers import data
 from rlkernels.trainers.data import check_prompts, preference_pair, prepare, reward_pair, sequences_of, supervised
 from rlkernels.trainers.limits import Limits
 from rlkernels.trainers.packing import Sequence
@@ -192,7 +195,9 @@ def test_numbers_of_csv_are_text(tokenizer):
     tokenize = partial(reward_pair, tokenizer)
     assert prepare("train_dataset", rows, tokenize, keep=("margin",))["margin"] == [0.5, -1e-3]
     for margin in ("much", ""):
-        with pytest.raises(ValueError, match=rf"^train_dataset, row 2: margin must be a finite number; got '{margin}'$"):
+        with pytest.raises(
+            ValueError, match=rf"^train_dataset, row 2: margin must be a finite number; got '{margin}'$"
+        ):
             prepare("train_dataset", [*rows, {**rows[0], "margin": margin}], tokenize, keep=("margin",))
 
 
@@ -343,3 +348,44 @@ def test_wrong_prompts(prompt, message, tokenizer):
     first = say("hi") if isinstance(prompt, list) or prompt == "ab" else "hi"
     with pytest.raises(ValueError, match=f"^eval_dataset, row 1: {message}$"):
         check_prompts("eval_dataset", [{"prompt": first}, {"prompt": prompt}], tokenizer, Limits(67, None), 6)
+
+
+@pytest.fixture
+def adding(tokenizer):
+    """A tokenizer that begins and ends what it encodes."""
+    own = copy.deepcopy(tokenizer)
+    own.bos_token = "B"
+    tokens = [("B", own.bos_token_id), ("<eos>", own.eos_token_id)]
+    own.backend_tokenizer.post_processor = TemplateProcessing(single="B $A <eos>", special_tokens=tokens)
+    return own
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    said = []
+    monkeypatch.setattr(data.logger, "warning", said.append)
+    return said
+
+
+def test_special_tokens_that_stand_twice(tokenizer, adding, warnings):
+    rows = [{"input_ids": [3, 4]}, {"text": "Bab"}, {"text": "cd"}]  # of text the trainer writes the end
+    prepare("train_dataset", rows, partial(supervised, adding), tokenizer=adding)
+    prepare("train_dataset", rows, partial(supervised, tokenizer), tokenizer=tokenizer)
+    (said,) = warnings
+    assert said.startswith("train_dataset: in 2 of 3 rows, the first of them row 1, the token that begins or ends")
+
+
+def test_special_tokens_of_prompts(tokenizer, adding, warnings):
+    rows = [{"prompt": prompt} for prompt in ("ab", "Bab", "Bc")]
+    check_prompts("train_dataset", rows, tokenizer, Limits(67, None), 6)
+    assert not warnings
+    check_prompts("train_dataset", rows, adding, Limits(67, None), 6)
+    assert warnings == [
+        "train_dataset: 2 of 3 prompts, the first of them row 1, begin with 'B' twice: the text holds it, and the "
+        "tokenizer adds it.",
+        "train_dataset: 3 of 3 prompts, the first of them row 0, end with '<eos>', which the tokenizer adds: "
+        "completions follow an end.",
+    ]
+    warnings.clear()
+    check_prompts("train_dataset", [{"prompt": say("Bab")}], adding, Limits(67, None), 6)
+    assert not warnings  # a template writes all by itself
