@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.testing._internal.two_tensor import TwoTensor
 
+from cases import thorough
 from op_cases import CASES
 from rlkernels.ops import _registry
 
@@ -169,7 +170,7 @@ def test_forward_mode_is_right_or_refused(backend, device, name):
 
 
 @pytest.mark.only("cpu")
-@pytest.mark.parametrize("name", ["token_logprobs", "kl_penalty", "gae", "masked_whiten"])
+@pytest.mark.parametrize("name", ["kl_penalty", *map(thorough, ("token_logprobs", "gae", "masked_whiten"))])
 def test_forward_mode_is_refused_under_compile(backend, device, name):
     case = case_of(name, device)
     key, value = next(iter({**case.differentiable, **case.data}.items()))
@@ -241,7 +242,7 @@ def resized(case, lengths):
 
 
 @pytest.mark.only("cpu")
-@pytest.mark.parametrize("name", ["gae, packed", "linear_policy_loss, packed"])
+@pytest.mark.parametrize("name", [thorough("gae, packed"), "linear_policy_loss, packed"])
 def test_compiled_for_any_number_of_sequences(backend, device, name):
     """Sizes become symbols at the second call."""
     case = CASES[name]
