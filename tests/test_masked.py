@@ -174,6 +174,14 @@ def test_elements_of_any_size(backend, device, size, unbiased):
         assert_mean_matches(x, mask, 1)
 
 
+@pytest.mark.parametrize("options", [{}, dict(unbiased=False, eps_floor=True)], ids=["", "floor"])
+def test_float64_of_any_size(backend, device, options):
+    """Also where the squares of their deviations overflow."""
+    x, mask = random((3, 200), device, torch.float64, garbage=0.0)
+    near = masked_whiten(x, mask, eps=1e-300, **options)
+    torch.testing.assert_close(masked_whiten(x * 2.0**700, mask, **options), near, rtol=1e-13, atol=0)
+
+
 def test_the_largest_floats(backend, device):
     """Their sums overflow, and so do their differences, and 1 / std has lost digits."""
     largest = torch.finfo(torch.float32).max

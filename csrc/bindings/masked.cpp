@@ -45,14 +45,14 @@ Tensor masked_moments(Tensor x, std::optional<Tensor> mask) {
   double* const out = moments.mutable_data_ptr<double>();
   out[0] = total.count;
   out[1] = total.mean;
-  out[2] = total.squares;
+  out[2] = std::sqrt(total.squares);
   return moments;
 }
 
 Tensor masked_whiten(Tensor x, std::optional<Tensor> mask, Tensor moments, bool shift_mean, double eps, bool unbiased,
                      bool eps_floor) {
   const double* const m = moments.const_data_ptr<double>();
-  const Whitening whitening = whitening_of({m[0], m[1], m[2]}, shift_mean, eps, unbiased, eps_floor);
+  const Whitening whitening = whitening_of({m[0], m[1], m[2] * m[2]}, shift_mean, eps, unbiased, eps_floor);
   const Masked problem = masked(x, mask, 1, x.numel());
   Tensor whitened = empty_floats(x.sizes());
   with_kernels<MaskedKernels>([&](auto kernels) {

@@ -89,7 +89,7 @@ def _moments_kernel(parts, moments, blocks: tl.int64, PARTS: tl.constexpr):
         squares += tl.load(parts + 2 * blocks + part, mask=inside, other=0.0) + size * distance * distance
     tl.store(moments, count)
     tl.store(moments + 1, mean)
-    tl.store(moments + 2, tl.sum(squares, 0))
+    tl.store(moments + 2, tl.sqrt(tl.sum(squares, 0)))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -111,7 +111,8 @@ def _whiten_kernel(
     inside = element < count
     scored, value = _scored_values(x, mask, element, inside)
 
-    squares = tl.load(moments + 2)
+    root_of_squares = tl.load(moments + 2)
+    squares = root_of_squares * root_of_squares
     unit = whitening_unit(squares)
     # The mean in two floats, whose difference from an element keeps its digits also where the mean is large.
     mean = tl.load(moments + 1)
