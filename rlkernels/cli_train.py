@@ -397,7 +397,11 @@ def train(name: str, arguments: list[str]) -> None:
     made = [folder.absolute() for folder in make_folder(Path(config.output_dir))]
 
     def told(text: object) -> str:
-        return str(text).replace(str(output_dir), str(Path(config.output_dir)))  # as the user gave it
+        """With paths as the user gave them."""
+        for given in (checkpoint, config.output_dir):
+            if isinstance(given, str):
+                text = str(text).replace(os.path.abspath(given), str(Path(given)))
+        return str(text)
 
     try:
         trainer = checked(build, run.model, *rewards, config, train_dataset, eval_dataset, **options)

@@ -27,6 +27,7 @@ from .common import check_columns
 from .limits import Limits
 from .packing import IGNORE, Sequence
 from .rollout import encode, is_chat
+from .templates import apply_chat_template
 
 logger = logging.get_logger(__name__)
 
@@ -177,8 +178,8 @@ def check_prompts(
 ) -> None:
     """Refuses, by a ValueError that names it, a row whose prompt is neither text nor messages, or not what the first
     row's is; one that with a completion of that many tokens is beyond `limits`; and one that any of `others` refuses.
-    Prompts are encoded only if some could be beyond. Warnings tell of text that begins with the token that the
-    tokenizer puts before it, and of a tokenizer that ends prompts."""
+    The first prompt is encoded, the others only if some could be beyond. Warnings tell of text that begins with the token
+    that the tokenizer puts before it, and of a tokenizer that ends prompts."""
     ids = tokenizer("a")["input_ids"]
     begins, ends = (len(ids) > 1 and ids[0] == tokenizer.bos_token_id), ids[1:][-1:] == [tokenizer.eos_token_id]
     doubled: list[int] = []
@@ -196,7 +197,7 @@ def check_prompts(
             chat = is_chat(prompt) if chat is None else chat
             if is_chat(prompt) != chat:
                 raise ValueError(f"prompt must be {'messages' if chat else 'text'}, as row 0 has; got {_short(prompt)}")
-            if prompt == "" or not limits.fit(tokenizer):
+            if index == 0 or prompt == "" or not limits.fit(tokenizer):
                 limits.check(encode(tokenizer, [prompt], chat_template_kwargs)[0], completion)
             for check in others:
                 check(prompt)
@@ -447,7 +448,7 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], ro
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     options |= {"tools": tools, **row.get("chat_template_kwargs", {})}
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return apply_chat_template(tokenizer, messages, tokenize=True, return_dict=True, **options)
 
 
 def _common(one: Any, other: Any) -> int:

@@ -11,6 +11,7 @@ from .configs import OnlineConfig
 from .limits import Limits
 from .packing import Sequence, fill_by_length, lay_out, prepare_packing
 from .rollout import encode, is_chat
+from .templates import apply_chat_template
 
 
 class RewardModel:
@@ -69,7 +70,7 @@ class RewardModel:
         pairs = list(zip(prompts, completions, strict=True))
         if is_chat(prompts[0]):
             messages = [prompt + completion for prompt, completion in pairs]
-            return self.own_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+            return apply_chat_template(self.own_tokenizer, messages, tokenize=True, return_dict=True)["input_ids"]
         rows = self.own_tokenizer([prompt + completion for prompt, completion in pairs])["input_ids"]
         end = self.own_tokenizer.eos_token_id
         ended = [ids[-1] == self.tokenizer.eos_token_id and end is not None for ids in completion_ids]

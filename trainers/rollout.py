@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .limits import Limits
 from .packing import IGNORE, Sequence
 from .sampling import Decoder, is_sharded, reduced, row_seed, uniform
+from .templates import apply_chat_template
 
 
 class RolloutError(ValueError):
@@ -141,9 +142,11 @@ def is_chat(prompt: Any) -> bool:
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: list, chat_template_kwargs: Any) -> list[list[int]]:
     if is_chat(prompts[0]):
-        encoded = tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-        )
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **(chat_template_kwargs or {})}
+        try:
+            encoded = apply_chat_template(tokenizer, prompts, **options)
+        except Exception as error:  # templates raise what they like
+            raise RolloutError(f"{type(error).__name__}: {error}") from error
     else:
         encoded = tokenizer(prompts)
     for prompt, ids in zip(prompts, encoded["input_ids"], strict=True):

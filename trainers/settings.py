@@ -23,6 +23,12 @@ def _set_folder(folder: str | None) -> None:
         os.chdir(folder)
 
 
+def _set_device(device: torch.device) -> None:
+    torch.set_default_device(None)  # one that is set slows every call of PyTorch down, also where it is the usual one
+    if torch.get_default_device() != device:
+        torch.set_default_device(device)
+
+
 def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
@@ -63,7 +69,7 @@ SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     *((partial(torch.is_autocast_enabled, each), partial(torch.set_autocast_enabled, each)) for each in DEVICES),
     (_autocast_depth, _set_autocast_depth),
     (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, torch.set_default_device),
+    (torch.get_default_device, _set_device),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import signal
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from rlkernels.trainers import data
+from rlkernels.trainers import data, templates
 from rlkernels.trainers.data import check_prompts, preference_pair, prepare, reward_pair, sequences_of, supervised
 from rlkernels.trainers.limits import Limits
 from rlkernels.trainers.packing import Sequence
@@ -389,3 +390,27 @@ def test_special_tokens_of_prompts(tokenizer, adding, warnings):
     warnings.clear()
     check_prompts("train_dataset", [{"prompt": say("Bab")}], adding, Limits(67, None), 6)
     assert not warnings  # a template writes all by itself
+
+
+FOREVER = (
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_that_does_not_end(tokenizer, monkeypatch):
+    """Rows and prompts are refused; nothing waits for it, and the alarm of before rings as it would have."""
+    monkeypatch.setattr(templates, "SECONDS", 0.1)
+    monkeypatch.setattr(tokenizer, "chat_template", FOREVER)
+    rang: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    try:
+        message = r"row 0: TimeoutError: the chat template has not ended after 0.1 s$"
+        with pytest.raises(ValueError, match=f"^train_dataset, {message}"):
+            prepare("train_dataset", [{"messages": say("a", "b")}], partial(supervised, tokenizer))
+        with pytest.raises(ValueError, match=f"^eval_dataset, {message}"):
+            check_prompts("eval_dataset", [{"prompt": say("a")}], tokenizer, Limits(68, None), 6)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        signal.raise_signal(signal.SIGALRM)
+        assert rang == [1]
+    finally:
+        signal.signal(signal.SIGALRM, before)

@@ -369,6 +369,7 @@ def test_settings_of_the_process_are_put_back(kind, tmp_path):
     before = state()
     RewardFunctions([changes, notes], on_error="none")({**ROWS, "completions": ["2", "5", "six"]})
     assert state() == before and seen == [before]
+    assert torch._C._len_torch_function_stack() == 0  # as where a default device is set
 
 
 def test_a_stream_that_was_closed_is_opened_anew(monkeypatch, capfd):
