@@ -215,8 +215,8 @@ class FolderInUse(CheckpointError):
 
 
 class Lock:
-    """Of a folder that a run writes into: held by one at a time, and given back by the kernel however the run ends.
-    Whoever holds it may take it again."""
+    """A lock on a folder that a run writes into. One run holds it at a time, and the kernel gives it back however the
+    run ends. Whoever holds it may take it again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / ".lock"

@@ -389,7 +389,7 @@ class BaseTrainer(SavingTrainer):
         if self.has_own_reference:
             refuse_zero3("a reference model")
             reference = copy.deepcopy(model) if ref_model is None else self.load(ref_model, args)
-            #: Of a model that is given with adapters, what a checkpoint holds of the reference.
+            #: What a checkpoint holds of a reference with adapters: what the model trains.
             self.adapter_names = [name for name, weight in model.named_parameters() if weight.requires_grad]
             reference.eval().requires_grad_(False)
         if peft_config is not None:

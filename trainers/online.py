@@ -135,7 +135,7 @@ class Samples:
 
 
 def digest(rows: list[dict[str, Any]]) -> str:
-    """Of what JSON can hold of them."""
+    """A SHA-256 of what JSON can hold of them."""
     text = json.dumps(rows, default=lambda value: type(value).__name__, skipkeys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -22,7 +22,7 @@ from .states import other_optimizer, other_weights, unlike
 
 
 def reads(what: str) -> Callable:
-    """Of a method that is given the folder of a checkpoint: whatever it raises is a BadCheckpoint."""
+    """For a method that is given the folder of a checkpoint: whatever it raises is a BadCheckpoint."""
 
     def decorate(method: Callable) -> Callable:
         @functools.wraps(method)
@@ -162,7 +162,7 @@ class SavingTrainer(Trainer):
             hook.remove()
         if self.is_fsdp_enabled or any(each.is_prompt_learning for each in adapters.values()):
             return
-        # The Trainer and PEFT warn at most. Of tied weights one is enough, and of a model with adapters the trained.
+        # The Trainer and PEFT warn at most. One of tied weights is enough; a model with adapters needs those trained.
         own = loaded.state_dict(keep_vars=True)
         found = {id(own[name]) for name in given & own.keys()}
         missing = [n for n, value in own.items() if id(value) not in found and (not adapters or value.requires_grad)]
@@ -277,7 +277,7 @@ class SavingTrainer(Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             place = np.random.get_state(legacy=False)["state"]["pos"]
-            if not 0 <= place <= 624:  # of its 624 words, past which numpy would read
+            if not 0 <= place <= 624:  # it has 624 words, past which numpy would read
                 raise ValueError(f"numpy's is at a place that there is not, {place}")
             folder = Path(checkpoint)
             # Of fewer processes, another's: its loss is theirs all the same.

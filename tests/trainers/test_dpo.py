@@ -160,7 +160,7 @@ def test_a_checkpoint_given_as_the_model(make_trainer, tmp_path):
 
 
 def test_adapters_that_it_was_given_are_the_reference(make_trainer, make_model, tmp_path):
-    """Of the run that began, also where one that goes on is given those of the checkpoint."""
+    """Those of the start, also where a run that goes on is given those of the checkpoint."""
     peft = pytest.importorskip("peft")
 
     def adapted():

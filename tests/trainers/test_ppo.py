@@ -236,7 +236,7 @@ def test_adapters(make_trainer, make_model, make_classifier, value, tmp_path):
 
 
 def test_adapters_that_it_was_given_are_the_reference(make_trainer, make_model, tmp_path):
-    """Of the run that began, also where one that goes on is given those of the checkpoint."""
+    """Those of the start, also where a run that goes on is given those of the checkpoint."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 5, "learning_rate": 1e-2}
