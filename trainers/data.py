@@ -178,8 +178,8 @@ def check_prompts(
 ) -> None:
     """Refuses, by a ValueError that names it, a row whose prompt is neither text nor messages, or not what the first
     row's is; one that with a completion of that many tokens is beyond `limits`; and one that any of `others` refuses.
-    The first prompt is encoded, the others only if some could be beyond. Warnings tell of text that begins with the token
-    that the tokenizer puts before it, and of a tokenizer that ends prompts."""
+    The first prompt is encoded, the others only if some could be beyond. Warnings tell of text that begins with the
+    token that the tokenizer puts before it, and of a tokenizer that ends prompts."""
     ids = tokenizer("a")["input_ids"]
     begins, ends = (len(ids) > 1 and ids[0] == tokenizer.bos_token_id), ids[1:][-1:] == [tokenizer.eos_token_id]
     doubled: list[int] = []
