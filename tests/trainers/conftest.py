@@ -47,6 +47,6 @@ def run_options(tmp_path):
         "use_cpu": True,
         "report_to": "none",
         "save_strategy": "no",
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,  # the name that every transformers knows
         "disable_tqdm": True,
     }

@@ -44,7 +44,7 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
             "bf16": False,
             "use_cpu": True,
             "report_to": "none",
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
         } | options
         dataset = datasets.Dataset.from_list([dict(zip(COLUMNS, pair, strict=True)) for pair in PAIRS])
         results = []

@@ -89,7 +89,7 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
             "bf16": False,
             "use_cpu": True,
             "report_to": "none",
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
         } | options
         fixed = completions(seed=0)
         logprobs = sampled(fixed) if sampler else [None] * 16

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from labelled_models import SIZES
@@ -134,6 +135,8 @@ def test_models_of_learned_positions_are_packed():
 
 
 WINDOW = 16
+#: Than the pinned transformers; fewer models keep sequences apart by their own mask.
+IS_OLDER = Version(transformers.__version__) < Version("5.23")
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 INDEX = {"index_n_heads": 16, "index_head_dim": 8, "num_key_value_heads": 4}
@@ -176,13 +179,16 @@ def tiny(family, options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sequences_longer_than_windows_and_chunks_are_kept_apart(family):
+    if family == "Doge" and IS_OLDER:
+        pytest.skip("the tokens that Doge keeps depend on the padding there")
     way, options = FAMILIES[family]
     model = tiny(family, options).train()
     own, config, random = model.config._attn_implementation, str(model.config.to_dict()), torch.get_rng_state()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     padding_free = packing.prepare_packing(model, CPU)
     by_sequence = model.config._attn_implementation.startswith("rlkernels")
-    assert way == ("by sequence" if by_sequence else "its own" if padding_free else "padded")
+    found = "by sequence" if by_sequence else "its own" if padding_free else "padded"
+    assert found == way or (IS_OLDER and (way, found) == ("its own", "padded"))
     assert all(module.training for module in model.modules()) and random.equal(torch.get_rng_state())
     assert str(model.config.to_dict()) == config
     assert all(buffer.equal(buffers[name]) for name, buffer in model.named_buffers())
@@ -208,7 +214,8 @@ def test_masks_of_another_kind_are_not_done_by_sequence_whatever_they_are_called
     """And however far they reach: they are not narrowed here, and longer than what the model is tried on."""
     monkeypatch.setattr(packing, "WIDTH", re.compile("(?!)"))
     model = tiny(family, FAMILIES[family][1] | {name: 5000})
-    assert packing.prepare_packing(model, CPU) and not model.config._attn_implementation.startswith("rlkernels")
+    assert packing.prepare_packing(model, CPU) or IS_OLDER
+    assert not model.config._attn_implementation.startswith("rlkernels")
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

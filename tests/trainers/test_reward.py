@@ -70,7 +70,7 @@ def make_trainer(make_model, tokenizer, tmp_path):
         options = {
             "output_dir": str(tmp_path / "out"),
             "per_device_train_batch_size": ROWS,
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
             "bf16": False,
             "use_cpu": True,
             "report_to": "none",

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, JetMoeConfig, JetMoeForCausalLM, LlamaForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -58,6 +59,8 @@ def test_weight_by_another_name():
 @pytest.mark.parametrize("wrapped", [False, True], ids=["logits", "no_logits"])
 def test_of_router_logits(wrapped):
     model = without_own_loss()
+    if not hasattr(model.config, "output_router_logits"):
+        pytest.skip(f"DeepseekV3 of transformers {transformers.__version__} gives no router logits")
     if wrapped:
         rlkernels.wrap_lm_head(model)
     tokens = torch.randint(70, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -79,7 +82,7 @@ def test_refused_without_routers():
 
 
 def test_refused_where_it_has_no_gradient(tokenizer, run_options):
-    kwargs = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ValueError, match="use_reentrant must be false with a router loss"):
         SFTTrainer(build_mixture(), SFTConfig(**run_options | kwargs), ROWS, processing_class=tokenizer)
 

@@ -59,7 +59,7 @@ def train_both(make_model, tokenizer, tmp_path, monkeypatch):
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
             "max_length": 12,
         } | options
         dataset = Dataset.from_list(rows)
