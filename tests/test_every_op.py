@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import warnings
 from decimal import Decimal
 
 import numpy
@@ -11,6 +12,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
 
 from cases import thorough
 from op_cases import CASES
@@ -84,6 +86,23 @@ def test_second_derivatives_of_a_shared_vocabulary_are_refused(backend, device, 
     case = case_of(name, device)
     case.others["group"] = group
     check_second_derivatives_are_refused(case)
+
+
+@pytest.mark.only("cpu", "triton", "cuda")
+@pytest.mark.parametrize("name", FUSED)
+def test_first_derivatives_in_a_graph_under_checkpointing(backend, device, name):
+    """It lets a backward pass ask once for what was saved."""
+    case = case_of(name, device)
+    names = list(case.differentiable)
+    plain, checkpointed = ([value.clone().requires_grad_() for value in case.differentiable.values()] for _ in range(2))
+
+    def run(*inputs):
+        return weighted(case(**dict(zip(names, inputs, strict=True))))
+
+    wanted = torch.autograd.grad(run(*plain), plain)
+    value = checkpoint(run, *checkpointed, use_reentrant=False)
+    for got, expected in zip(torch.autograd.grad(value, checkpointed, create_graph=True), wanted, strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.only("cpu", "triton", "cuda")
@@ -325,6 +344,23 @@ def test_numbers_that_float32_cannot_hold_are_refused(op, name, others, dtype):
             case(**{**others, name: value})
 
 
+@pytest.mark.parametrize("name", ["temperature", "softcap", "teacher_softcap"])
+@pytest.mark.parametrize("op", ["token_logprobs", "linear_token_logprobs", "linear_kl_divergence"])
+def test_numbers_beside_which_logits_are_zero_are_refused(backend, device, op, name):
+    """Logits are divided by them, and what is too small for float32 is 0 in some kernels."""
+    case = case_of(op, device)
+    if name in inspect.signature(case.op).parameters:
+        largest = 2.0**100
+        for result in case(**{name: largest}):
+            assert result.isfinite().all()
+        if name == "softcap" and op != "linear_kl_divergence":
+            for result, expected in zip(case(softcap=largest), case(), strict=True):
+                torch.testing.assert_close(result, expected)
+        for value in (2 * largest, 1e38):
+            with pytest.raises(ValueError, match=rf"^{name}( divided by \w+)? must be .*; got "):
+                case(**{name: value})
+
+
 @NUMBER_OF
 def test_numbers_of_numpy_are_numbers_and_text_is_not(op, name, others):
     case = CASES[op]
@@ -332,6 +368,8 @@ def test_numbers_of_numpy_are_numbers_and_text_is_not(op, name, others):
     given = numpy.float32(half + 1 if name == "dual_clip" else half if name != "label_smoothing" else 0)
     for result, expected in zip(case(**{**others, name: given}), case(**{**others, name: float(given)}), strict=True):
         assert torch.equal(result, expected)
+    with warnings.catch_warnings(action="error"):
+        case(**{**others, name: numpy.float16(given)})
     for value in NOT_NUMBERS:
         with pytest.raises(TypeError, match=rf"^{name} must be a number; got {type(value).__name__}$"):
             case(**{**others, name: value})

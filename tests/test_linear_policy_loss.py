@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlkernels
@@ -327,6 +328,19 @@ def test_a_second_backward_pass_is_refused(backend, device):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+@kernels_only
+def test_checkpointing_computes_it_once_again(backend, device):
+    problem, arguments, _ = random_batch((device,))
+    leaves, passes = problem.leaves(), []
+
+    def loss(hidden):
+        passes.append(hidden)
+        return leaves.call(linear_policy_loss, *arguments)[0]
+
+    checkpoint(loss, leaves.hidden, use_reentrant=False).backward()
+    assert len(passes) <= 2
 
 
 @kernels_only

@@ -3,7 +3,7 @@ what was wanted. Values inside tensors are the kernels' to check (on a GPU only 
 
 import os
 from collections.abc import Iterable
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 LEAST, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """Magnitudes of options: those that float32, in which the kernels compute, holds in full."""
+MOST_DIVISOR = 2.0**100
+"""Of logits: more of a quotient's values would be too small for float32, and are 0 in kernels on CPUs."""
 
 
 def tensor(name: str, value: object, dtypes: Iterable[torch.dtype]) -> None:
@@ -79,6 +81,8 @@ def number(
     """`value`, 0 or of a magnitude from LEAST to MOST whatever the dtype of the tensors; infinite unless `finite`."""
     if not _is_a(value, int, float, Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not isinstance(value, (float, Rational)):
+        value = float(value)  # comparisons with the half floats of NumPy would overflow
     # Comparisons alone, which torch.compile can trace where a float has become an input of the graph.
     if (
         value != value

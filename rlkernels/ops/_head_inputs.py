@@ -107,9 +107,9 @@ def check_head(
     softcap = 0.0 if softcap is None else _checks.number(f"{prefix}softcap", softcap, above=0.0)
     scale = _checks.number(f"{prefix}scale", scale, above=0.0)
     # The logits before `scale` are what the kernels see.
-    of_logits = f"divided by {prefix}scale"
-    temperature = _checks.number(f"temperature {of_logits}", temperature / scale)
-    softcap = _checks.number(f"{prefix}softcap {of_logits}", softcap / scale)
+    of_logits, most = f"divided by {prefix}scale", _checks.MOST_DIVISOR
+    temperature = _checks.number(f"temperature {of_logits}", temperature / scale, at_most=most)
+    softcap = _checks.number(f"{prefix}softcap {of_logits}", softcap / scale, at_most=most)
     ignore_index = _checks.integer("ignore_index", ignore_index)
     if num_scored is not None:
         num_scored = _checks.integer("num_scored", num_scored)

@@ -132,17 +132,17 @@ class _Refused(torch.autograd.Function):
 
 def first_order_only(name: str) -> Callable:
     """Decorates the backward of an autograd.Function: that its results are differentiated is refused, not left out of
-    the graph. The tensors that it saved must lead to all inputs that are differentiated; `leads_to_inputs` is one that
-    does."""
+    the graph. It is called as backward(ctx, saved, *gradients), where saved() are the tensors that it saved:
+    checkpointing gives them once, and computes them for whoever asks. They must lead to all inputs that are
+    differentiated; `leads_to_inputs` is one that does."""
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def once(ctx, *gradients):
-            again = torch.is_grad_enabled()
-            sources = (*ctx.saved_tensors, *gradients) if again else ()
+            saved = functools.cache(lambda: ctx.saved_tensors)
             with torch.no_grad():
-                results = backward(ctx, *gradients)
-            return _Refused.apply(name, results, *sources) if again else results
+                results = backward(ctx, saved, *gradients)
+            return _Refused.apply(name, results, *saved(), *gradients) if torch.is_grad_enabled() else results
 
         return once
 

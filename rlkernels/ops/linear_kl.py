@@ -324,8 +324,8 @@ class _LinearKl(torch.autograd.Function):
 
     @staticmethod
     @_registry.first_order_only("linear_kl_divergence")
-    def backward(ctx, grad, grad_path):
-        _, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, results, stats = ctx.saved_tensors
+    def backward(ctx, saved, grad, grad_path):
+        _, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, results, stats = saved()
         rows = replace(ctx.rows[0], hidden=hidden), replace(ctx.rows[1], hidden=teacher_hidden)
         inputs = Inputs(hidden, weight, bias, None, None, rows[0].token_ids)
         teacher = Inputs(teacher_hidden, teacher_weight, teacher_bias, None, None, rows[1].token_ids)

@@ -183,8 +183,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @_registry.first_order_only("linear_token_logprobs")
-    def backward(ctx, grad_logprobs, grad_entropy, *others):
-        _, weight, bias, adapter_weight, hidden, adapter, *results = ctx.saved_tensors
+    def backward(ctx, saved, grad_logprobs, grad_entropy, *others):
+        _, weight, bias, adapter_weight, hidden, adapter, *results = saved()
         rows = replace(ctx.rows, hidden=hidden, adapter=adapter)
         grad_logprobs, grad_entropy = (None if g is None else rows.select(g) for g in (grad_logprobs, grad_entropy))
         with torch.autocast(hidden.device.type, enabled=False):

@@ -232,7 +232,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     @_registry.first_order_only("linear_policy_loss")
-    def backward(ctx, grad_loss, *others):
+    def backward(ctx, saved, grad_loss, *others):
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_policy_loss cannot be differentiated a second time: the first backward pass took its gradients"

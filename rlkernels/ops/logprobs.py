@@ -67,8 +67,9 @@ def token_logprobs(
         raise ValueError(f"logits must have the shape [..., V] with V >= 1; got {list(logits.shape)}")
     _checks.shape("token_ids", token_ids, tuple(logits.shape[:-1]), because="that of logits without its last dimension")
     _checks.same_device("token_ids", token_ids, "logits", logits)
-    temperature = _checks.number("temperature", temperature, above=0.0)
-    softcap = 0.0 if softcap is None else _checks.number("softcap", softcap, above=0.0)
+    most = _checks.MOST_DIVISOR
+    temperature = _checks.number("temperature", temperature, above=0.0, at_most=most)
+    softcap = 0.0 if softcap is None else _checks.number("softcap", softcap, above=0.0, at_most=most)
     ignore_index = _checks.integer("ignore_index", ignore_index)
     inplace_backward = (
         inplace_backward and logits.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -151,8 +152,8 @@ class _InplaceBackward(torch.autograd.Function):
 
     @staticmethod
     @_registry.first_order_only("token_logprobs")
-    def backward(ctx, grad_logprobs, grad_entropy):
-        logits, token_ids, logprobs, entropy, row_stats = ctx.saved_tensors
+    def backward(ctx, saved, grad_logprobs, grad_entropy):
+        logits, token_ids, logprobs, entropy, row_stats = saved()
         _registry.op("token_logprobs_backward_", ctx.backend)(
             _contiguous(grad_logprobs),
             _contiguous(grad_entropy),
