@@ -49,11 +49,12 @@ def embedded(model: Any) -> int:
 
 def learned_positions(model: Any) -> int | None:
     """How many positions the model has a vector for; None if it computes them."""
-    config, tokens = model.config.get_text_config(), model.get_input_embeddings()
+    config = model.config.get_text_config()
+    tokens = set(model.get_input_embeddings().modules())  # with what PEFT has around them
     size = getattr(config, "max_position_embeddings", None)
     found = [getattr(config, OTHERS[config.model_type])] if config.model_type in OTHERS else []
     for module in model.modules():
-        is_other = isinstance(module, nn.Embedding) and module is not tokens
+        is_other = isinstance(module, nn.Embedding) and module not in tokens
         # The first rows of some are no position's: OPT's, and those up to the padding token's of RoBERTa.
         if is_other and module.num_embeddings - getattr(module, "offset", 0) == size:
             found.append(size if module.padding_idx is None else size - module.padding_idx - 1)

@@ -76,6 +76,20 @@ def test_positions(family):
                 model(torch.full((1, positions + 1), 5))
 
 
+@pytest.mark.parametrize(
+    "adapted",
+    [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1]}],
+    ids=str,
+)
+def test_adapted_tokens_are_no_positions(adapted):
+    """Where there are as many tokens as positions."""
+    peft = pytest.importorskip("peft")
+    model = build_model()
+    model.config.max_position_embeddings = model.config.vocab_size
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj"]} | adapted)
+    assert learned_positions(peft.get_peft_model(model, config)) is None
+
+
 LONG, SHORT = "a" * POSITIONS, "ab"
 TOO_LONG = f"has {POSITIONS + 1} tokens, more than the {POSITIONS} positions of the model"
 BEYOND = f"holds token {len(WORDS)}, beyond the {len(WORDS)} rows of the model's embedding"
