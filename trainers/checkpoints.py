@@ -36,8 +36,10 @@ CONFIGS = ("config.json", "adapter_config.json")
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
 # How libraries in Rust tell of an OSError. That of tokenizers is a plain Exception.
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
-# What a run reads: a file of these kinds that the manifest does not list was put there later.
-READ = (".safetensors", ".pt", ".pth", ".bin", ".json")
+# What a run would read though the manifest does not list it. Others may add what they like, such as results.
+READ = re.compile(
+    r"[^.].*\.(safetensors|pt|pth|bin|index\.json)|(config|adapter_config|settings|trainer_state|completions)\.json"
+)
 
 
 class CheckpointError(RuntimeError):
@@ -129,7 +131,7 @@ def _other_files(folder: Path, manifest: Manifest) -> str | None:
             return f"{name} has {file.stat().st_size} bytes, not {size}"
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.suffix in READ and path.is_file() and name not in {*manifest.sizes, MANIFEST}:
+        if READ.fullmatch(path.name) and path.is_file() and name not in {*manifest.sizes, MANIFEST}:
             return f"{_short(name)} is not in its {MANIFEST}"
     return None
 
@@ -233,8 +235,7 @@ class Lock:
         self._count -= 1
         if self._count == 0 and self._held is not None:
             self.file.unlink(missing_ok=True)
-            os.close(self._held)
-            self._held = None
+            self.forget()
 
     def _take(self) -> int | None:
         try:
@@ -265,7 +266,8 @@ class Lock:
 
     def forget(self) -> None:
         if self._held is not None:
-            os.close(self._held)
+            with contextlib.suppress(OSError):  # code of the user has closed it, with all that was open
+                os.close(self._held)
             self._held = None
 
 

@@ -484,6 +484,14 @@ def test_a_manifest_that_cannot_be_read_or_leaves_something_out(tmp_path):
         assert why in c.fault(folder) and "\n" not in c.fault(folder)
     (folder / c.MANIFEST).write_text(json.dumps(manifest))
     assert c.is_whole(folder)
+    for name in ("eval_results.json", "notes.txt", "samples/results.json", "._model.safetensors"):  # which no run reads
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    assert c.is_whole(folder)
+    for name in ("model.safetensors.index.json", "adapter_config.json", "trainer_state.json", "completions.json"):
+        (folder / name).write_text("{}")
+        assert c.fault(folder) == f"'{name}' is not in its manifest.json"
+        (folder / name).unlink()
     (folder / "optimizer.pt").write_text("of another run")
     assert c.fault(folder) == "'optimizer.pt' is not in its manifest.json"
 
@@ -693,6 +701,14 @@ def test_a_second_run_into_a_folder_is_refused(tmp_path):
         assert list(folder.iterdir()) == []
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_whose_file_was_closed_is_given_back(tmp_path):
+    """By code of the user that closes all files, as a daemon does."""
+    lock = c.Lock(tmp_path)
+    with lock:
+        os.close(lock._held)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("method", ["SFT", "Reward", "DPO", "PPO", "GRPO"])
