@@ -18,14 +18,14 @@ RANGES = [
         "at least 1",
         lambda value: value >= 1,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
-        "token_budget save_total_limit dataset_num_proc dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb "
+        "token_budget dataset_num_proc dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb "
         "max_completion_length response_length num_ppo_epochs num_mini_batches total_episodes num_iterations "
         "num_generations_eval generation_batch_size ref_model_sync_steps vllm_max_concurrency lora_r lora_alpha",
     ),
     (
         "at least 0",
         lambda value: value >= 0,
-        "dataloader_num_workers num_completions_to_print reward_workers dynamic_sampling_max_rounds",
+        "dataloader_num_workers num_completions_to_print reward_workers dynamic_sampling_max_rounds max_grad_norm",
     ),
     ("at least 1, or -1", lambda value: value >= 1 or value == -1, "max_steps"),
     ("from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32, "seed data_seed"),
@@ -39,7 +39,7 @@ RANGES = [
     (
         "a finite number, at least 0",
         lambda value: 0 <= value < math.inf,
-        "learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps eval_delay neftune_noise_alpha beta "
+        "learning_rate weight_decay adam_epsilon warmup_steps eval_delay neftune_noise_alpha beta "
         "epsilon epsilon_high overlong_penalty center_rewards_coefficient missing_eos_penalty kl_coef cliprange "
         "vf_coef cliprange_value router_aux_loss_coef",
     ),
@@ -49,7 +49,7 @@ RANGES = [
 ]
 RANGE_OF = {name: (wanted, test) for wanted, test, names in RANGES for name in names.split()}
 # Where infinity means something.
-UNLIMITED = {"reward_timeout"}
+UNLIMITED = {"reward_timeout", "max_grad_norm"}
 # Declared otherwise than as transformers itself takes them, or leaves them for who copies a config.
 OF_ANY_TYPE = {"fsdp", "debug", "accelerator_config"}
 OPTIONAL = {"max_grad_norm"}

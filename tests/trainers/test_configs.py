@@ -209,6 +209,14 @@ def test_no_field_holds_what_it_must_not(name):
     assert tried > 500
 
 
+@pytest.mark.parametrize(
+    "options", [{"max_grad_norm": math.inf}, {"save_total_limit": 0}, {"save_total_limit": -1}, {"max_grad_norm": 0}]
+)
+def test_what_transformers_takes_for_no_limit_is_taken(options):
+    config = SFTConfig(use_cpu=True, report_to="none", **options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
 def test_every_process_of_fsdp_reads_the_weights(monkeypatch):
     """Else all but the first would copy a reference model that has none."""
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
