@@ -137,6 +137,18 @@ COMMANDS = {
 }
 
 
+def yaml_loader() -> Any:
+    """Which takes 1e-5 for a number, as JSON does, also in a mapping; YAML 1.1 wants a point in it."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
 def options_in_file(arguments: list[str], known: set[str]) -> list[str]:
     """The options of the file that `--config` names, as they would stand on the command line."""
     import yaml
@@ -150,7 +162,7 @@ def options_in_file(arguments: list[str], known: set[str]) -> list[str]:
     if file is None:
         return []
     try:
-        given = yaml.compose(Path(file).read_bytes(), Loader=yaml.SafeLoader)
+        given = yaml.compose(Path(file).read_bytes(), Loader=yaml_loader())
         if given is None:
             return []
         if not isinstance(given, yaml.MappingNode):
@@ -175,6 +187,8 @@ def option_in_file(name: Any, value: Any, known: set[str]) -> list[str]:
     if isinstance(value, yaml.ScalarNode):
         return [] if value.tag == "tag:yaml.org,2002:null" else [f"--{name}={text_of(value)}"]
     if isinstance(value, yaml.SequenceNode):
+        if value.tag != "tag:yaml.org,2002:seq":
+            raise ValueError(f"unknown tag {value.tag}")
         if not all(isinstance(each, yaml.ScalarNode) for each in value.value):
             raise ValueError(f"{name}: want one value, or a list of values")
         return [f"--{name}", *map(text_of, value.value)]

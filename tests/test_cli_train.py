@@ -252,6 +252,7 @@ def test_rows_keep_columns_and_text_as_they_are(workplace):
 def test_options_of_a_file_are_as_they_are_written(workplace):
     text = "run_name: 2024-1-31\nproject: 007\nhub_model_id: 1.10\neval_strategy: no\nuse_peft: on\nseed: ~\n"
     text += "reward_timeout: .inf\nreward: [a:b, 1:30]\nchat_template_kwargs: {deep: {a: [1, '1', null, no]}}\n"
+    text += "lr_scheduler_kwargs: {min_lr: 1e-7, b: -2.5E3, c: .5e+1, d: '1e-7', e: 1.e2, f: e1, g: 1-2}\n"
     (workplace / "x.yaml").write_text(text)
     arguments = ["--config", "x.yaml", "--model", "m", "--dataset", "d", "--use_cpu", "True"]
     run, config = cli_train.parse_run("grpo", trainers.GRPOConfig, arguments)
@@ -259,6 +260,8 @@ def test_options_of_a_file_are_as_they_are_written(workplace):
     assert (config.eval_strategy, config.seed, config.reward_timeout) == ("no", 42, float("inf"))
     assert (run.use_peft, run.reward) == (True, ["a:b", "1:30"])
     assert config.chat_template_kwargs == {"deep": {"a": [1, "1", None, False]}}
+    numbers = {"min_lr": 1e-7, "b": -2500.0, "c": 5.0, "d": "1e-7", "e": 100.0, "f": "e1", "g": "1-2"}
+    assert config.lr_scheduler_kwargs == numbers
 
 
 AS_WRITTEN = {
@@ -476,6 +479,7 @@ OF_A_COMMAND = [
             ("chat_template_kwargs: {day: 2024-01-31}", "date is not JSON"),
             ("chat_template_kwargs:\n  b0: &b0 [x]\n" + BOMB, "chat_template_kwargs: want at most 1000000 characters"),
             ("run_name: !!python/object:os.system x", "unknown tag tag:yaml.org,2002:python/object:os.system"),
+            ("run_name: !!python/object/apply:os.system [x]", "unknown tag tag:yaml.org,2002:python/object/apply"),
             ("seed: 1\nseed: 2", "option 'seed' stands twice"),
             ("? [a]\n: b", "unknown option"),
             ("seed: \0", "#x0000"),
