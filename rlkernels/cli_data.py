@@ -83,7 +83,7 @@ def local_file(path: Path, split: str) -> Path | None:
 
 def files_of_others(folder: Path, configuration: str | None, split: str) -> list[Path]:
     """The files of a folder, named otherwise, that `load_dataset` takes for a split. None if it is to read them: there
-    is a card, which may say how, or they are neither CSV nor JSON lines."""
+    is a card, which may say how, or they are neither CSV nor JSON."""
     if not folder.is_dir() or configuration is not None or (folder / "README.md").exists():
         return []
     from datasets import load_dataset_builder
@@ -93,7 +93,7 @@ def files_of_others(folder: Path, configuration: str | None, split: str) -> list
     except Exception:  # `load_dataset` raises it again
         return []
     files = [Path(file) for name, each in found.items() if str(name) == split for file in each]
-    return files if {file.suffix for file in files} <= {".csv", ".jsonl"} else []
+    return files if {file.suffix for file in files} <= {".csv", ".json", ".jsonl"} else []
 
 
 @contextlib.contextmanager
@@ -147,7 +147,14 @@ def read_lines(file: Path) -> Texts:
 
 
 def read_list(file: Path) -> Texts:
-    rows = parse(file.read_text(encoding="utf-8-sig"))
+    """A list of rows; or JSON lines, as which many files of that name are written."""
+    try:
+        rows = parse(file.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        yield from read_lines(file)
+        return
     if not isinstance(rows, list):
         raise ValueError(f"want a list of objects; got {kind(rows)}")
     for number, row in enumerate(rows):

@@ -330,6 +330,18 @@ def test_files_of_other_names_are_read_alike(workplace):
     (workplace / "data/b-0.jsonl").write_text("{}\n{")
     with pytest.raises(ValueError, match=r"^b-0\.jsonl: line 2: "):
         cli_data.load_split("data", None, "train")
+    for text in ('[{"x": {"b": "2"}}]', '{"x": {"b": "2"}}\n{}\n'):  # a list, and lines
+        (workplace / "data/b-0.jsonl").unlink(missing_ok=True)
+        (workplace / "data/b-0.json").write_text(text)
+        assert list(cli_data.load_split("data", None, "train"))[:2] == [{"x": {"a": 1}}, {"x": {"b": "2"}}]
+
+
+def test_json_lines_may_be_called_json(workplace):
+    Path("x.json").write_text('\ufeff{"x": 1}\n\n{"y": "2"}\n', encoding="utf-8")
+    assert list(cli_data.load_split("x.json", None, "train")) == [{"x": 1, "y": None}, {"x": None, "y": "2"}]
+    Path("x.json").write_text('{"x": 1}\n{"y": 2')
+    with pytest.raises(ValueError, match=r"^line 2: "):
+        cli_data.load_split("x.json", None, "train")
 
 
 @pytest.mark.parametrize("name, text", [("x.jsonl", '\r\n{"x": "a"}\r\n \n{"x": "b"}'), ("x.csv", "\r\nx\r\na\r\n\nb")])
