@@ -273,6 +273,9 @@ class OnlineTrainer(BaseTrainer):
     def generating_model(self) -> Any:
         return self.model
 
+    def saved_model(self) -> Any:
+        return self.generating_model()
+
     def _engine(self) -> Engine:
         args, model, tokenizer = self.args, self.generating_model(), self.processing_class
         if not args.use_vllm:

@@ -4,6 +4,7 @@ never stopped."""
 import contextlib
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, GenerationConfig, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
@@ -288,6 +289,9 @@ class SavingTrainer(Trainer):
             self._globalstep_last_logged = unlogged["last_logged"]
             self.metrics.load(unlogged["metrics"])
 
+    def saved_model(self) -> Any:
+        return self.model
+
     def checkpoint_folder(self) -> Path:
         return Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
 
@@ -362,6 +366,21 @@ def check_state(checkpoint: Path) -> None:
         raise checkpoints.BadCheckpoint(checkpoint, f"its trainer_state.json cannot be read: {why}")
 
 
+def check_generation_config(model: Any) -> None:
+    """A ValueError if no checkpoint could hold it: transformers saves none in doubt that is not as it was loaded, and
+    its Trainer gives it the special tokens of the tokenizer."""
+    config = getattr(model, "generation_config", None)
+    if not isinstance(config, GenerationConfig) or hasattr(model, "peft_config"):  # adapters are saved alone
+        return
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+    except OSError:  # no matter of the config
+        return
+    except ValueError as error:
+        raise ValueError(f"generation_config of the model cannot be saved: {' '.join(str(error).split())}") from error
+
+
 def settle(args: Any, lock: checkpoints.Lock | None = None) -> None:
     """`checkpoints.settle` of the output folder, by the process that writes there; the others wait. A
     `checkpoints.FolderInUse` where another run does, which may be amid a checkpoint."""
@@ -394,6 +413,8 @@ class SavesAndStops(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_step = self.is_held = False
         self.trainer.begun_after = state.global_step
+        if args.save_strategy != "no":
+            check_generation_config(self.trainer.saved_model())
         resumed = self.trainer.resumed_from
         # The run before may not have come to it. One of its later ones stays until this run has saved.
         if resumed is not None and checkpoints.whole_checkpoints(Path(args.output_dir))[-1:] == [Path(resumed)]:

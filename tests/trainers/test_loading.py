@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaForSequenceClassification
 
+from rlkernels import trainers
 from rlkernels.trainers import SFTConfig
 from rlkernels.trainers.common import load_classifier, load_model, load_tokenizer
 from rlkernels.trainers.reward_model import RewardModel
@@ -145,6 +146,21 @@ def test_a_broken_model_is_refused(folder, sound, args, case):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         load_model("model", args)
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("method", ["SFT", "GRPO"])
+def test_a_generation_config_that_could_not_be_saved_is_refused_before_the_first_step(folder, tmp_path, method):
+    """transformers saves a doubtful one only as it was published; its Trainer changes one of other special tokens."""
+    config, trainer = getattr(trainers, f"{method}Config"), getattr(trainers, f"{method}Trainer")
+    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
+    rewards = [lambda completions, **columns: [0.0] * len(completions)] if method == "GRPO" else ()
+    options |= {"max_completion_length": 2, "num_generations": 2} if method == "GRPO" else {}
+    rows = [{"prompt": "a", "completion": "b"}] * 4
+    edit(folder / "generation_config.json", temperature=0.5, do_sample=False)
+    trainer("model", *rewards, config(**options), rows).train()
+    edit(folder / "generation_config.json", eos_token_id=3, pad_token_id=3)
+    with pytest.raises(ValueError, match=r"^generation_config of the model cannot be saved: .*`temperature`"):
+        trainer("model", *rewards, config(**options), rows).train()
 
 
 def test_code_that_is_trusted_runs(folder, args):
