@@ -47,6 +47,6 @@ def run_options(tmp_path):
         "use_cpu": True,
         "report_to": "none",
         "save_strategy": "no",
-        "gradient_checkpointing": False,  # the name that every transformers knows
+        "activation_checkpointing": False,
         "disable_tqdm": True,
     }
