@@ -38,8 +38,8 @@ def show(error: BaseException) -> str:
     return text if type(error) in (ValueError, FileNotFoundError) and text else f"{type(error).__name__}: {text}"
 
 
-# Of a file of options: the longest mapping, as JSON; what else than a mapping it could be; and what YAML takes single
-# values for.
+# The longest mapping in a file of options, as JSON; what else than a mapping a file could be; and the
+# tags that YAML gives to single values.
 LONGEST_MAPPING = 1_000_000
 NODES = {"sequence": "list", "scalar": "single value"}
 SCALARS = {"str", "bool", "int", "float", "null", "timestamp", "merge", "value"}

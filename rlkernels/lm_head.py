@@ -159,8 +159,8 @@ def _run(lm, own, kwargs, head_function, constants, options):
 
     def score(module, args, kwargs=None):
         nonlocal scoring
-        # Of another call: in another thread (without kwargs if this one ends meanwhile), within the head's function, or
-        # of a copy that was made there.
+        # It is another call's: in another thread (without kwargs if this one ends meanwhile), within the head's
+        # function, or of a copy that was made there.
         if _THREAD.ident != ident or scoring or module is not head:
             return None
         scoring = True

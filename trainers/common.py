@@ -502,8 +502,8 @@ class BaseTrainer(SavingTrainer):
         raise NotImplementedError
 
     def parts(self, rows: Any) -> list:
-        """The rows of one optimizer step, or of one batch of evaluation, in those parts of which the router loss is
-        taken, TRL's micro-batches. All in one if there is none."""
+        """The rows of one optimizer step, or of one batch of evaluation, in the parts whose router losses are
+        taken: TRL's micro-batches. All in one if there is none."""
         size = self.args.per_device_train_batch_size
         if self.router is None or not self.model.training:
             return [rows]

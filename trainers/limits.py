@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-# Models whose attention knows so many positions, without a table of them.
+# Models whose attention knows a number of positions without a table of them, and the option that says how many.
 OTHERS = {"mpt": "max_seq_len"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one model, or of several that read the same."""
+    """The limits of one model, or of several that read the same."""
 
     vocab_size: int  # rows of the embedding
     positions: int | None  # None: as many as there are, as with rotary embeddings
@@ -58,6 +58,6 @@ def learned_positions(model: Any) -> int | None:
         # The first rows of some are no position's: OPT's, and those up to the padding token's of RoBERTa.
         if is_other and module.num_embeddings - getattr(module, "offset", 0) == size:
             found.append(size if module.padding_idx is None else size - module.padding_idx - 1)
-        # Sines of so many positions: CTRL, GPT-J, CodeGen.
+        # A table of sines, one row a position: CTRL, GPT-J, CodeGen.
         found += [size for buffer in module.buffers(recurse=False) if buffer.dim() == 2 and len(buffer) == size]
     return min(found, default=None)

@@ -60,7 +60,7 @@ logger = logging.get_logger(__name__)
 RESERVED = ("prompt", "completion", "completion_ids", "_row_id")
 # What else reward functions get, and the trainer's own number of a row: no columns of a dataset.
 REFUSED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric", "_row_id")
-# Columns of the table of completions, beside the rewards.
+# Columns of the table of completions, next to the rewards.
 SHOWN = ("step", "prompt", "completion", "advantage")
 # In a checkpoint.
 COMPLETIONS = "completions.json"
@@ -141,7 +141,7 @@ def digest(rows: list[dict[str, Any]]) -> str:
 
 
 def column_of(reward: str) -> str:
-    """Of the table of completions."""
+    """The column of the table of completions that holds this reward."""
     return f"rewards/{reward}"
 
 

@@ -66,7 +66,7 @@ class PPOTrainer(OnlineTrainer):
             sequence classifiers with one label, as model.
         args: the config; `PPOConfig()` if None.
         train_dataset: rows with a `prompt`, a string or a list of messages; further columns go to the reward functions,
-            of which none may have the name of another of their arguments.
+            none of which may have the name of another of their arguments.
         eval_dataset: the same, or a dict of such.
         processing_class: the tokenizer; the model's own if None.
         value_model: a sequence classifier with one label, of the same tokenizer, as model; trained too. If None, the

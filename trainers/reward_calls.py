@@ -323,7 +323,7 @@ class AsyncCalls:
                 future.cancel()
 
     def _alone(self, call: Call) -> Result:
-        """Of a call that did not end since one of several, itself or another, blocked the thread or cancelled all."""
+        """Calls again, alone, what did not end since one of several blocked the thread or cancelled all."""
         with self.started([call]) as results:
             return results()[0]
 

@@ -151,7 +151,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def score_head(model: Any) -> nn.Module:
-    """Of a classifier, out of what it is in."""
+    """The score head of a classifier, however that is wrapped."""
     model = unwrapped(model)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Module):

@@ -16,7 +16,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 LEAST, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """Magnitudes of options: those that float32, in which the kernels compute, holds in full."""
 MOST_DIVISOR = 2.0**100
-"""Of logits: more of a quotient's values would be too small for float32, and are 0 in kernels on CPUs."""
+"""What logits may be divided by at most: beyond, quotients are too small for float32, and 0 in kernels on CPUs."""
 
 
 def tensor(name: str, value: object, dtypes: Iterable[torch.dtype]) -> None:

@@ -87,7 +87,7 @@ def _last_of_sequence(tokens: Tensor, sequence: Tensor, cu_seqlens: Tensor | Non
 def _whiten(advantages: Tensor, scored: Tensor) -> Tensor:
     """(A - mean) / sqrt(variance + 1e-8) over scored tokens, 0 elsewhere and where there are fewer than two."""
     count = scored.sum()
-    # Advantages of less than 1 have squares that vanish beside 1e-8.
+    # Advantages of less than 1 have squares that vanish next to 1e-8.
     unit = unit_of(torch.nn.functional.pad(advantages.flatten().abs(), (0, 1)).amax()).clamp(min=1.0)
     advantages = advantages / unit
     mean = advantages.sum() / count.clamp(min=1)

@@ -97,8 +97,8 @@ def tanh_derivative(x):
 
 @triton.jit
 def whitening_unit(squares):
-    """What numbers with this sum of squared deviations, a float64, are multiplied by before they are whitened: beside
-    float32's largest numbers their differences and squares would overflow. A power of two: nothing is rounded."""
+    """What numbers with this sum of squared deviations, a float64, are multiplied by before they are whitened: near
+    float32's largest numbers their differences and squares would overflow. It is a power of two: nothing is rounded."""
     return tl.where(squares > 1.2676506002282294e30, 1.262177448353619e-29, 1.0).to(tl.float32)  # 2^100, 2^-96
 
 

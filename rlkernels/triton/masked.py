@@ -24,7 +24,7 @@ def _scored_values(x, mask, element, inside):
 def _sums_kernel(
     x, mask, sums, counts, length: tl.int64, blocks_per_row: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of each block of a row: the sum, in double, and the number of its scored elements."""
+    """The sum, in double, and the number of the scored elements of each block of a row."""
     block = tl.program_id(0).to(tl.int64)
     length = multiple_of_16(length, ALIGNED)
     position = block % blocks_per_row * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +54,7 @@ def _mean_kernel(sums, counts, means, scale, blocks_per_row: tl.int64, PARTS: tl
 
 @triton.jit(do_not_specialize=["count"])
 def _block_moments_kernel(x, mask, parts, count: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the scored elements of each block: their number, mean, and sum of squared deviations, in double."""
+    """The number, mean, and sum of squared deviations of the scored elements of each block, in double."""
     block = tl.program_id(0).to(tl.int64)
     count = multiple_of_16(count, ALIGNED)
     element = block * BLOCK + tl.arange(0, BLOCK)

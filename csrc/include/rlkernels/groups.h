@@ -8,8 +8,8 @@ namespace rlk {
 enum GroupBaseline { kBaselineMean = 0, kBaselineLeaveOneOut = 1, kBaselineNone = 2 };
 enum GroupScale { kScaleGroup = 0, kScaleBatch = 1, kScaleNone = 2 };
 
-// Of the scores of a group that are not NaN. Where they do not differ, mean is that score and std is 0, exactly. In
-// double, in which the square of no float overflows or is 0, as is all that comes of them.
+// They describe the scores of a group that are not NaN. Where these do not differ, mean is that score and std is 0,
+// exactly. All is in double, in which the square of no float overflows or is 0.
 struct GroupStatistics {
   double size, mean, std;
 };

@@ -27,8 +27,8 @@ RLK_HD Moments combine(const Moments& a, const Moments& b) {
   return {count, a.mean + delta * share, a.squares + b.squares + delta * delta * a.count * share};
 }
 
-// Of elements in the unit of whitening_unit. The mean in two floats, whose difference from an element keeps its digits
-// also where the mean is large.
+// The elements are in the unit of whitening_unit. The mean is in two floats, whose difference from an element keeps its
+// digits also where the mean is large.
 struct Whitening {
   float unit, mean_high, mean_low, scale, offset;
 };

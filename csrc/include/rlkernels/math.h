@@ -58,8 +58,8 @@ RLK_HD F clamp(F x, F low, F high) {
   return select(x < low, low, select(x > high, high, x));
 }
 
-// What numbers with this standard deviation are multiplied by before they are whitened: beside float's largest numbers
-// their differences would overflow, and 1 / std would have lost digits. A power of two, so that nothing is rounded.
+// What numbers with this standard deviation are multiplied by before they are whitened: near float's largest numbers
+// their differences would overflow, and 1 / std would have lost digits. It is a power of two: nothing is rounded.
 RLK_HD double whitening_unit(double std) { return std > 0x1p64 ? 0x1p-64 : 1.0; }
 
 }  // namespace rlk
