@@ -240,10 +240,6 @@ class OnlineTrainer(BaseTrainer):
         """Names of rewards that the trainer itself logs."""
         return ()
 
-    @property
-    def vocab_size(self) -> int:
-        return min(self.generating_model().config.get_text_config(decoder=True).vocab_size, self.limits.vocab_size)
-
     def read_by(self) -> list[Any]:
         """The models that read prompts and completions, in the policy's tokens."""
         reference = [] if self.reference_model is None else [self.accelerator.unwrap_model(self.reference_model)]
@@ -257,6 +253,9 @@ class OnlineTrainer(BaseTrainer):
         """Before anything is sampled, whether the models can read the prompts and what may follow."""
         tokenizer, completion = self.processing_class, self.args.max_completion_length
         self.limits = Limits.of(*self.read_by())
+        # Read once, as completions that are sampled ahead come while PPO's model may be saved, in another's place.
+        config = self.generating_model().config.get_text_config(decoder=True)
+        self.vocab_size = min(config.vocab_size, self.limits.vocab_size)
         ends = end_tokens(self.generating_model(), tokenizer)
         if ends and min(ends) >= self.limits.vocab_size:
             raise ValueError(

@@ -14,7 +14,9 @@ from rlkernels.trainers import (
     GRPOTrainer,
     PPOConfig,
     PPOTrainer,
+    Rollout,
     RolloutError,
+    SamplingOptions,
     TransformersEngine,
     ahead,
     online,
@@ -291,3 +293,14 @@ def test_what_it_needs(make_trainer, make_model, tokenizer, run_options):
         make_trainer(vllm_server_base_url="http://127.0.0.1:1")
     with pytest.raises(ValueError, match=r"vllm_server_base_url must begin with http:// or https://.*got '127"):
         make_trainer(vllm_server_base_url="127.0.0.1:8000")
+
+
+def test_completions_are_checked_while_ppo_saves(make_trainer):
+    """It puts its policy, then its value model, in the place of both; the thread that samples ahead does not wait."""
+    trainer = make_trainer("ppo")
+    trainer.model = trainer.generating_model()
+    rollout = Rollout([1], [2, 3], ended=False)
+    options = SamplingOptions(temperature=1.0, max_completion_length=2)
+    assert trainer._checked(lambda prompts, options: [rollout], ["a"], options) == [rollout]
+    with pytest.raises(RolloutError, match="which is none of the model's 67 tokens"):
+        trainer._checked(lambda prompts, options: [Rollout([1], [67], ended=True)], ["a"], options)
