@@ -27,7 +27,7 @@ def case_of(name, device):
 
 
 def weighted(results):
-    """Of every output that is differentiable, each element by another weight."""
+    """The sum of every output that is differentiable, each element by another weight."""
     values = torch.cat([value.flatten() for value in results if value.requires_grad])
     return (values * torch.arange(1, 1 + len(values), dtype=values.dtype, device=values.device)).sum()
 

@@ -139,7 +139,7 @@ def test_matches_reference(
 @ALSO_EMULATED
 @pytest.mark.parametrize("temperature", [0.01, thorough_emulated(0.05)])
 def test_softcap_at_a_low_temperature(backend, device, temperature):
-    """Of logits that no product has rounded: the hidden states are the identity."""
+    """No product has rounded these logits: the hidden states are the identity."""
     rows, token_ids = rows_under_a_cap(80, 37, 50.0)
     problem = Problem(torch.eye(80), rows.T.contiguous(), None, None, None).to(device)
     token_ids = token_ids.to(device)

@@ -241,7 +241,7 @@ def test_calls_from_several_threads_are_those_of_one(hasty):
 
 
 def test_a_call_within_a_call():
-    """Of the model itself, and of a copy that is made meanwhile."""
+    """A call of the model itself, and one of a copy that is made meanwhile."""
     model = wrap_lm_head(build())
     inputs, labels = batch()
     others, other_labels = batch(seed=2, rows=2)

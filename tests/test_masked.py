@@ -194,7 +194,7 @@ def test_the_largest_floats(backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_mean_keeps_its_digits_beside_large_deviations(backend, device, dtype):
-    """Of +-6e4, where it is small, and added again."""
+    """The elements are +-6e4; their mean is small, and is added again."""
     x = torch.full((3000,), 6e4, dtype=dtype)
     x[torch.rand(3000, generator=torch.Generator().manual_seed(0)) < 0.493] *= -1
     assert_whiten_matches(x.to(device), None, shift_mean=False)

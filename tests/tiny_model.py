@@ -21,41 +21,28 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+SIZES = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+
+
 def build_model(seed: int = 0) -> LlamaForCausalLM:
     """The same random weights at each call of the same seed."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
 def build_mixture(seed: int = 0) -> MixtralForCausalLM:
-    """As `build_model`: a mixture of four experts, of which a token goes to two."""
+    """The same as a mixture of four experts; each token goes to two."""
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    return MixtralForCausalLM(config)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))

@@ -231,7 +231,7 @@ def _theirs(name):
 
 
 def _theirs_serves(logits, index, row_mask=None):
-    """No function that rounds less often than log_softmax of 16 bits gives the same bits."""
+    """Whether TRL's own function does: none that rounds less often than log_softmax of 16 bits gives the same bits."""
     if logits.device.type != "cpu" or logits.dtype not in _HALF or not logits.numel():
         return False
     return _dtype_of_theirs(logits, index, row_mask) in _HALF

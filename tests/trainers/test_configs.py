@@ -186,7 +186,7 @@ def test_bad_values(options, message, tmp_path):
 
 @pytest.mark.parametrize("name", ["SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "GRPOConfig"])
 def test_no_field_holds_what_it_must_not(name):
-    """Of the trainers' own and of those of transformers: numbers are finite and of 64 bits, text is no number."""
+    """The trainers' fields and those of transformers: numbers are finite and of 64 bits, text is no number."""
     config = getattr(trainers, name)
     options, types, tried = {"use_cpu": True, "report_to": "none"}, typing.get_type_hints(config), 0
     for field in dataclasses.fields(config):

@@ -97,7 +97,7 @@ ONLINE = {"per_device_train_batch_size": 2, "bf16": False, "use_cpu": True, "rep
 
 
 def train(method: str, text: str, model, tokenizer, tmp_path, **options):
-    """Of two rows, the second of which holds the text."""
+    """The second of two rows holds the text."""
     trainers = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig), "reward": (RewardTrainer, RewardConfig)}
     trainer, config = trainers[method]
     rows = [{"text": each} if method == "sft" else {"chosen": each, "rejected": "c"} for each in (SHORT, text)]

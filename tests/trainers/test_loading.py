@@ -182,7 +182,7 @@ BROKEN_TOKENIZERS = {
 
 @pytest.mark.parametrize("file", BROKEN_TOKENIZERS)
 def test_a_broken_tokenizer_is_refused(folder, args, file):
-    """Of a reward model too, which would be given the policy's tokens."""
+    """A reward model's tokenizer too: it would be given the policy's tokens."""
     (folder / "code.py").write_text(CODE)
     (folder / file).write_text(BROKEN_TOKENIZERS[file])
     model = load_model("model", args)
