@@ -501,6 +501,17 @@ def test_whitening_of_large_advantages(backend, device, size):
     assert got.std() > 0.5
 
 
+def test_whitening_of_the_largest_advantages(backend, device):
+    """Their differences from the mean overflow, and 1 / std has lost digits."""
+    rewards = torch.full((4, 100), 3.3e38)
+    rewards[:, ::7] *= -1
+    inputs = {"rewards": rewards.to(device), "values": torch.zeros(4, 100, device=device)}
+    whitened, _ = run("gae", inputs, gamma=0.0, whiten=True)
+    exact = rewards.double()
+    wanted = (exact - exact.mean()) / exact.std()
+    torch.testing.assert_close(whitened.double().cpu(), wanted, rtol=1e-5, atol=0)
+
+
 def test_whitening_of_fewer_than_two(backend, device):
     inputs = make_inputs([5, 5], 5, device, drop=1.0)
     assert not run("gae", inputs, whiten=True)[0].any()
