@@ -4,12 +4,19 @@ import pytest
 import torch
 
 from rlkernels.trainers.reporting import CurvesCallback
-from tiny_model import build_model, build_tokenizer
+from tiny_model import CHAT_TEMPLATE, build_model, build_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def own_template(tokenizer):
+    """One tokenizer serves all tests: what one of them makes of its template, the next does not see."""
+    yield
+    tokenizer.chat_template = CHAT_TEMPLATE
 
 
 @pytest.fixture
