@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from arithmetic import problems
 from program import Run
 from progress import ProgressCallback
-from rlkernels.trainers.common import BaseTrainer
-from rlkernels.trainers.rollout import SamplingOptions, TransformersEngine
+from rlkernels.trainers.base.trainer import BaseTrainer
+from rlkernels.trainers.rollouts.engine import SamplingOptions, TransformersEngine
 from smollm2 import model_folder
 
 Row = dict[str, Any]

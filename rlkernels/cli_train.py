@@ -217,7 +217,7 @@ def text_of(scalar: Any) -> str:
 def parse_run(name: str, config_class: type, arguments: list[str]) -> tuple[Any, Any]:
     from transformers import HfArgumentParser
 
-    from rlkernels.trainers.field_values import check_fields
+    from rlkernels.trainers.base.field_values import check_fields
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -257,7 +257,8 @@ def load_rows(run: RunArguments, split: str, samples: bool) -> Any:
 
 
 def import_reward(name: str) -> Callable:
-    from rlkernels.trainers import reward_calls, settings
+    from rlkernels.trainers.rewards import calls as reward_calls
+    from rlkernels.trainers.rewards import process_settings as settings
 
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
@@ -319,7 +320,7 @@ def adapter(run: RunArguments, task_type: str) -> Any:
 
 
 def checkpoint_to_resume(config: Any) -> str | bool | None:
-    from rlkernels.trainers import checkpoints, saving
+    from rlkernels.trainers.base import checkpoints, saving
 
     given, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
     try:
@@ -376,7 +377,7 @@ def close_progress_bars(trainer: Any) -> None:
 
 def progress(trainer: Any) -> str:
     """How far a run has come, and what is left of it."""
-    from rlkernels.trainers import checkpoints
+    from rlkernels.trainers.base import checkpoints
 
     saved = checkpoints.whole_checkpoints(Path(trainer.args.output_dir))
     kept = f"--resume_from_checkpoint {saved[-1]} goes on" if saved else "there is no checkpoint yet"
@@ -424,8 +425,8 @@ def train(name: str, arguments: list[str]) -> None:
             trainer.save_model()
     except BaseException as error:
         has_begun = trainer is not None and trainer.state.global_step > 0
-        in_use = isinstance(error, trainers.checkpoints.FolderInUse)  # what is there is another run's
-        if output_dir in made and not (has_begun or in_use or trainers.checkpoints.whole_checkpoints(output_dir)):
+        in_use = isinstance(error, trainers.base.checkpoints.FolderInUse)  # what is there is another run's
+        if output_dir in made and not (has_begun or in_use or trainers.base.checkpoints.whole_checkpoints(output_dir)):
             shutil.rmtree(output_dir, ignore_errors=True)  # what loggers made at the start
         remove_empty(made)
         if trainer is None:
@@ -440,7 +441,7 @@ def train(name: str, arguments: list[str]) -> None:
         if isinstance(error, known):
             close_progress_bars(trainer)
             raise BadValue(told(error)) from error
-        if isinstance(error, trainers.checkpoints.BadCheckpoint):
+        if isinstance(error, trainers.base.checkpoints.BadCheckpoint):
             raise BadValue(f"--{told(error)}") from error
         if checkpoint is not None and not first.begun:
             raise BadValue(f"--resume_from_checkpoint {checkpoint}: {show(error)}") from error

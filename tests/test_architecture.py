@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "rlkernels/causal_lm.py": set(),
     "rlkernels/lm_head.py": {"rlkernels.ops", "rlkernels.causal_lm"},
     "rlkernels/__init__.py": {"rlkernels.ops", "rlkernels.lm_head"},
-    "trainers/*.py": {"rlkernels.trainers"},
+    "trainers/**/*.py": {"rlkernels.trainers"},
     "rlkernels/integrations/*.py": {"rlkernels.integrations", "rlkernels.trainers"},
     # `rlkernels info` reports on the registry and the extension themselves.
     "rlkernels/cli.py": {"rlkernels.cli_train", "rlkernels.ops._registry", "rlkernels._C"},

@@ -14,18 +14,18 @@ def _require_transformers() -> None:
 
 try:
     _require_transformers()
-    from .checkpoints import CheckpointError
-    from .common import NonFiniteLoss
-    from .configs import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+    from .base.checkpoints import CheckpointError
+    from .base.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+    from .base.interrupts import Terminated
+    from .base.trainer import NonFiniteLoss
     from .dpo import DPOTrainer
     from .grpo import GRPOTrainer
-    from .interrupts import Terminated
     from .ppo import PPOTrainer
     from .reward import RewardTrainer
-    from .rewards import RewardError
-    from .rollout import Rollout, RolloutError, SamplingOptions, TransformersEngine
+    from .rewards.functions import RewardError
+    from .rollouts.engine import Rollout, RolloutError, SamplingOptions, TransformersEngine
+    from .rollouts.vllm import ServerLost, VLLMEngine
     from .sft import SFTTrainer
-    from .vllm import ServerLost, VLLMEngine
 except ModuleNotFoundError as error:
     if error.name and error.name.partition(".")[0] == "rlkernels":
         raise

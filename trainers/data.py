@@ -23,11 +23,11 @@ from torch.utils import data
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .common import check_columns
-from .limits import Limits
-from .packing import IGNORE, Sequence
-from .rollout import encode, is_chat
-from .templates import apply_chat_template
+from .base.chat import apply_chat_template
+from .base.limits import Limits
+from .base.trainer import check_columns
+from .batch.packing import IGNORE, Sequence
+from .rollouts.engine import encode, is_chat
 
 logger = logging.get_logger(__name__)
 

@@ -15,16 +15,16 @@ from transformers.utils import logging
 
 import rlkernels
 
-from . import scoring
-from .checkpoints import BadCheckpoint
-from .common import BaseTrainer, disable_dropout, each_part, load_tokenizer, refuse_prompt_learning
-from .configs import OVER_THE_BATCH, DPOConfig
+from .base.checkpoints import BadCheckpoint
+from .base.config import OVER_THE_BATCH, DPOConfig
+from .base.limits import Limits
+from .base.reference_cache import cache_file, hash_model, read, write
+from .base.saving import reads
+from .base.sharding import refuse_zero3, reshard
+from .base.trainer import BaseTrainer, disable_dropout, each_part, load_tokenizer, refuse_prompt_learning
+from .batch import scoring
+from .batch.packing import IGNORE, fill, prepare_packing, shift
 from .data import check_rows, preference_pair, prepare, sequences_of
-from .limits import Limits
-from .packing import IGNORE, fill, prepare_packing, shift
-from .reference_cache import cache_file, hash_model, read, write
-from .saving import reads
-from .sharding import refuse_zero3, reshard
 
 WITHOUT_REFERENCE = {"sft", "simpo", "orpo"}
 METRICS = (

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import rlkernels
 
-from . import advantages, objectives, scoring
-from .common import NumberedRows, check_columns, evaluating, refuse_prompt_learning
-from .configs import OBJECTIVES, GRPOConfig
-from .online import GroupSampler, OnlineTrainer, Samples
-from .packing import IGNORE, Sequence, fill_by_length, split
-from .rewards import RewardFunction
-from .rollout import Engine
+from .base.config import OBJECTIVES, GRPOConfig
+from .base.trainer import NumberedRows, check_columns, evaluating, refuse_prompt_learning
+from .batch import scoring
+from .batch.packing import IGNORE, Sequence, fill_by_length, split
+from .losses import advantages, objectives
+from .rewards.functions import RewardFunction
+from .rollouts.engine import Engine
+from .rollouts.online import GroupSampler, OnlineTrainer, Samples
 
 
 @dataclass

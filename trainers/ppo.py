@@ -15,15 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import rlkernels
 
-from . import objectives, scoring
-from .common import check_columns, load_classifier, refuse_prompt_learning
-from .configs import PPOConfig
-from .online import GroupSampler, OnlineTrainer
-from .packing import IGNORE, Sequence, fill_by_length, prepare_packing, split
-from .rewards import RewardSource
-from .rollout import Engine, Rollout, SamplingOptions
-from .saving import reads
-from .sharding import refuse_zero3
+from .base.config import PPOConfig
+from .base.saving import reads
+from .base.sharding import refuse_zero3
+from .base.trainer import check_columns, load_classifier, refuse_prompt_learning
+from .batch import scoring
+from .batch.packing import IGNORE, Sequence, fill_by_length, prepare_packing, split
+from .losses import objectives
+from .rewards.functions import RewardSource
+from .rollouts.engine import Engine, Rollout, SamplingOptions
+from .rollouts.online import GroupSampler, OnlineTrainer
 from .value import PolicyAndValue
 
 # In a checkpoint.

@@ -17,19 +17,12 @@ from transformers import (
 
 import rlkernels
 
-from .common import (
-    BaseTrainer,
-    disable_dropout,
-    each_part,
-    load_model,
-    load_tokenizer,
-    refuse_prompt_learning,
-)
-from .configs import BaseConfig, RewardConfig
+from .base.config import BaseConfig, RewardConfig
+from .base.limits import Limits
+from .base.trainer import BaseTrainer, disable_dropout, each_part, load_model, load_tokenizer, refuse_prompt_learning
+from .batch.packing import fill
+from .batch.scoring import last_scores, score_head, token_scores
 from .data import prepare, reward_pair, sequences_of
-from .limits import Limits
-from .packing import fill
-from .scoring import last_scores, score_head, token_scores
 
 
 class RewardTrainer(BaseTrainer):

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import rlkernels
 
-from . import scoring
-from .common import BaseTrainer, each_part, load_tokenizer, refuse_prompt_learning
-from .configs import SFTConfig
+from .base.config import SFTConfig
+from .base.limits import Limits
+from .base.trainer import BaseTrainer, each_part, load_tokenizer, refuse_prompt_learning
+from .batch import scoring
+from .batch.packing import fill
 from .data import Packed, prepare, sequences_of, supervised
-from .limits import Limits
-from .packing import fill
 
 
 class SFTTrainer(BaseTrainer):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import scoring
-from .common import disable_dropout
+from .base.trainer import disable_dropout
+from .batch import scoring
 
 
 class ValueHead(nn.Linear):

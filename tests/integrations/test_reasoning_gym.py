@@ -18,7 +18,7 @@ from rlkernels.integrations.rewards import (
     to_verl,
 )
 from rlkernels.trainers import GRPOConfig, GRPOTrainer
-from rlkernels.trainers.rewards import RewardFunctions
+from rlkernels.trainers.rewards.functions import RewardFunctions
 
 
 def gym(name="chain_sum", **options):

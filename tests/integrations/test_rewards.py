@@ -22,7 +22,7 @@ from rlkernels.integrations.rewards import (
     to_verl,
 )
 from rlkernels.trainers import RewardError
-from rlkernels.trainers.rewards import RewardFunctions
+from rlkernels.trainers.rewards.functions import RewardFunctions
 
 # verl
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlkernels.trainers.reporting import CurvesCallback
+from rlkernels.trainers.base.reporting import CurvesCallback
 from tiny_model import CHAT_TEMPLATE, build_model, build_tokenizer
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from rlkernels.trainers import CheckpointError, GRPOConfig, GRPOTrainer, Terminated, checkpoints
+from rlkernels.trainers import CheckpointError, GRPOConfig, GRPOTrainer, Terminated
+from rlkernels.trainers.base import checkpoints
 from tiny_model import build_model, build_tokenizer
 
 RUNTIME = ("_runtime", "_per_second")

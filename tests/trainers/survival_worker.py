@@ -20,8 +20,8 @@ import pyarrow.parquet
 import torch
 
 from rlkernels import trainers
-from rlkernels.trainers import checkpoints
-from rlkernels.trainers.reporting import CurvesCallback
+from rlkernels.trainers.base import checkpoints
+from rlkernels.trainers.base.reporting import CurvesCallback
 from tiny_model import build_model, build_tokenizer
 
 RUNTIME = ("_runtime", "_per_second")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlkernels.trainers import advantages
+from rlkernels.trainers.losses import advantages
 
 NAN = math.nan
 

@@ -28,11 +28,11 @@ from rlkernels.trainers import (
     PPOTrainer,
     SFTConfig,
     SFTTrainer,
-    common,
-    online,
 )
-from rlkernels.trainers import checkpoints as c
-from rlkernels.trainers.reporting import CompletionsCallback
+from rlkernels.trainers.base import checkpoints as c
+from rlkernels.trainers.base import trainer as common
+from rlkernels.trainers.base.reporting import CompletionsCallback
+from rlkernels.trainers.rollouts import online
 
 ARGS = type("Args", (), {"should_save": True, "world_size": 1})
 

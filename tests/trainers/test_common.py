@@ -11,7 +11,9 @@ import transformers
 
 from cases import thorough
 from rlkernels import trainers
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, NonFiniteLoss, common, scoring
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, NonFiniteLoss
+from rlkernels.trainers.base import trainer as common
+from rlkernels.trainers.batch import scoring
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(13)]
 

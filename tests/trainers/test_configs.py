@@ -13,7 +13,9 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from rlkernels import trainers
-from rlkernels.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig, configs, field_values
+from rlkernels.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
+from rlkernels.trainers.base import config as configs
+from rlkernels.trainers.base import field_values
 
 CONFIGS = [GRPOConfig, RewardConfig, SFTConfig]
 

@@ -12,10 +12,11 @@ import torch
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from rlkernels.trainers import data, templates
+from rlkernels.trainers import data
+from rlkernels.trainers.base import chat as templates
+from rlkernels.trainers.base.limits import Limits
+from rlkernels.trainers.batch.packing import Sequence
 from rlkernels.trainers.data import check_prompts, preference_pair, prepare, reward_pair, sequences_of, supervised
-from rlkernels.trainers.limits import Limits
-from rlkernels.trainers.packing import Sequence
 
 GENERATION = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'a:' }}{% generation %}{{ m['content'] + '.' }}"

@@ -13,8 +13,12 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import rlkernels.ops.preference_loss as op
 from cases import thorough
-from rlkernels.trainers import DPOConfig, DPOTrainer, common, configs, dpo, reference_cache, reporting, scoring
-from rlkernels.trainers.reference_cache import hash_model
+from rlkernels.trainers import DPOConfig, DPOTrainer, dpo
+from rlkernels.trainers.base import config as configs
+from rlkernels.trainers.base import reference_cache, reporting
+from rlkernels.trainers.base import trainer as common
+from rlkernels.trainers.base.reference_cache import hash_model
+from rlkernels.trainers.batch import scoring
 
 PAIRS = [
     {"prompt": "ab" + "c" * (i % 5) + "d", "chosen": "ae" + "i" * (i % 3), "rejected": "x" * (1 + i % 4) + "y"}

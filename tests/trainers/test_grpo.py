@@ -8,8 +8,9 @@ import torch
 
 import rlkernels
 from cases import thorough
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, grpo, scoring
-from rlkernels.trainers.packing import split
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, grpo
+from rlkernels.trainers.batch import scoring
+from rlkernels.trainers.batch.packing import split
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(13)]
 

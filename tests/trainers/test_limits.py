@@ -28,8 +28,8 @@ from rlkernels.trainers import (
     SFTConfig,
     SFTTrainer,
 )
-from rlkernels.trainers.limits import learned_positions
-from rlkernels.trainers.rollout import TransformersEngine
+from rlkernels.trainers.base.limits import learned_positions
+from rlkernels.trainers.rollouts.engine import TransformersEngine
 from tiny_model import WORDS, build_model
 
 POSITIONS = 16

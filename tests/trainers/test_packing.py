@@ -9,8 +9,8 @@ from packaging.version import Version
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from labelled_models import SIZES
-from rlkernels.trainers import packing, scoring
-from rlkernels.trainers.packing import Sequence, fill, lay_out, shift, split
+from rlkernels.trainers.batch import packing, scoring
+from rlkernels.trainers.batch.packing import Sequence, fill, lay_out, shift, split
 
 CPU = torch.device("cpu")
 # Two of one length are attended to together; token 0 is the padding token.

@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, reporting
+from rlkernels.trainers import GRPOConfig, GRPOTrainer
+from rlkernels.trainers.base import reporting
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(8)]
 

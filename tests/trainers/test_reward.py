@@ -174,7 +174,7 @@ def test_scores_are_those_of_each_sequence_alone(make_trainer, tokenizer):
     ids = trainer.train_dataset[0]["sequences"][0]["input_ids"]
     assert ids[-1] == tokenizer.pad_token_id
     batch = trainer.micro_batches([trainer.train_dataset[0]])[0]
-    from rlkernels.trainers import scoring
+    from rlkernels.trainers.batch import scoring
 
     score = scoring.last_scores(scoring.token_scores(trainer.model, batch), batch)[0]
     alone = trainer.model.score(trainer.model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0]

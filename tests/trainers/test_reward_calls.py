@@ -11,9 +11,11 @@ import pytest
 
 import reward_functions as functions
 from reward_functions import rows, values, wait_until
-from rlkernels.trainers import RewardError, reward_calls, rewards
-from rlkernels.trainers.reward_calls import AsyncCalls, Call, Outcome, run_within
-from rlkernels.trainers.rewards import RewardFunctions
+from rlkernels.trainers import RewardError
+from rlkernels.trainers.rewards import calls as reward_calls
+from rlkernels.trainers.rewards import functions as rewards
+from rlkernels.trainers.rewards.calls import AsyncCalls, Call, Outcome, run_within
+from rlkernels.trainers.rewards.functions import RewardFunctions
 
 LIMIT = 0.25
 TOO_LATE = "did not return within 0.25 s (reward_timeout)"

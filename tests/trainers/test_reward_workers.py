@@ -24,10 +24,12 @@ from transformers import TrainerCallback, TrainerState
 
 import reward_functions as functions
 from reward_functions import rows, values, wait_until
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RewardError, rewards, settings
-from rlkernels.trainers.interrupts import Terminated
-from rlkernels.trainers.reward_model import RewardModel
-from rlkernels.trainers.rewards import RewardFunctions, whole_groups
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, RewardError
+from rlkernels.trainers.base.interrupts import Terminated
+from rlkernels.trainers.rewards import functions as rewards
+from rlkernels.trainers.rewards import process_settings as settings
+from rlkernels.trainers.rewards.functions import RewardFunctions, whole_groups
+from rlkernels.trainers.rewards.model import RewardModel
 
 LIMIT = 0.25
 TOO_LATE = "did not return within 0.25 s (reward_timeout)"
@@ -373,7 +375,7 @@ def test_functions_that_cannot_be_sent(make):
 def test_a_worker_that_does_not_start(make, monkeypatch):
     with pytest.raises(RewardError, match=r"ended while it started \(exit code 3\).* `if __name__ == \"__main__\":`"):
         make("workers", "none", functions.Loaded("quits"))
-    monkeypatch.setattr("rlkernels.trainers.reward_workers.START_LIMIT", 0.2)
+    monkeypatch.setattr("rlkernels.trainers.rewards.workers.START_LIMIT", 0.2)
     with pytest.raises(RewardError, match=r"a worker process did not start within 0\.2 s") as caught:
         make("workers", "none", functions.Loaded("hangs"))
     assert not workers()  # though the traceback keeps what has started them

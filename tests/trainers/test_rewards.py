@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlkernels.trainers import settings
-from rlkernels.trainers.rewards import RewardError, RewardFunctions
+from rlkernels.trainers.rewards import process_settings as settings
+from rlkernels.trainers.rewards.functions import RewardError, RewardFunctions
 
 ROWS = {
     "prompts": ["1+1=", "2+2=", "3+3="],

@@ -10,8 +10,11 @@ import peft
 import pytest
 import torch
 
-from rlkernels.trainers import GRPOConfig, GRPOTrainer, Rollout, RolloutError, rollout, sampling, scoring
-from rlkernels.trainers.packing import Sequence, lay_out, split
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, Rollout, RolloutError
+from rlkernels.trainers.batch import scoring
+from rlkernels.trainers.batch.packing import Sequence, lay_out, split
+from rlkernels.trainers.rollouts import engine as rollout
+from rlkernels.trainers.rollouts import sampling
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import rlkernels
 from rlkernels.trainers import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
-from rlkernels.trainers.router_loss import find_router_loss
+from rlkernels.trainers.losses.router import find_router_loss
 from tiny_model import build_mixture, build_model
 
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlkernels.trainers import SamplingOptions, TransformersEngine, sampling
+from rlkernels.trainers import SamplingOptions, TransformersEngine
+from rlkernels.trainers.rollouts import sampling
 
 PROMPTS = [[3, 4, 5, 6], [7], [3, 4, 5, 6], [8, 9], [7], [10, 11, 12]]
 

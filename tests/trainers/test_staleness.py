@@ -18,9 +18,8 @@ from rlkernels.trainers import (
     RolloutError,
     SamplingOptions,
     TransformersEngine,
-    ahead,
-    online,
 )
+from rlkernels.trainers.rollouts import ahead, online
 
 ROWS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(12)]
 

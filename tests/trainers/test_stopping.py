@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlkernels.trainers import Terminated
-from rlkernels.trainers.interrupts import DEFAULTS, StopRequest
+from rlkernels.trainers.base.interrupts import DEFAULTS, StopRequest
 
 WORKER = Path(__file__).with_name("stopping_worker.py")
 GRADERS = """

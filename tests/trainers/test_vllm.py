@@ -26,9 +26,9 @@ from rlkernels.trainers import (
     SamplingOptions,
     ServerLost,
     VLLMEngine,
-    vllm,
 )
-from rlkernels.trainers.rollout import check_rollouts
+from rlkernels.trainers.rollouts import vllm
+from rlkernels.trainers.rollouts.engine import check_rollouts
 from vllm_server import FakeServer
 
 PROMPTS = [f"ab{'c' * i}" for i in range(12)]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, SamplingOptions, VLLMEngine
-from rlkernels.trainers.reporting import CurvesCallback
+from rlkernels.trainers.base.reporting import CurvesCallback
 from vllm_process import Server
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))

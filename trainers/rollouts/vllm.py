@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .rollout import Rollout, RolloutError, SamplingOptions, encode, end_tokens
+from .engine import Rollout, RolloutError, SamplingOptions, encode, end_tokens
 from .sampling import row_seed
 
 logger = logging.get_logger(__name__)

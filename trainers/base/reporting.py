@@ -12,8 +12,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .reward_calls import text_of
-from .rollout import is_chat
+from ..rewards.calls import text_of
+from ..rollouts.engine import is_chat
 
 logger = logging.get_logger(__name__)
 

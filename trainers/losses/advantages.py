@@ -8,7 +8,7 @@ from torch import Tensor
 
 import rlkernels
 
-from .configs import GRPOConfig
+from ..base.config import GRPOConfig
 
 
 def with_overlong(rewards: Tensor, weights: Tensor, lengths: Tensor, args: GRPOConfig) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from . import scoring
-from .common import load_tokenizer, model_folder
-from .configs import OnlineConfig
-from .limits import Limits
-from .packing import Sequence, fill_by_length, lay_out, prepare_packing
-from .rollout import encode, is_chat
-from .templates import apply_chat_template
+from ..base.chat import apply_chat_template
+from ..base.config import OnlineConfig
+from ..base.limits import Limits
+from ..base.trainer import load_tokenizer, model_folder
+from ..batch import scoring
+from ..batch.packing import Sequence, fill_by_length, lay_out, prepare_packing
+from ..rollouts.engine import encode, is_chat
 
 
 class RewardModel:

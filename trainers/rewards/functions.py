@@ -13,22 +13,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .reporting import unique
-from .reward_calls import (
-    AsyncCalls,
-    Call,
-    Failure,
-    Outcome,
-    Result,
-    RewardError,
-    RewardFunction,
-    run_within,
-    shorten,
-    text_of,
-)
-from .reward_model import RewardModel
-from .reward_workers import WorkerPool
-from .settings import restored
+from ..base.reporting import unique
+from .calls import AsyncCalls, Call, Failure, Outcome, Result, RewardError, RewardFunction, run_within, shorten, text_of
+from .model import RewardModel
+from .process_settings import restored
+from .workers import WorkerPool
 
 logger = logging.get_logger(__name__)
 

@@ -19,9 +19,13 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from . import checkpoints
-from .ahead import SampledAhead
-from .common import (
+from ..base import checkpoints
+from ..base.config import BaseConfig, OnlineConfig
+from ..base.limits import Limits
+from ..base.reporting import CompletionsCallback, unique
+from ..base.saving import reads
+from ..base.sharding import gathered_once
+from ..base.trainer import (
     LOGGED,
     BaseTrainer,
     Metrics,
@@ -31,26 +35,13 @@ from .common import (
     isolated_rng,
     load_classifier,
 )
-from .configs import BaseConfig, OnlineConfig
-from .data import check_prompts
-from .limits import Limits
-from .packing import shift
-from .reporting import CompletionsCallback, unique
-from .reward_calls import copied
-from .reward_model import RewardModel
-from .rewards import RewardFunction, RewardFunctions, RewardSource
-from .rollout import (
-    Engine,
-    Rollout,
-    SamplingOptions,
-    TransformersEngine,
-    check_rollouts,
-    decode,
-    end_tokens,
-    is_chat,
-)
-from .saving import reads
-from .sharding import gathered_once
+from ..batch.packing import shift
+from ..data import check_prompts
+from ..rewards.calls import copied
+from ..rewards.functions import RewardFunction, RewardFunctions, RewardSource
+from ..rewards.model import RewardModel
+from .ahead import SampledAhead
+from .engine import Engine, Rollout, SamplingOptions, TransformersEngine, check_rollouts, decode, end_tokens, is_chat
 from .vllm import ServerLost, VLLMEngine
 from .weights import write_weights
 

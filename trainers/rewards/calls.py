@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 from transformers import TrainerState
 from transformers.utils import logging
 
-from .interrupts import Terminated
-from .settings import restored
+from ..base.interrupts import Terminated
+from .process_settings import restored
 
 logger = logging.get_logger(__name__)
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker, util
 from typing import Any, BinaryIO
 
-from .reward_calls import Call, Failure, Outcome, Result, RewardError, RewardFunction, failed, run, text_of, too_late
-from .settings import restored
+from .calls import Call, Failure, Outcome, Result, RewardError, RewardFunction, failed, run, text_of, too_late
+from .process_settings import restored
 
 # Seconds that a worker may take to start, most of which the modules of the functions take to be imported.
 START_LIMIT = 300.0

@@ -28,14 +28,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
 
+from ..batch.packing import Sequence, lay_out, prepare_packing, warn_of_batch_dependence
+from ..batch.scoring import needs_no_logits
+from ..losses.router import find_router_loss
 from .checkpoints import BadCheckpoint, processes
-from .configs import BaseConfig
+from .config import BaseConfig
 from .limits import embedded
-from .packing import Sequence, lay_out, prepare_packing, warn_of_batch_dependence
 from .reporting import CurvesCallback, unique
-from .router_loss import find_router_loss
 from .saving import SavingTrainer, reads
-from .scoring import needs_no_logits
 from .sharding import accumulating, load_whole_state_dict, prepare_frozen, refuse_zero3, reshard
 
 logger = logging.get_logger(__name__)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .limits import Limits
-from .packing import IGNORE, Sequence
+from ..base.chat import apply_chat_template
+from ..base.limits import Limits
+from ..batch.packing import IGNORE, Sequence
 from .sampling import Decoder, is_sharded, reduced, row_seed, uniform
-from .templates import apply_chat_template
 
 
 class RolloutError(ValueError):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import rlkernels
 
-from . import scoring
-from .configs import OBJECTIVES, GRPOConfig, OnlineConfig
+from ..base.config import OBJECTIVES, GRPOConfig, OnlineConfig
+from ..batch import scoring
 
 
 def policy_loss(model: nn.Module, batch: dict[str, Any], args: GRPOConfig, *, fused: bool) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .rollout import Engine, Rollout, RolloutError, SamplingOptions
+from .engine import Engine, Rollout, RolloutError, SamplingOptions
 
 logger = logging.get_logger(__name__)
 

@@ -1,0 +1,1 @@
+"""How completions are rewarded: functions, their calls, their processes, and reward models."""

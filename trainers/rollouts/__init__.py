@@ -1,0 +1,1 @@
+"""How completions are sampled: engines, what they give, and who keeps them in step with training."""
