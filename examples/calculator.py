@@ -116,7 +116,7 @@ def train(run: program.Run) -> list[Any]:
 
     import lesson
     from rlkernels.trainers import GRPOConfig, GRPOTrainer, TransformersEngine
-    from rlkernels.trainers.base.reporting import choose, samples_table
+    from rlkernels.trainers.rollouts.completions import choose, samples_table
 
     model, tokenizer = lesson.load()
     rows, held_out = problems(train=400, held_out=100)

@@ -19,7 +19,8 @@ from arithmetic import problems
 from program import Run
 from progress import ProgressCallback
 from rlkernels.trainers.base.trainer import BaseTrainer
-from rlkernels.trainers.rollouts.engine import SamplingOptions, TransformersEngine
+from rlkernels.trainers.rollouts.engine import SamplingOptions
+from rlkernels.trainers.rollouts.generate import TransformersEngine
 from smollm2 import model_folder
 
 Row = dict[str, Any]

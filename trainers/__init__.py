@@ -15,17 +15,17 @@ def _require_transformers() -> None:
 try:
     _require_transformers()
     from .base.checkpoints import CheckpointError
-    from .base.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
     from .base.interrupts import Terminated
     from .base.trainer import NonFiniteLoss
-    from .dpo import DPOTrainer
-    from .grpo import GRPOTrainer
-    from .ppo import PPOTrainer
-    from .reward import RewardTrainer
+    from .dpo import DPOConfig, DPOTrainer
+    from .grpo import GRPOConfig, GRPOTrainer
+    from .ppo import PPOConfig, PPOTrainer
+    from .reward import RewardConfig, RewardTrainer
     from .rewards.functions import RewardError
-    from .rollouts.engine import Rollout, RolloutError, SamplingOptions, TransformersEngine
+    from .rollouts.engine import Rollout, RolloutError, SamplingOptions
+    from .rollouts.generate import TransformersEngine
     from .rollouts.vllm import ServerLost, VLLMEngine
-    from .sft import SFTTrainer
+    from .sft import SFTConfig, SFTTrainer
 except ModuleNotFoundError as error:
     if error.name and error.name.partition(".")[0] == "rlkernels":
         raise

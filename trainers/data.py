@@ -23,11 +23,11 @@ from torch.utils import data
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .base.chat import apply_chat_template
+from .base.chat import apply_chat_template, is_chat
 from .base.limits import Limits
-from .base.trainer import check_columns
-from .batch.packing import IGNORE, Sequence
-from .rollouts.engine import encode, is_chat
+from .base.rows import check_columns
+from .batch.batch import IGNORE, Sequence
+from .rollouts.engine import encode
 
 logger = logging.get_logger(__name__)
 

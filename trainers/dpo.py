@@ -1,5 +1,6 @@
 """Direct preference optimization (arXiv 2305.18290) and its relatives: learning from pairs of completions."""
 
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,163 @@ from transformers.utils import logging
 import rlkernels
 
 from .base.checkpoints import BadCheckpoint
-from .base.config import OVER_THE_BATCH, DPOConfig
+from .base.config import BaseConfig, router_field
 from .base.limits import Limits
+from .base.loading import disable_dropout, load_tokenizer, refuse_prompt_learning
 from .base.reference_cache import cache_file, hash_model, read, write
+from .base.rows import each_part
 from .base.saving import reads
 from .base.sharding import refuse_zero3, reshard
-from .base.trainer import BaseTrainer, disable_dropout, each_part, load_tokenizer, refuse_prompt_learning
+from .base.trainer import BaseTrainer
 from .batch import scoring
-from .batch.packing import IGNORE, fill, prepare_packing, shift
+from .batch.batch import IGNORE, shift
+from .batch.packing import fill, prepare_packing
 from .data import check_rows, preference_pair, prepare, sequences_of
+
+# Losses of pairs that label_smoothing changes.
+SMOOTHED = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo"}
+# Losses of all pairs of a micro-batch, which are sorted or whose tokens are counted.
+OVER_THE_BATCH = {"aot", "aot_unpaired", "sft", "orpo"}
+
+
+@dataclass(repr=False)
+class DPOConfig(BaseConfig):
+    """Options of `DPOTrainer`. An optimizer step is `gradient_accumulation_steps` x `per_device_train_batch_size` pairs
+    on each device."""
+
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize the dataset; this one alone if unset."}
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={
+            "help": "Most tokens of a prompt and a completion: what is beyond is cut off, and pairs whose prompt is as "
+            "long are left out."
+        },
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the reference's log-probabilities of all pairs before training, so that no reference is "
+            "kept in memory. They are kept on disk, in the cache of `datasets`, for other runs on the same pairs."
+        },
+    )
+
+    router_aux_loss_coef: float | None = router_field()
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={
+            "help": "One or several losses of `rlkernels.preference_loss`, added up; sft, simpo and orpo need no "
+            "reference.",
+            "choices": [
+                *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
+                *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "simpo", "orpo"),
+            ],
+        },
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per loss, such as 0.8 0.2 1.0 for MPO; 1 each if unset."}
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "The higher, the nearer to the reference the model is kept (tau of IPO)."}
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "The share of pairs taken to be the wrong way round, in sigmoid (cDPO; TRL's sigmoid ignores it), "
+            "exo_pair, robust, aot, aot_unpaired and simpo."
+        },
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={
+            "help": "The divergence from the reference; others than reverse_kl go with sigmoid, sigmoid_norm, hinge, "
+            "ipo, exo_pair, robust, discopop and sft.",
+            "choices": ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
+        },
+    )
+    f_alpha_divergence_coef: float = field(
+        default=0.5, metadata={"help": "Alpha of alpha_divergence, which at 1 is reverse_kl."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature tau of discopop."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "By how much simpo wants chosen above rejected."})
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "LD-DPO: the weight, from 0 to 1, of the tokens by which a completion is longer than the other of "
+            "its pair; 1 if unset."
+        },
+    )
+    use_weighting: bool = field(
+        default=False,
+        metadata={"help": "WPO: weigh each pair by how likely its completions are under the model as it is."},
+    )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={
+            "help": "TR-DPO: every ref_model_sync_steps steps the reference becomes (1 - ref_model_mixup_alpha) x "
+            "itself + ref_model_mixup_alpha x the model."
+        },
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "Share of the model in the reference when sync_ref_model renews it."}
+    )
+    ref_model_sync_steps: int = field(
+        default=512,
+        metadata={"help": "Optimizer steps from one renewal of the reference by sync_ref_model to the next."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        super().__post_init__()
+        if not self.loss_type:
+            raise ValueError("loss_type must name at least one loss; got none")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights must have one entry per loss, {len(self.loss_type)}; got {len(self.loss_weights)}"
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2; got {self.max_length}")
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must be from 0 to 1; got {self.ld_alpha}")
+        if self.label_smoothing and SMOOTHED.isdisjoint(self.loss_type):
+            raise ValueError(
+                f"label_smoothing must be 0 with loss_type {', '.join(self.loss_type)}; got {self.label_smoothing}"
+            )
+        if self.use_weighting and not OVER_THE_BATCH.isdisjoint(self.loss_type):
+            raise ValueError(
+                f"use_weighting must be off with {', '.join(sorted(OVER_THE_BATCH))}, which are not sums over pairs; "
+                f"got loss_type {', '.join(self.loss_type)}"
+            )
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be above 0 and at most 1; got {self.ref_model_mixup_alpha}")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError("sync_ref_model and precompute_ref_log_probs exclude each other: the reference changes")
+        nothing: Any = torch.zeros(0)
+        for loss in self.loss_type:
+            try:
+                rlkernels.preference_loss(
+                    *[nothing] * 4, chosen_lengths=nothing, rejected_lengths=nothing, **self.loss_options(loss)
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"loss_type {loss} with f_divergence_type {self.f_divergence_type}: {error}"
+                ) from error
+
+    def loss_options(self, loss: str) -> dict[str, Any]:
+        """Those of `rlkernels.preference_loss` for one of the losses."""
+        return {
+            "loss": loss,
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing if loss in SMOOTHED else 0.0,
+            "divergence": self.f_divergence_type,
+            "alpha": self.f_alpha_divergence_coef,
+            "discopop_tau": self.discopop_tau,
+            "simpo_gamma": self.simpo_gamma,
+        }
+
 
 WITHOUT_REFERENCE = {"sft", "simpo", "orpo"}
 METRICS = (

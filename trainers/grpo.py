@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,14 +14,228 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import rlkernels
 
-from .base.config import OBJECTIVES, GRPOConfig
-from .base.trainer import NumberedRows, check_columns, evaluating, refuse_prompt_learning
+from .base.contexts import evaluating
+from .base.loading import refuse_prompt_learning
+from .base.rows import GroupSampler, NumberedRows, check_columns
 from .batch import scoring
-from .batch.packing import IGNORE, Sequence, fill_by_length, split
+from .batch.batch import IGNORE, Sequence, split
+from .batch.packing import fill_by_length
 from .losses import advantages, objectives
+from .losses.objectives import OBJECTIVES
 from .rewards.functions import RewardFunction
+from .rollouts.config import OnlineConfig
 from .rollouts.engine import Engine
-from .rollouts.online import GroupSampler, OnlineTrainer, Samples
+from .rollouts.online import OnlineTrainer, Samples
+
+
+@dataclass(repr=False)
+class GRPOConfig(OnlineConfig):
+    """Options of `GRPOTrainer`. An optimizer step is `gradient_accumulation_steps` micro-batches of
+    `per_device_train_batch_size` completions; `steps_per_generation` micro-batches are generated at a time."""
+
+    num_generations: int = field(default=8, metadata={"help": "Completions sampled per prompt: the size of a group."})
+    num_generations_eval: int | None = field(
+        default=None, metadata={"help": "Completions per prompt in evaluation; num_generations if unset."}
+    )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Completions generated at a time, over all processes; excludes steps_per_generation."},
+    )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "Micro-batches generated at a time, a multiple of gradient_accumulation_steps, which is the "
+            "default."
+        },
+    )
+
+    beta: float = field(
+        default=0.0,
+        metadata={"help": "Coefficient of the KL penalty to the model at start; 0 keeps no reference model."},
+    )
+    use_bias_correction_kl: bool = field(
+        default=True,
+        metadata={
+            "help": "Multiply the KL penalty by the importance ratio, which makes its gradient that of the reverse KL."
+        },
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Passes over each batch of completions."})
+    epsilon: float = field(
+        default=0.2,
+        metadata={
+            "help": "The importance ratio is clipped from below at 1 - epsilon; loss_type gmpo clips its logarithm, "
+            "dppo_tv and dppo_kl drop tokens whose probability moved further."
+        },
+    )
+    epsilon_high: float | None = field(
+        default=None,
+        metadata={
+            "help": "The ratio is clipped from above at 1 + epsilon_high, epsilon if unset; with loss_type cispo at "
+            "epsilon_high, such as 5.0."
+        },
+    )
+    delta: float | None = field(
+        default=None,
+        metadata={
+            "help": "The ratio is at most delta where the advantage is negative too; above 1 + epsilon_high. For "
+            "loss_type grpo, bnpo, dr_grpo, dapo, luspo; dppo bounds its weights by it, by 20 if unset."
+        },
+    )
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={
+            "help": "One importance ratio per token, or one per sequence, its tokens' geometric mean (GSPO). For "
+            "loss_type grpo, bnpo, dr_grpo, dapo, luspo; the others have a level of their own.",
+            "choices": ["token", "sequence"],
+        },
+    )
+    loss_type: str = field(
+        default="dapo",
+        metadata={
+            "help": "The objective, and how token losses are aggregated. The clipped ratio: grpo (mean over each "
+            "completion, then over completions), bnpo (mean over the tokens of per_device_train_batch_size "
+            "completions), dr_grpo (sum over completions x max_completion_length), dapo (mean over the tokens of an "
+            "optimizer step), luspo (sum over each completion, mean over completions). Other objectives, aggregated "
+            "as dapo: cispo, vespo, dppo_tv, dppo_kl, reinforce; as grpo: sapo, gmpo. Their equations are in "
+            "`rlkernels.policy_loss`.",
+            "choices": [*OBJECTIVES],
+        },
+    )
+    sapo_temperature_neg: float = field(
+        default=1.05, metadata={"help": "Temperature of loss_type sapo where the advantage is not positive."}
+    )
+    sapo_temperature_pos: float = field(
+        default=1.0, metadata={"help": "Temperature of loss_type sapo where the advantage is positive."}
+    )
+    vespo_k_pos: float = field(
+        default=2.0, metadata={"help": "Power of a sequence's weight below 1 in loss_type vespo, advantage positive."}
+    )
+    vespo_lambda_pos: float = field(
+        default=3.0, metadata={"help": "Decay of a sequence's weight above 1 in loss_type vespo, advantage positive."}
+    )
+    vespo_k_neg: float = field(
+        default=3.0, metadata={"help": "Power of a sequence's weight below 1 in loss_type vespo, advantage negative."}
+    )
+    vespo_lambda_neg: float = field(
+        default=2.0, metadata={"help": "Decay of a sequence's weight above 1 in loss_type vespo, advantage negative."}
+    )
+    top_entropy_quantile: float = field(
+        default=1.0,
+        metadata={
+            "help": "Keep in the policy loss only this fraction of an optimizer step's tokens, over all processes: "
+            "those where the model's entropy is highest. 1 keeps all; less costs a forward pass."
+        },
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Leave completions that did not end by themselves out of the loss."}
+    )
+
+    overlong_buffer_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Punish length (DAPO): a further reward falls from 0 to -1 over the last so many tokens before "
+            "max_completion_length, tools' tokens not counted. No such reward if unset."
+        },
+    )
+    overlong_penalty: float = field(default=1.0, metadata={"help": "The weight of that reward among the others."})
+    dynamic_sampling_max_rounds: int = field(
+        default=0,
+        metadata={
+            "help": "Where the rewards of a group are all equal, and so teach nothing, sample another prompt in its "
+            "place, at most so many times per generation batch (DAPO)."
+        },
+    )
+
+    advantage: str = field(
+        default="grpo",
+        metadata={
+            "help": "What a completion's reward is held against. grpo: the mean of its group. rloo: the mean of the "
+            "others of its group; with loss_type luspo, a step is one of RLOO. reinforce_plus_plus: the mean over "
+            "all tokens of the batch, divided by their standard deviation. With the last two, beta x KL is part of "
+            "the reward, not of the loss.",
+            "choices": ["grpo", "rloo", "reinforce_plus_plus"],
+        },
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={
+            "help": "With advantage grpo, divide by the standard deviation of the rewards of the group, of the batch, "
+            "or not at all (none).",
+            "choices": ["group", "batch", "none"],
+        },
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "Several rewards: sum them, then normalise in each group (sum_then_normalize), or normalise each "
+            "in its group, sum, and normalise over the batch (normalize_then_sum).",
+            "choices": ["sum_then_normalize", "normalize_then_sum"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        super().__post_init__()
+        if self.num_generations < (1 if self.advantage == "reinforce_plus_plus" else 2):
+            raise ValueError(f"num_generations must be at least 2, to have a group; got {self.num_generations}")
+        buffer = self.overlong_buffer_length
+        if buffer is not None and not 0 < buffer <= self.max_completion_length:
+            raise ValueError(
+                f"overlong_buffer_length must be between 1 and max_completion_length ({self.max_completion_length}); "
+                f"got {buffer}"
+            )
+        self._check_combinations()
+        self._set_generation_batch()
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.beta > 0 and self.advantage != "grpo"
+
+    def _check_combinations(self) -> None:
+        if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:
+            raise ValueError(
+                f"epsilon_high must be at least 1 with loss_type cispo, which clips the ratio there; got "
+                f"{self.epsilon_high}"
+            )
+        if self.importance_sampling_level == "sequence" and OBJECTIVES[self.loss_type][0] != "ppo":
+            by_level = ", ".join(name for name, (objective, _) in OBJECTIVES.items() if objective == "ppo")
+            raise ValueError(
+                f"importance_sampling_level 'sequence' goes with loss_type {by_level}; got {self.loss_type!r}"
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.advantage != "grpo":
+            raise ValueError(
+                f"multi_objective_aggregation 'normalize_then_sum' goes with advantage 'grpo'; got {self.advantage!r}"
+            )
+        if self.dynamic_sampling_max_rounds and self.num_generations < 2:
+            raise ValueError("dynamic_sampling_max_rounds needs groups: num_generations must be at least 2; got 1")
+
+    def _set_generation_batch(self) -> None:
+        step = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None:
+            # Both are set, and agree, where an already processed config is read back.
+            if self.steps_per_generation not in (None, self.generation_batch_size / step):
+                raise ValueError("generation_batch_size and steps_per_generation exclude each other; set one")
+            if self.generation_batch_size % step:
+                raise ValueError(
+                    f"generation_batch_size ({self.generation_batch_size}) must be a multiple of "
+                    f"per_device_train_batch_size x processes ({step})"
+                )
+            self.steps_per_generation = self.generation_batch_size // step
+        elif self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.steps_per_generation < 1 or self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation ({self.steps_per_generation}) must be a multiple of gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}), so that an optimizer step sees one batch of completions"
+            )
+        self.generation_batch_size = step * self.steps_per_generation
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"the batch of {self.generation_batch_size} completions (per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} x processes {self.world_size} x steps_per_generation "
+                f"{self.steps_per_generation}) must be divisible by num_generations ({self.num_generations})"
+            )
 
 
 @dataclass

@@ -3,9 +3,10 @@ rewards with a KL penalty, a learned value function, generalised advantages, cli
 
 import copy
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,108 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import rlkernels
 
-from .base.config import PPOConfig
+from .base.loading import load_classifier, refuse_prompt_learning
+from .base.rows import GroupSampler, check_columns
 from .base.saving import reads
 from .base.sharding import refuse_zero3
-from .base.trainer import check_columns, load_classifier, refuse_prompt_learning
 from .batch import scoring
-from .batch.packing import IGNORE, Sequence, fill_by_length, prepare_packing, split
+from .batch.batch import IGNORE, Sequence, split
+from .batch.packing import fill_by_length, prepare_packing
 from .losses import objectives
 from .rewards.functions import RewardSource
+from .rollouts.config import OnlineConfig
 from .rollouts.engine import Engine, Rollout, SamplingOptions
-from .rollouts.online import GroupSampler, OnlineTrainer
+from .rollouts.online import OnlineTrainer
 from .value import PolicyAndValue
+
+
+@dataclass(repr=False)
+class PPOConfig(OnlineConfig):
+    """Options of `PPOTrainer`. `per_device_train_batch_size` x `gradient_accumulation_steps` prompts per process are
+    completed at a time, and serve `num_ppo_epochs` x `num_mini_batches` optimizer steps. Names and defaults are those
+    of TRL 1.8.0, the last that had a PPO trainer."""
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate of AdamW."})
+    temperature: float = field(
+        default=0.7, metadata={"help": "Temperature of sampling, and of the log-probabilities in the loss."}
+    )
+    max_completion_length: int = field(
+        init=False, metadata={"help": "response_length, under the name that it has in GRPO."}
+    )
+    response_length: int = field(default=53, metadata={"help": "Longest completion, in tokens."})
+    total_episodes: int | None = field(
+        default=None,
+        metadata={"help": "Completions to learn from, over all processes; instead of num_train_epochs and max_steps."},
+    )
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each batch of completions."})
+    num_mini_batches: int = field(
+        default=1, metadata={"help": "Optimizer steps in a pass: parts into which the batch is split at random."}
+    )
+
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken off the score of a completion that did not end by itself."}
+    )
+    score_at: str = field(
+        default="last",
+        metadata={
+            "help": "Where a completion's score is given: at its last token (last), or, as in TRL, behind it, in a "
+            "state with a value of its own (after_last; at the last token if it has response_length tokens).",
+            "choices": ["last", "after_last"],
+        },
+    )
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Divide token rewards by their standard deviation over the batch."}
+    )
+    kl_coef: float = field(
+        default=0.05,
+        metadata={"help": "Coefficient of the KL penalty to the model at start; 0 keeps no reference model."},
+    )
+    kl_estimator: str = field(
+        default="k1",
+        metadata={
+            "help": "Estimator of the divergence at a token: k1, k2, k3 or abs, as in `kl_penalty`.",
+            "choices": ["k1", "k2", "k3", "abs"],
+        },
+    )
+    adap_kl_ctrl: bool = field(
+        default=False,
+        metadata={"help": "Adapt the KL coefficient, from kl_coef, so that objective/kl nears target_kl."},
+    )
+    target_kl: float = field(default=6.0, metadata={"help": "What adap_kl_ctrl aims at, per completion."})
+    horizon: float = field(
+        default=10000,
+        metadata={"help": "In how many completions adap_kl_ctrl changes the coefficient by a fifth, at most."},
+    )
+
+    cliprange: float = field(default=0.2, metadata={"help": "The importance ratio is clipped at 1 +- cliprange."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Coefficient of the value loss."})
+    cliprange_value: float = field(
+        default=0.2, metadata={"help": "Values are clipped at those of the rollout +- cliprange_value."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+
+    def __post_init__(self) -> None:
+        self.max_completion_length = self.response_length
+        super().__post_init__()
+        if self.adap_kl_ctrl and self.kl_coef == 0:
+            raise ValueError("adap_kl_ctrl needs a kl_coef above 0 to start from; got 0")
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if rows % self.num_mini_batches:
+            raise ValueError(
+                f"the {rows} completions of a process (per_device_train_batch_size {self.per_device_train_batch_size} "
+                f"x gradient_accumulation_steps {self.gradient_accumulation_steps}) must be divisible by "
+                f"num_mini_batches ({self.num_mini_batches})"
+            )
+        if self.total_episodes is not None:
+            batches = math.ceil(self.total_episodes / self.rollout_batch_size)
+            self.max_steps = batches * self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def rollout_batch_size(self) -> int:
+        """Prompts completed at a time, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
 
 # In a checkpoint.
 KL_COEF, VALUE = "kl_coef.json", "value"

@@ -1,6 +1,7 @@
 """Reward models from pairs (Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203.02155)."""
 
 import copy
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,12 +18,39 @@ from transformers import (
 
 import rlkernels
 
-from .base.config import BaseConfig, RewardConfig
+from .base.config import BaseConfig
 from .base.limits import Limits
-from .base.trainer import BaseTrainer, disable_dropout, each_part, load_model, load_tokenizer, refuse_prompt_learning
+from .base.loading import disable_dropout, load_model, load_tokenizer, refuse_prompt_learning
+from .base.rows import each_part
+from .base.trainer import BaseTrainer
 from .batch.packing import fill
 from .batch.scoring import last_scores, score_head, token_scores
 from .data import prepare, reward_pair, sequences_of
+
+
+@dataclass(repr=False)
+class RewardConfig(BaseConfig):
+    """Options of `RewardTrainer`."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of AdamW."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize the dataset; this one alone if unset."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest sequence, in tokens; pairs with a longer one are left out."}
+    )
+    center_rewards_coefficient: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of (chosen + rejected)^2 in the loss, which keeps scores around 0; 0.01 serves well."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1; got {self.max_length}")
 
 
 class RewardTrainer(BaseTrainer):

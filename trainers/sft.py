@@ -1,5 +1,6 @@
 """Supervised fine-tuning: imitation of what is written in a dataset."""
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,70 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import rlkernels
 
-from .base.config import SFTConfig
+from .base.config import BaseConfig, router_field
 from .base.limits import Limits
-from .base.trainer import BaseTrainer, each_part, load_tokenizer, refuse_prompt_learning
+from .base.loading import load_tokenizer, refuse_prompt_learning
+from .base.rows import each_part
+from .base.trainer import BaseTrainer
 from .batch import scoring
 from .batch.packing import fill
 from .data import Packed, prepare, sequences_of, supervised
+
+
+@dataclass(repr=False)
+class SFTConfig(BaseConfig):
+    """Options of `SFTTrainer`."""
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate of AdamW."})
+    dataset_text_field: str = field(default="text", metadata={"help": "The column that holds text, for rows of text."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the dataset."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest sequence, in tokens; longer ones are truncated. Unset: no limit."}
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={"help": "Which end of a sequence truncation keeps.", "choices": ["keep_start", "keep_end"]},
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Fill each of the per_device_train_batch_size places of a batch with sequences of together at most "
+            "max_length tokens, so that an optimizer step learns from about as many tokens as any other. They do not "
+            "see each other. Without it a place is one row's; micro-batches are free of padding in either case."
+        },
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Learn from completions only. Unset: where rows have a prompt and a completion. False: from the "
+            "prompts too."
+        },
+    )
+    assistant_only_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Learn only from what the assistant says in messages. The chat template must mark it with "
+            "{%% generation %%}."
+        },
+    )
+    router_aux_loss_coef: float | None = router_field()
+    loss_type: str = field(
+        default="nll",
+        metadata={
+            "help": "nll (negative log-likelihood) or dft (each token's weighted with its probability; Dynamic "
+            "Fine-Tuning).",
+            "choices": ["nll", "dft"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, to have a token to predict; got {self.max_length}")
+        if self.packing and self.train_sampling_strategy == "group_by_length":
+            raise ValueError("packing and train_sampling_strategy group_by_length exclude each other; got both")
+        if self.packing and self.max_length is None:
+            raise ValueError("packing needs max_length; got None")
 
 
 class SFTTrainer(BaseTrainer):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base.trainer import disable_dropout
+from .base.loading import disable_dropout
 from .batch import scoring
 
 

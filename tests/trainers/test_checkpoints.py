@@ -30,9 +30,9 @@ from rlkernels.trainers import (
     SFTTrainer,
 )
 from rlkernels.trainers.base import checkpoints as c
-from rlkernels.trainers.base import trainer as common
-from rlkernels.trainers.base.reporting import CompletionsCallback
+from rlkernels.trainers.base import trainer as base_trainer
 from rlkernels.trainers.rollouts import online
+from rlkernels.trainers.rollouts.completions import CompletionsCallback
 
 ARGS = type("Args", (), {"should_save": True, "world_size": 1})
 
@@ -874,7 +874,7 @@ def test_completions_of_other_options_are_sampled_anew(make_trainer, monkeypatch
         first.train()
     again, warnings, sampled = make_trainer(trainer, **{**options, **change}), [], []
     monkeypatch.setattr(online.logger, "warning", warnings.append)
-    monkeypatch.setattr(common.logger, "warning", warnings.append)
+    monkeypatch.setattr(base_trainer.logger, "warning", warnings.append)
     roll_out = again.roll_out
 
     def note(inputs):

@@ -12,7 +12,8 @@ import transformers
 from cases import thorough
 from rlkernels import trainers
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, NonFiniteLoss
-from rlkernels.trainers.base import trainer as common
+from rlkernels.trainers.base import loading
+from rlkernels.trainers.base import trainer as base_trainer
 from rlkernels.trainers.batch import scoring
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(13)]
@@ -83,7 +84,7 @@ def test_each_process_saves_its_part_of_the_last_good_state(make_trainer, monkey
         (folder / "trainer_state.json").touch()
         return found
 
-    monkeypatch.setattr(common, "gather_object", gather_object)
+    monkeypatch.setattr(base_trainer, "gather_object", gather_object)
     monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(num_processes=2))
     monkeypatch.setattr(trainer, "_save_checkpoint", lambda *args, **kwargs: saved.append(kwargs))
     with pytest.raises(NonFiniteLoss):
@@ -221,11 +222,11 @@ def test_padded_is_packed(make_trainer):
 )
 def test_flash_attention_where_it_is_installed(monkeypatch, installed, dtype, expected):
     for version in (2, 3):
-        monkeypatch.setattr(common, f"is_flash_attn_{version}_available", lambda version=version: version in installed)
+        monkeypatch.setattr(loading, f"is_flash_attn_{version}_available", lambda version=version: version in installed)
     args = SimpleNamespace(use_cpu=False, bf16=dtype == "bf16", fp16=dtype == "fp16")
-    assert common.flash_attention(args).get("attn_implementation") == expected
+    assert loading.flash_attention(args).get("attn_implementation") == expected
     args.use_cpu = True
-    assert common.flash_attention(args) == {}
+    assert loading.flash_attention(args) == {}
 
 
 def adapted(model):

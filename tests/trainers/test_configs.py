@@ -14,8 +14,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from rlkernels import trainers
 from rlkernels.trainers import DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig
-from rlkernels.trainers.base import config as configs
+from rlkernels.trainers.base import config as base_config
 from rlkernels.trainers.base import field_values
+from rlkernels.trainers.rollouts.config import OnlineConfig
 
 CONFIGS = [GRPOConfig, RewardConfig, SFTConfig]
 
@@ -68,9 +69,9 @@ def test_command_line():
 
 
 def test_bf16_follows_the_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(configs, "_computes_bf16", lambda use_cpu: False)
+    monkeypatch.setattr(base_config, "_computes_bf16", lambda use_cpu: False)
     assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is False
-    monkeypatch.setattr(configs, "_computes_bf16", lambda use_cpu: True)
+    monkeypatch.setattr(base_config, "_computes_bf16", lambda use_cpu: True)
     assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is True
     assert GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False).bf16 is False
 
@@ -81,7 +82,7 @@ def test_bf16_follows_the_device(tmp_path, monkeypatch):
 )
 def test_bf16_on_a_cpu_needs_instructions(capabilities, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert configs._computes_bf16(use_cpu=True) is expected
+    assert base_config._computes_bf16(use_cpu=True) is expected
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
@@ -234,9 +235,7 @@ def test_deepspeed_is_for_the_launcher():
 @pytest.mark.parametrize("config", [DPOConfig, GRPOConfig, PPOConfig, RewardConfig, SFTConfig])
 def test_secrets_are_neither_shown_nor_stored(config, tmp_path):
     """In what is saved with a model, told to loggers or printed; a copy in the process has them."""
-    address = (
-        {"vllm_server_base_url": "https://me:hf_one%40@host:1/v1"} if issubclass(config, configs.OnlineConfig) else {}
-    )
+    address = {"vllm_server_base_url": "https://me:hf_one%40@host:1/v1"} if issubclass(config, OnlineConfig) else {}
     given = {"hub_token": "hf_one", "model_init_kwargs": {"token": "hf_one", "dtype": "float32"}}
     args = config(output_dir=str(tmp_path), use_cpu=True, **given, **address)
     torch.save(args, tmp_path / "training_args.bin")

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from rlkernels.trainers import data
 from rlkernels.trainers.base import chat as templates
 from rlkernels.trainers.base.limits import Limits
-from rlkernels.trainers.batch.packing import Sequence
+from rlkernels.trainers.batch.batch import Sequence
 from rlkernels.trainers.data import check_prompts, preference_pair, prepare, reward_pair, sequences_of, supervised
 
 GENERATION = (

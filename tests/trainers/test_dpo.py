@@ -14,9 +14,8 @@ from transformers import HfArgumentParser, TrainingArguments
 import rlkernels.ops.preference_loss as op
 from cases import thorough
 from rlkernels.trainers import DPOConfig, DPOTrainer, dpo
-from rlkernels.trainers.base import config as configs
 from rlkernels.trainers.base import reference_cache, reporting
-from rlkernels.trainers.base import trainer as common
+from rlkernels.trainers.base import trainer as base_trainer
 from rlkernels.trainers.base.reference_cache import hash_model
 from rlkernels.trainers.batch import scoring
 
@@ -191,7 +190,7 @@ def test_another_reference_than_the_first_run_had_is_told(make_trainer, make_mod
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(ref_model=make_model(seed=3), **options).train()
     warnings: list[str] = []
-    monkeypatch.setattr(common.logger, "warning", warnings.append)
+    monkeypatch.setattr(base_trainer.logger, "warning", warnings.append)
     checkpoint = str(tmp_path / "run" / "checkpoint-1")
     make_trainer(output_dir=str(tmp_path / "again"), **options).train(resume_from_checkpoint=checkpoint)
     assert f"{checkpoint} is of a run with another reference (was ref_model, is the model of the start)" in warnings
@@ -489,7 +488,7 @@ def test_command_line(tmp_path):
 
 def test_every_loss_is_a_choice():
     assert set(DPOConfig.__dataclass_fields__["loss_type"].metadata["choices"]) == set(op.PAIR_LOSSES)
-    assert set(op.SMOOTHED) == configs.SMOOTHED
+    assert set(op.SMOOTHED) == dpo.SMOOTHED
     assert set(op.WITHOUT_REFERENCE) == dpo.WITHOUT_REFERENCE
 
 

@@ -10,7 +10,7 @@ import rlkernels
 from cases import thorough
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, grpo
 from rlkernels.trainers.batch import scoring
-from rlkernels.trainers.batch.packing import split
+from rlkernels.trainers.batch.batch import split
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(13)]
 

@@ -29,7 +29,7 @@ from rlkernels.trainers import (
     SFTTrainer,
 )
 from rlkernels.trainers.base.limits import learned_positions
-from rlkernels.trainers.rollouts.engine import TransformersEngine
+from rlkernels.trainers.rollouts.generate import TransformersEngine
 from tiny_model import WORDS, build_model
 
 POSITIONS = 16

@@ -11,7 +11,7 @@ from transformers import AutoConfig, LlamaForSequenceClassification
 
 from rlkernels import trainers
 from rlkernels.trainers import SFTConfig
-from rlkernels.trainers.base.trainer import load_classifier, load_model, load_tokenizer
+from rlkernels.trainers.base.loading import load_classifier, load_model, load_tokenizer
 from rlkernels.trainers.rewards.model import RewardModel
 from tiny_model import build_model
 

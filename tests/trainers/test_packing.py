@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 from labelled_models import SIZES
 from rlkernels.trainers.batch import packing, scoring
-from rlkernels.trainers.batch.packing import Sequence, fill, lay_out, shift, split
+from rlkernels.trainers.batch.batch import Sequence, lay_out, shift, split
+from rlkernels.trainers.batch.packing import fill
 
 CPU = torch.device("cpu")
 # Two of one length are attended to together; token 0 is the padding token.
@@ -83,7 +84,7 @@ def test_packed_is_padded_is_alone(attention, checkpointing, fused, window, monk
     """Log-probabilities and gradients. A long sequence's attention is computed otherwise than a short one's."""
     expected = None
     for stored in (512, 0):
-        monkeypatch.setattr(packing, "STORED_SCORES", stored)
+        monkeypatch.setattr("rlkernels.trainers.batch.attention.STORED_SCORES", stored)
         for padding_free in (False, True):
             model = mistral(sliding_window=window, attn_implementation=attention)
             assert packing.prepare_packing(model, CPU) and model.config._attn_implementation.startswith("rlkernels")

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from rlkernels.trainers import GRPOConfig, GRPOTrainer
 from rlkernels.trainers.base import reporting
+from rlkernels.trainers.rollouts.completions import choose, samples_table, write_completions
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(8)]
 
@@ -119,7 +120,7 @@ def test_columns_of_some_rows_and_of_mixed_types(tmp_path):
         {"prompt": "a", "completion": "b", "advantage": 0.5, "note": 1},
         {"prompt": "c", "completion": "d", "advantage": -0.5, "note": "two", "late": 3},
     ]
-    reporting.write_completions(tmp_path / "made" / "x.parquet", rows, step=7)
+    write_completions(tmp_path / "made" / "x.parquet", rows, step=7)
     assert pyarrow.parquet.read_table(tmp_path / "made" / "x.parquet").to_pylist() == [
         {"step": 7, "prompt": "a", "completion": "b", "note": "1", "late": None, "advantage": 0.5},
         {"step": 7, "prompt": "c", "completion": "d", "note": "two", "late": 3, "advantage": -0.5},
@@ -138,7 +139,7 @@ def test_columns_of_some_rows_and_of_mixed_types(tmp_path):
     ],
 )
 def test_what_parquet_cannot_hold_is_written_as_text(tmp_path, values, kept):
-    reporting.write_completions(tmp_path / "x.parquet", [{"note": value} for value in values], step=1)
+    write_completions(tmp_path / "x.parquet", [{"note": value} for value in values], step=1)
     assert pyarrow.parquet.read_table(tmp_path / "x.parquet")["note"].to_pylist() == kept
 
 
@@ -201,7 +202,7 @@ def test_every_name_is_one_thing_everywhere(make_model, tokenizer, tmp_path, cap
 def test_conversations_are_kept_as_such(tmp_path):
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2"}]
     row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "4"}], "advantage": 0.0}
-    reporting.write_completions(tmp_path / "x.parquet", [row], step=1)
+    write_completions(tmp_path / "x.parquet", [row], step=1)
     assert pyarrow.parquet.read_table(tmp_path / "x.parquet").to_pylist() == [{"step": 1, **row}]
 
 
@@ -218,7 +219,7 @@ def test_which_samples_are_shown():
     rows = [{"prompt": "ab"[index // 4], "index": index} for index in range(8)]
 
     def chosen(count, unique=False):
-        return [row["index"] for row in reporting.choose(rows, count, unique)]
+        return [row["index"] for row in choose(rows, count, unique)]
 
     assert chosen(None) == chosen(8) == chosen(20) == list(range(8))
     assert chosen(4) == [0, 2, 4, 6] and chosen(3) == [0, 2, 5] and chosen(1) == [0]
@@ -227,7 +228,7 @@ def test_which_samples_are_shown():
 
 def printed(rows: list[dict]) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(reporting.samples_table(rows, "step 1"))
+    console.print(samples_table(rows, "step 1"))
     return console.export_text(styles=True)
 
 

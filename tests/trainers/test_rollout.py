@@ -12,24 +12,24 @@ import torch
 
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, Rollout, RolloutError
 from rlkernels.trainers.batch import scoring
-from rlkernels.trainers.batch.packing import Sequence, lay_out, split
-from rlkernels.trainers.rollouts import engine as rollout
-from rlkernels.trainers.rollouts import sampling
+from rlkernels.trainers.batch.batch import Sequence, lay_out, split
+from rlkernels.trainers.rollouts import generate, sampling
+from rlkernels.trainers.rollouts.engine import SamplingOptions, check_rollouts, encode, end_tokens
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def engine(make_model, tokenizer):
-    return rollout.TransformersEngine(make_model(), tokenizer)
+    return generate.TransformersEngine(make_model(), tokenizer)
 
 
-def options(max_completion_length: int = 5, temperature: float = 1.0, **others) -> rollout.SamplingOptions:
-    return rollout.SamplingOptions(temperature=temperature, max_completion_length=max_completion_length, **others)
+def options(max_completion_length: int = 5, temperature: float = 1.0, **others) -> SamplingOptions:
+    return SamplingOptions(temperature=temperature, max_completion_length=max_completion_length, **others)
 
 
 def test_pad_left():
-    ids, real = rollout.pad_left([[1, 0], [2], [3, 4, 0]], 0, CPU)
+    ids, real = generate.pad_left([[1, 0], [2], [3, 4, 0]], 0, CPU)
     assert ids.tolist() == [[0, 1, 0], [0, 0, 2], [3, 4, 0]]
     assert real.tolist() == [[False, True, True], [False, False, True], [True, True, True]]
 
@@ -121,7 +121,7 @@ def test_sampling_leaves_the_model_within_a_wrapper_as_it_was(kind, make_model, 
         wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     if "wrapper" in kind:
         wrapped = Wrapper(wrapped)
-    engine = rollout.TransformersEngine(wrapped, tokenizer)
+    engine = generate.TransformersEngine(wrapped, tokenizer)
     engine.complete([[3, 4], [5]], options())
     with pytest.raises(IndexError):  # no sampling goes on to its end
         engine.complete([[3, 4], [5_000]], options())
@@ -138,7 +138,7 @@ def test_sampling_leaves_each_part_its_attention(make_model, tokenizer):
     model = make_model()
     model.model.config = copy.deepcopy(model.config)
     model.model.config._attn_implementation = "eager"
-    rollout.TransformersEngine(model, tokenizer).complete([[3, 4], [5]], options())
+    generate.TransformersEngine(model, tokenizer).complete([[3, 4], [5]], options())
     assert (model.config._attn_implementation, model.model.config._attn_implementation) == ("sdpa", "eager")
 
 
@@ -147,7 +147,7 @@ def test_prompts_read_once_give_the_same_samples(engine, monkeypatch):
     shared, alone = [], []
     for samples in (shared, alone):
         samples += [each.completion_ids for each in engine.complete(prompts, options())]
-        monkeypatch.setattr(rollout.TransformersEngine, "_read_prompts", lambda *args: None)
+        monkeypatch.setattr(generate.TransformersEngine, "_read_prompts", lambda *args: None)
     assert shared == alone
     assert len(set(map(tuple, shared))) > 8
 
@@ -160,19 +160,19 @@ def test_sampled_lengths(engine):
 
 
 def test_encode(tokenizer):
-    assert rollout.encode(tokenizer, ["ab", "c"], {}) == [[1, 2], [3]]
+    assert encode(tokenizer, ["ab", "c"], {}) == [[1, 2], [3]]
     chat = [[{"role": "user", "content": "ab"}]]
-    (ids,) = rollout.encode(tokenizer, chat, {})
+    (ids,) = encode(tokenizer, chat, {})
     assert tokenizer.decode(ids).replace(" ", "") == "u:aba:"
     with pytest.raises(ValueError, match="prompt '' has no tokens"):
-        rollout.encode(tokenizer, ["ab", ""], {})
+        encode(tokenizer, ["ab", ""], {})
 
 
 def test_end_tokens(make_model, tokenizer):
     model = make_model()
-    assert rollout.end_tokens(model, tokenizer) == [0]
+    assert end_tokens(model, tokenizer) == [0]
     model.generation_config.eos_token_id = [4, 0]
-    assert rollout.end_tokens(model, tokenizer) == [0, 4]
+    assert end_tokens(model, tokenizer) == [0, 4]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -232,7 +232,7 @@ SOUND = Rollout([3, 4], [5, 6, 0], ended=True, logprobs=[-1.0, math.nan, 0.0], m
 
 
 def check(*rollouts, prompts=("ab",), logprobs=False):
-    return rollout.check_rollouts(list(rollouts), list(prompts), options(logprobs=logprobs), vocab_size=10)
+    return check_rollouts(list(rollouts), list(prompts), options(logprobs=logprobs), vocab_size=10)
 
 
 def test_sound_rollouts_pass():
@@ -283,7 +283,7 @@ def test_unsound_rollouts_are_named(changes, message):
 )
 def test_what_is_no_list_of_rollouts_is_named(returned, message):
     with pytest.raises(RolloutError, match=message):
-        rollout.check_rollouts(returned, ["ab"], options(), vocab_size=10)
+        check_rollouts(returned, ["ab"], options(), vocab_size=10)
 
 
 # Several turns
@@ -334,7 +334,7 @@ def test_the_model_learns_from_its_own_turns(make_model, tokenizer, tmp_path):
     seen = []
 
     def engine(prompts, sampling):
-        seen.extend(two_turns(rollout.TransformersEngine(model, tokenizer))(prompts, sampling))
+        seen.extend(two_turns(generate.TransformersEngine(model, tokenizer))(prompts, sampling))
         return seen
 
     config = GRPOConfig(

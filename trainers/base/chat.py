@@ -1,10 +1,16 @@
-"""Chat templates: programs that come with a tokenizer, and may never end."""
+"""Chat prompts, and chat templates: programs that come with a tokenizer, and may never end."""
 
 import signal
 import threading
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, each with a role and a content."""
+    return isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
+
 
 # Far more than any messages take.
 SECONDS = 60.0

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .loading import model_folder
 from .reporting import warned_of
-from .trainer import model_folder
 
 logger = logging.get_logger(__name__)
 

@@ -1,12 +1,10 @@
-"""What all trainers share: `BaseTrainer`, metrics, loading and checking what they are given."""
+"""What all trainers share: the optimizer step."""
 
 import contextlib
 import copy
 import json
 import math
 import os
-import pickle
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,39 +13,38 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, logging
+from transformers.utils import logging
 
-from ..batch.packing import Sequence, lay_out, prepare_packing, warn_of_batch_dependence
+from ..batch.batch import Sequence, lay_out
+from ..batch.packing import prepare_packing, warn_of_batch_dependence
 from ..batch.scoring import needs_no_logits
 from ..losses.router import find_router_loss
 from .checkpoints import BadCheckpoint, processes
 from .config import BaseConfig
+from .contexts import evaluating, isolated_rng, random_state
 from .limits import embedded
-from .reporting import CurvesCallback, unique
+from .loading import (
+    load_model,
+    load_tokenizer,
+    refuse_prompt_learning,
+)
+from .metrics import Metrics
+from .reporting import CurvesCallback
+from .rows import LengthGroupedSampler, NumberedRows
 from .saving import SavingTrainer, reads
 from .sharding import accumulating, load_whole_state_dict, prepare_frozen, refuse_zero3, reshard
 
 logger = logging.get_logger(__name__)
 
-
-# In `Metrics`, before the names under which reward functions log, and what others the Trainer logs.
-LOGGED = "log_metric: "
-TAKEN = {"loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "num_input_tokens_seen", "runtime"}
-TAKEN |= {"samples_per_second", "steps_per_second", "model_preparation_time"}
 # What the trainers themselves read of a dataset.
 COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "margin", "sequences", "num_tokens")
-
 
 # In a checkpoint: of a reference with adapters, the part that the model has trained since.
 REFERENCE_ADAPTERS = "reference_adapters.pth"
@@ -57,287 +54,6 @@ REFERENCE = "reference"
 
 class NonFiniteLoss(RuntimeError):
     """A step's loss was NaN or infinite. The weights are those before it, and were saved."""
-
-
-def model_folder(path: str) -> Path:
-    """The folder itself, or that of the model of this name in the local Hugging Face cache."""
-    if not Path(path).is_dir():
-        from huggingface_hub import constants, try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            config = try_to_load_from_cache(path, "config.json")
-        except HFValidationError:
-            config = None
-        if not isinstance(config, str):
-            raise FileNotFoundError(
-                f"model '{path}': there is no such folder, nor a model of that name in {constants.HF_HUB_CACHE}"
-            )
-        return Path(config).parent
-    if not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"model '{path}': the folder has no config.json")
-    return Path(path)
-
-
-def load_model(
-    path: str,
-    args: BaseConfig,
-    auto_class: Any = AutoModelForCausalLM,
-    *,
-    name: str = "model",
-    new: str | None = None,
-    **options: Any,
-) -> PreTrainedModel:
-    """A model from a folder, or by name from the local Hugging Face cache; float32 unless asked.
-
-    Args:
-        name: what it is to the trainer.
-        new: a part that starts anew where the files have none, such as a score head.
-        **options: of `from_pretrained`, before `args.model_init_kwargs`.
-
-    Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: it cannot be loaded, needs code of its own that `args.trust_remote_code` does not allow, or its
-            files lack weights, have others than the model, or others' shapes: these would be random, or not used.
-    """
-    kwargs: Any = args.model_init_kwargs or {}
-    folder, given = model_folder(path), {**flash_attention(args), **options, **kwargs}
-    # By themselves other shapes are an error that does not name them.
-    settings = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code, "ignore_mismatched_sizes": True}
-    try:
-        if auto_class is AutoModelForCausalLM and (folder / "generation_config.json").exists():
-            _check_generation_config(folder)
-        settings |= {**given, "local_files_only": True, "output_loading_info": True}
-        model, report = auto_class.from_pretrained(path, **settings)
-    except Exception as error:  # transformers, its formats and its models raise what they like
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "its pickle holds more than tensors, and could run code; safetensors hold tensors alone"
-        raise ValueError(f"{name}: '{path}' cannot be loaded: {reason}") from error
-    for key, value in model.config.to_dict().items():
-        if "drop" in key and isinstance(value, int | float) and not 0 <= value <= 1:  # not looked at before training
-            raise ValueError(f"{name}: '{path}' cannot be loaded: {key} must be between 0 and 1; got {value}")
-    lacks = {key for key in report["missing_keys"] if new is None or not key.startswith(f"{new}.")}
-    others = set(report["unexpected_keys"])
-    if auto_class is AutoModelForSequenceClassification:  # the head of a language model that it is made of is not used
-        others = {key for key in others if key.startswith(f"{model.base_model_prefix}.")}
-    shapes = {key for key, *_ in report["mismatched_keys"] if "ignore_mismatched_sizes" not in given}
-    told = [
-        f"it {verb} {', '.join(sorted(keys)[:3])}" + f" and {len(keys) - 3} more" * (len(keys) > 3)
-        for verb, keys in (("lacks", lacks), ("has, unknown to its config,", others), ("has in another shape", shapes))
-        if keys
-    ]
-    if told:
-        kind = "language model" if auto_class is AutoModelForCausalLM else "classifier"
-        raise ValueError(f"{name}: '{path}' is no trained {kind}; {'; '.join(told)}")
-    return model
-
-
-def _check_generation_config(folder: Path) -> None:
-    """One that cannot be read would be taken for none, without a word."""
-    config = GenerationConfig.from_pretrained(folder)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, name)
-        if value is not None and not all(type(each) is int for each in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"generation_config.json: {name} must be a token's number, or several; got {value!r}")
-
-
-def flash_attention(args: BaseConfig) -> dict[str, str]:
-    """The attention of a model that is loaded for training: flash attention where it is installed and can serve."""
-    if args.use_cpu or not (args.bf16 or args.fp16):
-        return {}
-    for version, available in ((3, is_flash_attn_3_available), (2, is_flash_attn_2_available)):
-        if available():
-            return {"attn_implementation": f"flash_attention_{version}"}
-    return {}
-
-
-def load_classifier(
-    name: str, model: str | PreTrainedModel, args: BaseConfig, *, trained: bool = False
-) -> PreTrainedModel:
-    """A sequence classifier with one label, from a folder, by name or as it is; `trained`: no part of it is new."""
-    if isinstance(model, str):
-        new = None if trained else "score"
-        model = load_model(model, args, AutoModelForSequenceClassification, name=name, new=new, num_labels=1)
-    refuse_prompt_learning(f"peft_config of {name}", model)
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    if num_labels != 1 or not hasattr(model, "score"):
-        raise ValueError(
-            f"{name} must be a sequence classifier with num_labels=1 and a score head; got {type(model).__name__} with "
-            f"num_labels={num_labels}"
-        )
-    return model
-
-
-def load_tokenizer(model: PreTrainedModel, args: BaseConfig, name: str = "processing_class") -> PreTrainedTokenizerBase:
-    path = model.config._name_or_path
-    if not path:
-        raise ValueError(f"{name}: a model given in memory needs its tokenizer; got None")
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=args.trust_remote_code)
-    except Exception as error:  # tokenizers raises what it likes
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{name}: no tokenizer could be loaded from '{path}': {type(error).__name__}: {reason}"
-        ) from error
-
-
-def disable_dropout(model: nn.Module) -> None:
-    module: Any
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-
-
-def refuse_prompt_learning(name: str, given: Any) -> None:
-    """Of PEFT, given its config or what may be a model that has adapters."""
-    configs = getattr(given, "peft_config", given)
-    for config in configs.values() if isinstance(configs, dict) else [configs]:
-        if getattr(config, "is_prompt_learning", False):
-            raise ValueError(
-                f"{name} must adapt weights, as LoraConfig does; got {type(config).__name__}, whose virtual tokens "
-                "lengthen each sequence"
-            )
-
-
-def check_columns(name: str, dataset: Any, *columns: str) -> None:
-    if isinstance(dataset, dict) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(f"{name} must be a sequence of rows; got {type(dataset).__name__}")
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty")
-    present = list(getattr(dataset, "column_names", None) or dataset[0])
-    for column in columns:
-        if column not in present:
-            raise ValueError(f"{name} has no column '{column}'; its columns are {', '.join(present)}")
-
-
-def random_state(device: torch.device) -> Callable[[], None]:
-    """Remembers where all streams of random numbers are; calling the result puts them back."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-    def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if accelerator is not None:
-            torch.get_device_module(device).set_rng_state(accelerator, device)
-
-    return restore
-
-
-def each_part(eval_dataset: Any, function: Callable[[str, Any], Any]) -> Any:
-    """function(name, dataset) of an evaluation set, or of each in a dict of them; None of none."""
-    if isinstance(eval_dataset, dict):
-        return {key: function(f"eval_dataset['{key}']", part) for key, part in eval_dataset.items()}
-    return None if eval_dataset is None else function("eval_dataset", eval_dataset)
-
-
-@contextlib.contextmanager
-def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers inside come from `seed`; the streams outside do not notice."""
-    restore = random_state(device)
-    try:
-        set_seed(seed, device_specific=True)
-        yield
-    finally:
-        restore()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, without dropout; then in the mode that it had."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-class NumberedRows(Dataset):
-    """A dataset whose rows know their place in it, `_row_id`, if they do not already know that in the one it was made
-    from."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"_row_id": index, **self.rows[index]}
-
-
-class LengthGroupedSampler(Sampler[int]):
-    """Indices at random, but so that each batch has rows of about one length. The order of an epoch depends on the seed
-    and the epoch alone, so that a resumed run, and every process, sees the same; transformers' own does not."""
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-class Metrics:
-    """Weighted means, and extremes, of what was recorded since the last log. Values stay on their device until then."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self.highest: dict[str, Tensor] = {}  # of a minimum, its negative
-
-    def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
-        """A NaN value counts for nothing."""
-        value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
-        weight = torch.as_tensor(weight, dtype=torch.float32, device=self.device) * ~value.isnan()
-        pair = torch.stack([value.nan_to_num(0.0) * weight, weight])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def add_range(self, name: str, values: Tensor) -> None:
-        """Logs the least of all values as min_{name} and the greatest as max_{name}."""
-        pair = torch.stack([-values.min(), values.max()])
-        self.highest[name] = self.highest[name].maximum(pair) if name in self.highest else pair
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """What was recorded since the last log, which `load` puts back."""
-        return {"sums": dict(self.sums), "highest": dict(self.highest)}
-
-    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
-        for kind, values in state.items():
-            setattr(self, kind, {name: value.to(self.device) for name, value in values.items()})
-
-    def clear(self) -> None:
-        self.sums.clear()
-        self.highest.clear()
-
-    def flush(self, accelerator: Any) -> dict[str, float]:
-        """Over all processes. Names may differ between them: a reward function logs what it likes; where a name is
-        taken by another metric, it becomes name_2."""
-        own = list(self.sums), list(self.highest)
-        found = gather_object([own]) if accelerator.num_processes > 1 else [own]
-        means, ranges = (sorted({name for names in parts for name in names}) for parts in zip(*found, strict=True))
-        values: dict[str, float] = {}
-        if means:
-            nothing = torch.zeros(2, device=self.device)
-            sums = accelerator.reduce(torch.stack([self.sums.get(name, nothing) for name in means])).tolist()
-            values |= {name: total / weight for name, (total, weight) in zip(means, sums, strict=True) if weight}
-        if ranges:
-            nothing = torch.full((2,), -math.inf, device=self.device)
-            pairs = torch.stack([self.highest.get(name, nothing) for name in ranges])
-            for name, (least, greatest) in zip(ranges, accelerator.gather(pairs[None]).amax(0).tolist(), strict=True):
-                values |= {f"min_{name}": -least, f"max_{name}": greatest}
-        self.clear()
-        for name in [each for each in values if each.startswith(LOGGED)]:
-            values[unique(name.removeprefix(LOGGED), TAKEN | values.keys())] = values.pop(name)
-        return values
 
 
 class BaseTrainer(SavingTrainer):

@@ -1,31 +1,26 @@
-"""Sequences of one micro-batch laid end to end, without padding, and attention that keeps them apart.
+"""How sequences fill micro-batches, and whether a model keeps those apart that are laid end to end.
 
 Where a sequence starts and ends is known from its length, never from token ids: the padding token may be the
 end-of-sequence token, and either may be sampled.
 """
 
 import contextlib
-import itertools
 import re
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Rows
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import by_sequence
+from .batch import Sequence, lay_out
+
 logger = transformers.utils.logging.get_logger(__name__)
 
-IGNORE = -100  # the label of a token that is not in the loss
-
-# Scores of so many tokens are stored for the backward pass, which is faster on a CPU than to compute them again.
-STORED_SCORES = 512
 
 # Lengths of the sequences that a model is tried on, and how many tokens its windows and chunks then have.
 PROBE, NARROW = (11, 7, 7), 2
@@ -36,18 +31,6 @@ WIDTH = re.compile(
 )
 # A position that no window reaches back from to the first.
 FAR = 2**20
-
-
-@dataclass
-class Sequence:
-    """One sequence of tokens. A label is the token itself where it is in the loss, else -100; the first token, which
-    nothing predicts, never is."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
 
 
 def fill(lengths: Iterable[int], budget: int) -> list[list[int]]:
@@ -67,163 +50,6 @@ def fill_by_length(lengths: list[int], budget: int, rows: Iterable[int] | None =
     """`fill` with these of the sequences, all if None, by length: attention then does neighbours together."""
     order = sorted(range(len(lengths)) if rows is None else rows, key=lengths.__getitem__)
     return [[order[index] for index in batch] for batch in fill([lengths[row] for row in order], budget)]
-
-
-def lay_out(
-    sequences: Rows[Sequence], device: torch.device, *, padding_free: bool = True, pad_token_id: int = 0
-) -> dict[str, Any]:
-    """One micro-batch of N tokens in S sequences.
-
-    What is per token is packed, [N], and shifted: position p holds what belongs to the token that p predicts, so that
-    the last position of each sequence is never scored.
-
-        model_inputs   what the model takes: [1, N] with reset position ids, or [S, T] padded on the right
-        shift_labels   the labels, shifted, shaped as the model's input_ids
-        index          None, or [N], where the packed tokens stand among the padded ones
-        token_ids      [N], the labels, shifted;  mask  [N], where they are not -100
-        cu_seqlens     int32 [S + 1], where each sequence starts
-        num_scored     how many tokens are in the loss
-    """
-    lengths = [len(sequence) for sequence in sequences]
-    starts = list(itertools.accumulate(lengths, initial=0))
-    packed = torch.tensor([token for sequence in sequences for token in sequence.input_ids], dtype=torch.long)
-    labels = [token for sequence in sequences for token in (*sequence.labels[1:], IGNORE)]
-    token_ids = torch.tensor(labels, dtype=torch.long)
-    mask = token_ids != IGNORE
-    cu_seqlens = torch.tensor(starts, dtype=torch.int32)
-    inputs: dict[str, Any] = {"use_cache": False}
-    index = None
-    if padding_free:
-        inputs |= {
-            "input_ids": packed.unsqueeze(0),
-            "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
-            # For flash attention, which would find them itself, but wait for the device to do so.
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
-        }
-        shift_labels = token_ids.unsqueeze(0)
-    else:
-        real = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
-        inputs |= {
-            "input_ids": pad_sequence(packed.split(lengths), batch_first=True, padding_value=pad_token_id),
-            "attention_mask": real.long(),
-        }
-        shift_labels = pad_sequence(token_ids.split(lengths), batch_first=True, padding_value=IGNORE)
-        index = real.flatten().nonzero().squeeze(1).to(device)
-    return {
-        "model_inputs": {name: to(value, device) for name, value in inputs.items()},
-        "shift_labels": shift_labels.to(device),
-        "index": index,
-        "token_ids": token_ids.to(device),
-        "mask": mask.to(device),
-        "cu_seqlens": cu_seqlens.to(device),
-        "num_scored": int(mask.sum()),
-    }
-
-
-def to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def shift(rows: Iterable[Any], device: torch.device) -> Tensor:
-    """float32 [N] of one value per token of each sequence, laid out and shifted as in `lay_out`; the first token's
-    value is dropped and the last position's is 0."""
-    parts = [torch.as_tensor(row, dtype=torch.float32, device=device).roll(-1) for row in rows]
-    for part in parts:
-        part[-1] = 0.0
-    return torch.cat(parts)
-
-
-def split(values: Tensor, batch: dict[str, Any]) -> list[Tensor]:
-    """The parts of [N] that belong to each sequence."""
-    return list(values.split(batch["cu_seqlens"].diff().tolist()))
-
-
-# Attention
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: list[int],
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Causal attention within each of the sequences laid end to end: [1, heads, N, D] to [1, N, heads, D].
-
-    Neighbours of equal length are computed together. What a mask over N x N would add to that is all wasted: with it,
-    a pass over 16 sequences of 102 tokens takes more than twice as long."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query.shape[1] // key.shape[1]
-    outputs, start = [], 0
-    for length, run in itertools.groupby(lengths):
-        count = len(list(run))
-        stop = start + count * length
-        # [sequences, heads, length, D]
-        q, k, v = (part[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value))
-        start = stop
-        long = length > STORED_SCORES and softcap is None
-        causal = None
-        if not long or (sliding_window is not None and sliding_window < length):
-            causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-            if sliding_window is not None:
-                causal = causal.triu(1 - sliding_window)
-        if long:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-            out = nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=causal, is_causal=causal is None, dropout_p=dropout, scale=scaling
-            )
-        else:
-            # Query heads of one key are rows of one product.
-            scores = (q * scaling).reshape(count, key.shape[1], groups * length, -1) @ k.transpose(2, 3)
-            scores = scores.unflatten(2, (groups, length))
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            weights = scores.masked_fill(~causal, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
-            weights = nn.functional.dropout(weights, dropout, module.training)
-            out = (weights.flatten(2, 3) @ v).view(count, query.shape[1], length, -1)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0)
-
-
-def by_sequence(other: str) -> str:
-    """Registers with transformers an attention function that does packed sequences one after the other, and leaves all
-    else (generation, padded batches) to the implementation `other`. Returns its name."""
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        starts = kwargs.get("cu_seq_lens_q")
-        if starts is None:
-            return ALL_ATTENTION_FUNCTIONS[other](
-                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-            )
-        for name in ("s_aux", "position_bias"):
-            if kwargs.get(name) is not None:
-                raise NotImplementedError(name)
-        if not getattr(module, "is_causal", True) or query.shape[2] != key.shape[2]:
-            raise NotImplementedError("attention that is not causal self-attention")
-        lengths = starts.diff().tolist()
-        window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-        return attend(module, query, key, value, lengths, scaling, dropout, window, softcap), None
-
-    name = f"rlkernels_by_sequence_{other}"
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[other])
-    return name
 
 
 def prepare_packing(model: Any, device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 import rlkernels
 
-from .packing import IGNORE
+from .batch import IGNORE
 
 logger = logging.get_logger(__name__)
 

@@ -1,17 +1,18 @@
 """What the completions of `GRPOTrainer` are worth: from rewards to advantages, by `GRPOConfig.advantage`."""
 
 import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 import rlkernels
 
-from ..base.config import GRPOConfig
+if TYPE_CHECKING:
+    from ..grpo import GRPOConfig
 
 
-def with_overlong(rewards: Tensor, weights: Tensor, lengths: Tensor, args: GRPOConfig) -> tuple[Tensor, Tensor]:
+def with_overlong(rewards: Tensor, weights: Tensor, lengths: Tensor, args: "GRPOConfig") -> tuple[Tensor, Tensor]:
     """Rewards [B, R] and their weights [R]; with overlong_buffer_length one more of each, for not being too long:
     DAPO's soft overlong punishment (arXiv 2503.14476, equation 13),
 
@@ -33,7 +34,7 @@ def signal(rewards: Tensor, weights: Tensor, group_size: int) -> Tensor:
     return rlkernels.group_advantages(rewards, group_size=group_size, weights=weights, return_signal=True)[1]
 
 
-def grpo(rewards: Tensor, weights: Tensor, args: GRPOConfig) -> Tensor:
+def grpo(rewards: Tensor, weights: Tensor, args: "GRPOConfig") -> Tensor:
     """The score against the mean of its group, over the standard deviation (arXiv 2402.03300), [B]."""
     values = rlkernels.group_advantages(
         rewards,

@@ -1,7 +1,7 @@
 """The loss of `GRPOTrainer`: the options of its config as those of `rlkernels.policy_loss`."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -9,11 +9,30 @@ from torch import Tensor, nn
 
 import rlkernels
 
-from ..base.config import OBJECTIVES, GRPOConfig, OnlineConfig
 from ..batch import scoring
 
+if TYPE_CHECKING:
+    from ..grpo import GRPOConfig
+    from ..rollouts.config import OnlineConfig
 
-def policy_loss(model: nn.Module, batch: dict[str, Any], args: GRPOConfig, *, fused: bool) -> tuple[Tensor, Tensor]:
+# The objective and the aggregation of `rlkernels.policy_loss` that each loss_type of GRPO stands for.
+OBJECTIVES = {
+    "grpo": ("ppo", "seq_mean_token_mean"),
+    "bnpo": ("ppo", "token_sum"),
+    "dr_grpo": ("ppo", "token_sum"),
+    "dapo": ("ppo", "token_sum"),
+    "luspo": ("ppo", "seq_mean_token_sum"),
+    "cispo": ("cispo", "token_sum"),
+    "sapo": ("sapo", "seq_mean_token_mean"),
+    "vespo": ("vespo", "token_sum"),
+    "gmpo": ("gmpo", "seq_mean_token_mean"),
+    "dppo_tv": ("dppo_tv", "token_sum"),
+    "dppo_kl": ("dppo_kl", "token_sum"),
+    "reinforce": ("reinforce", "token_sum"),
+}
+
+
+def policy_loss(model: nn.Module, batch: dict[str, Any], args: "GRPOConfig", *, fused: bool) -> tuple[Tensor, Tensor]:
     """Loss and metrics of one micro-batch, whose sum is divided by its `normalizer`."""
     old, ref = batch.get("old_logprobs"), batch.get("ref_logprobs")
     objective, aggregation = OBJECTIVES[args.loss_type]
@@ -53,7 +72,7 @@ def policy_loss(model: nn.Module, batch: dict[str, Any], args: GRPOConfig, *, fu
     return loss + args.beta * kl, metrics
 
 
-def correction(batch: dict[str, Any], args: OnlineConfig) -> dict[str, Any]:
+def correction(batch: dict[str, Any], args: "OnlineConfig") -> dict[str, Any]:
     """For how the weights that the engine sampled by differ from those of now."""
     return {
         "sampler_logprobs": batch.get("sampler_logprobs"),
@@ -62,7 +81,7 @@ def correction(batch: dict[str, Any], args: OnlineConfig) -> dict[str, Any]:
     }
 
 
-def clipping(args: GRPOConfig) -> dict[str, float]:
+def clipping(args: "GRPOConfig") -> dict[str, float]:
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     if args.loss_type == "cispo":  # the ratio itself, and from above alone
         return {"clip_low": 1.0, "clip_high": high - 1}

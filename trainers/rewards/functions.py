@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..base.reporting import unique
+from ..base.metrics import unique
 from .calls import AsyncCalls, Call, Failure, Outcome, Result, RewardError, RewardFunction, run_within, shorten, text_of
 from .model import RewardModel
 from .process_settings import restored

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..base.chat import apply_chat_template
-from ..base.config import OnlineConfig
+from ..base.chat import apply_chat_template, is_chat
 from ..base.limits import Limits
-from ..base.trainer import load_tokenizer, model_folder
+from ..base.loading import load_tokenizer, model_folder
 from ..batch import scoring
-from ..batch.packing import Sequence, fill_by_length, lay_out, prepare_packing
-from ..rollouts.engine import encode, is_chat
+from ..batch.batch import Sequence, lay_out
+from ..batch.packing import fill_by_length, prepare_packing
+from ..rollouts.config import OnlineConfig
+from ..rollouts.engine import encode
 
 
 class RewardModel:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,32 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..base import checkpoints
-from ..base.config import BaseConfig, OnlineConfig
+from ..base.chat import is_chat
+from ..base.config import BaseConfig
+from ..base.contexts import isolated_rng
 from ..base.limits import Limits
-from ..base.reporting import CompletionsCallback, unique
+from ..base.loading import load_classifier
+from ..base.metrics import LOGGED, Metrics, unique
+from ..base.rows import GroupSampler, NumberedRows, check_columns, each_part
 from ..base.saving import reads
 from ..base.sharding import gathered_once
-from ..base.trainer import (
-    LOGGED,
-    BaseTrainer,
-    Metrics,
-    NumberedRows,
-    check_columns,
-    each_part,
-    isolated_rng,
-    load_classifier,
-)
-from ..batch.packing import shift
+from ..base.trainer import BaseTrainer
+from ..batch.batch import shift
 from ..data import check_prompts
 from ..rewards.calls import copied
 from ..rewards.functions import RewardFunction, RewardFunctions, RewardSource
 from ..rewards.model import RewardModel
 from .ahead import SampledAhead
-from .engine import Engine, Rollout, SamplingOptions, TransformersEngine, check_rollouts, decode, end_tokens, is_chat
+from .completions import CompletionsCallback
+from .config import OnlineConfig
+from .engine import Engine, Rollout, SamplingOptions, check_rollouts, decode, end_tokens
+from .generate import TransformersEngine
 from .vllm import ServerLost, VLLMEngine
 from .weights import write_weights
 
@@ -66,40 +64,6 @@ LATER = {
     *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "top_entropy_quantile"),
     *("cliprange", "cliprange_value", "vf_coef", "adap_kl_ctrl", "target_kl", "horizon"),
 }
-
-
-class GroupSampler(Sampler[int]):
-    """Indices of prompts, each `num_generations` times in a row; each run of `prompts` prompts `repeats` times over.
-
-    The order of an epoch depends on the seed and the epoch alone, so that a resumed run sees what the first would have.
-    """
-
-    def __init__(
-        self, size: int, prompts: int, num_generations: int, repeats: int, seed: int | None, epoch: Callable[[], int]
-    ) -> None:
-        self.size, self.prompts, self.num_generations, self.repeats = size, prompts, num_generations, repeats
-        self.seed, self.epoch = seed, epoch
-
-    def __len__(self) -> int:
-        return self.size // self.prompts * self.prompts * self.num_generations * self.repeats
-
-    def __iter__(self) -> Iterator[int]:
-        order = self._order(self.epoch())
-        for start in range(0, self.size - self.prompts + 1, self.prompts):
-            yield from self._batch(order, start) * self.repeats
-
-    def of_step(self, step: int) -> list[int]:
-        """The indices of one optimizer step of the whole run."""
-        epoch, step = divmod(step, self.size // self.prompts * self.repeats)
-        return self._batch(self._order(epoch), step // self.repeats * self.prompts)
-
-    def _order(self, epoch: int) -> list[int]:
-        if self.seed is None:
-            return list(range(self.size))
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
-
-    def _batch(self, order: list[int], start: int) -> list[int]:
-        return [index for index in order[start : start + self.prompts] for _ in range(self.num_generations)]
 
 
 @dataclass

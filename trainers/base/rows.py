@@ -1,0 +1,89 @@
+"""The rows of a dataset, and the order in which steps see them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+def check_columns(name: str, dataset: Any, *columns: str) -> None:
+    if isinstance(dataset, dict) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"{name} must be a sequence of rows; got {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty")
+    present = list(getattr(dataset, "column_names", None) or dataset[0])
+    for column in columns:
+        if column not in present:
+            raise ValueError(f"{name} has no column '{column}'; its columns are {', '.join(present)}")
+
+
+def each_part(eval_dataset: Any, function: Callable[[str, Any], Any]) -> Any:
+    """function(name, dataset) of an evaluation set, or of each in a dict of them; None of none."""
+    if isinstance(eval_dataset, dict):
+        return {key: function(f"eval_dataset['{key}']", part) for key, part in eval_dataset.items()}
+    return None if eval_dataset is None else function("eval_dataset", eval_dataset)
+
+
+class NumberedRows(Dataset):
+    """A dataset whose rows know their place in it, `_row_id`, if they do not already know that in the one it was made
+    from."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"_row_id": index, **self.rows[index]}
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Indices at random, but so that each batch has rows of about one length. The order of an epoch depends on the seed
+    and the epoch alone, so that a resumed run, and every process, sees the same; transformers' own does not."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class GroupSampler(Sampler[int]):
+    """Indices of prompts, each `num_generations` times in a row; each run of `prompts` prompts `repeats` times over.
+
+    The order of an epoch depends on the seed and the epoch alone, so that a resumed run sees what the first would have.
+    """
+
+    def __init__(
+        self, size: int, prompts: int, num_generations: int, repeats: int, seed: int | None, epoch: Callable[[], int]
+    ) -> None:
+        self.size, self.prompts, self.num_generations, self.repeats = size, prompts, num_generations, repeats
+        self.seed, self.epoch = seed, epoch
+
+    def __len__(self) -> int:
+        return self.size // self.prompts * self.prompts * self.num_generations * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = self._order(self.epoch())
+        for start in range(0, self.size - self.prompts + 1, self.prompts):
+            yield from self._batch(order, start) * self.repeats
+
+    def of_step(self, step: int) -> list[int]:
+        """The indices of one optimizer step of the whole run."""
+        epoch, step = divmod(step, self.size // self.prompts * self.repeats)
+        return self._batch(self._order(epoch), step // self.repeats * self.prompts)
+
+    def _order(self, epoch: int) -> list[int]:
+        if self.seed is None:
+            return list(range(self.size))
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+
+    def _batch(self, order: list[int], start: int) -> list[int]:
+        return [index for index in order[start : start + self.prompts] for _ in range(self.num_generations)]

@@ -1,0 +1,107 @@
+"""Completions to look at: a file per log, and a table of some."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..base.chat import is_chat
+from ..base.reporting import missing, warned_of, written_aside
+from ..rewards.calls import text_of
+
+SHOWN = 200  # characters of a prompt or a completion in the table
+
+
+class CompletionsCallback(TrainerCallback):
+    """At each training log, writes the latest completions of `trainer.completions` (a dict per completion) to
+    `completions/` in the output folder, and prints some of them."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        count = trainer.args.num_completions_to_print
+        self.prints = count != 0 and not missing("rich", "no table of samples")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        rows = self.trainer.completions
+        if "loss" not in logs or not rows or not state.is_world_process_zero:
+            return
+        # Several optimizer steps may be taken on the same completions.
+        earlier = (log["step"] for log in reversed(state.log_history[:-1]) if "loss" in log)
+        if self.trainer.completions_step < next(earlier, 0):
+            return
+        file = Path(args.output_dir) / "completions" / f"completions_{state.global_step:05d}.parquet"
+        with warned_of(file):
+            write_completions(file, rows, state.global_step)
+        if self.prints:
+            from rich.console import Console
+
+            chosen = choose(rows, args.num_completions_to_print, args.log_unique_prompts)
+            Console().print(samples_table(chosen, f"step {state.global_step}"))
+
+
+def columns_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Names in any row, `advantage` last: a reward function may log extra columns for some rows alone."""
+    return sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name == "advantage")
+
+
+def write_completions(file: Path, rows: list[dict[str, Any]], step: int) -> None:
+    """A parquet file of one row per completion; a reward that does not apply is null."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"step": pyarrow.array([step] * len(rows))}
+    for name in columns_of(rows):
+        values = [row.get(name) for row in rows]
+        try:
+            column = pyarrow.array(values, from_pandas=True)
+            if pyarrow.types.is_nested(column.type):  # not all that arrow has can be written, such as empty dicts
+                pyarrow.parquet.write_table(pyarrow.table({name: column}), pyarrow.BufferOutputStream())
+        except (pyarrow.ArrowException, ValueError, OverflowError):  # no common type, or none at all
+            column = pyarrow.array([None if value is None else text_of(value) for value in values])
+        columns[name] = column
+    with written_aside(file) as aside:
+        pyarrow.parquet.write_table(pyarrow.table(columns), aside)
+
+
+def choose(rows: list[dict[str, Any]], count: int | None, unique: bool) -> list[dict[str, Any]]:
+    """`count` of the rows, or all for None, from the first to the last at equal distances."""
+    if unique:
+        rows = list({str(row["prompt"]): row for row in reversed(rows)}.values())[::-1]
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def samples_table(rows: list[dict[str, Any]], title: str) -> Any:
+    """A rich table: prompt (of a conversation its last message), completion, each reward, what reward functions
+    logged, advantage."""
+    from rich.table import Table
+
+    table = Table(title=title, show_lines=True)
+    names = columns_of(rows)
+    for name in names:
+        if name in ("prompt", "completion"):
+            table.add_column(name, overflow="fold", min_width=12)
+        else:
+            numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
+            table.add_column(name.removeprefix("rewards/"), justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(cell(name, row.get(name)) for name in names))
+    return table
+
+
+def cell(name: str, value: Any) -> Any:
+    from rich.text import Text
+
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return Text("-")
+    if isinstance(value, float):
+        return Text(f"{value:.2f}", "" if name != "advantage" or value == 0 else "green" if value > 0 else "red")
+    text = str(value[-1]["content"] if is_chat(value) and value else value)
+    return Text(shorten(text.strip("\n")))
+
+
+def shorten(text: str) -> str:
+    """The beginning and the end of a text that is too long for a table."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
