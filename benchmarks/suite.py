@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rlkernels
 from peak_memory import peak_memory
-from rlkernels.ops import _registry
+from rlkernels import _registry
 
 BUDGET = 1.0
 """Seconds that the rounds of one implementation take, about."""

@@ -3,7 +3,7 @@
 import torch
 
 import rlkernels
-from rlkernels.ops import _registry
+from rlkernels import _registry
 from suite import Case, Peer
 
 NO_CLAMP = float("inf")

@@ -29,7 +29,7 @@ from triton.runtime import interpreter
 
 import head_traffic
 import rlkernels
-from rlkernels.ops import _registry
+from rlkernels import _registry
 
 MOST = 1.05
 SHARED = 1024

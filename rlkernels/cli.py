@@ -13,8 +13,8 @@ from typing import NoReturn
 import torch
 
 import rlkernels
+from rlkernels import _registry
 from rlkernels.cli_train import COMMANDS, BadValue, Stopped, local_rank, train
-from rlkernels.ops import _registry
 
 # How much later than the first another process on the machine may come to an error that both have.
 SECONDS_ALONE = 10

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 import forking
 import rlkernels
-from rlkernels.ops import _registry
+from rlkernels import _registry
 from selection import mark_thorough, params
 from triton_interpreter import INTERPRETED, interpreter_counts, interpreter_rounds, interpreter_scans
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from rlkernels import _registry
 from rlkernels.integrations._patch import Patch
-from rlkernels.ops import _registry
 
 
 def counted(calls: Counter, key: str, function: Callable) -> Callable:

@@ -7,7 +7,7 @@ import torch
 
 import rlkernels
 import rlkernels.trainers
-from rlkernels.ops import _registry
+from rlkernels import _registry
 
 for module in (rlkernels, rlkernels.trainers):
     assert module.__file__.startswith(sys.argv[1]), module.__file__

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels import cli
-from rlkernels.ops import _registry
+from rlkernels import _registry, cli
 
 
 def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

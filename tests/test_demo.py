@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cases import thorough
-from rlkernels.ops import _registry
+from rlkernels import _registry
 from tiny_model import build_model, build_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

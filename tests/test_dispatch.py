@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels import kl_penalty, token_logprobs
-from rlkernels.ops import _registry
+from rlkernels import _registry, kl_penalty, token_logprobs
 
 LOGPROBS = torch.tensor([-1.0, -2.0, -0.5])
 REFERENCE = torch.tensor([-1.5, -1.0, -0.5])
@@ -95,7 +94,7 @@ class Driver:
 ctypes.CDLL = lambda name, *args, **kwargs: Driver() if name == "libcuda.so.1" else load(name, *args, **kwargs)
 torch.version.cuda = torch.version.cuda or "13.0"
 import rlkernels
-from rlkernels.ops import _registry
+from rlkernels import _registry
 """
 
 
@@ -180,7 +179,7 @@ def test_float64_goes_to_the_reference_whatever_is_forced(backend, device):
 def test_the_environment_chooses():
     code = (
         "import torch, rlkernels\n"
-        "from rlkernels.ops import _registry\n"
+        "from rlkernels import _registry\n"
         "print(_registry.select(torch.zeros(1), 'kl_penalty'))\n"
         "with rlkernels.use_backend('auto'): pass\n"
         "print(_registry.select(torch.zeros(1), 'kl_penalty'))"
@@ -224,7 +223,7 @@ class Broken:
 
 sys.meta_path.insert(0, Broken())
 import torch, rlkernels
-from rlkernels.ops import _registry
+from rlkernels import _registry
 for _ in range(2):
     print(rlkernels.kl_penalty(torch.tensor([-1.0]), torch.tensor([-1.5]), estimator="k1").item())
 print(_registry.select(torch.zeros(1), 'kl_penalty'), "|", _registry.status("cpu", "cpu"))

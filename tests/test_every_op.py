@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import thorough
 from op_cases import CASES
-from rlkernels.ops import _registry
+from rlkernels import _registry
 
 PLAIN = ("preference_loss", "reward_pair_loss", "masked_mean")
 """Ops whose second derivatives are PyTorch's own, or of a linear function."""

@@ -14,8 +14,8 @@ from cases import ALSO_EMULATED, COMPILERS, THOROUGH_EMULATED, thorough, thoroug
 from lm_head import IGNORE, NAN, Problem, eager, random_problem, rows_under_a_cap
 from op_calls import OpCalls
 from peak_memory import peak_memory
-from rlkernels import linear_token_logprobs, token_logprobs
-from rlkernels.ops import _head_inputs, _lm_head, _registry, linear_logprobs
+from rlkernels import _registry, linear_token_logprobs, token_logprobs
+from rlkernels.ops import _head_inputs, _lm_head, linear_logprobs
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.

@@ -9,8 +9,7 @@ import torch
 
 import rlkernels
 from cases import THOROUGH_EMULATED, thorough_emulated
-from rlkernels import token_logprobs
-from rlkernels.ops import _registry
+from rlkernels import _registry, token_logprobs
 from rlkernels.reference import logprobs as reference
 from tolerance import assert_as_accurate_as_torch
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 import rlkernels
 from cases import COMPILERS, thorough_emulated
 from op_calls import check_ops
-from rlkernels import masked_mean, masked_whiten
-from rlkernels.ops import _registry
+from rlkernels import _registry, masked_mean, masked_whiten
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.

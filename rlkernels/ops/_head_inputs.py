@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkernels.ops import _checks, _registry
+from rlkernels import _registry
+from rlkernels.ops import _checks
 from rlkernels.ops._lm_head import Head, Rows, fill_up, scored_index, shares
 from rlkernels.ops.logprobs import check_ids
 

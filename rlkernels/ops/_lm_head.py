@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from rlkernels.ops import _registry
+from rlkernels import _registry
 from rlkernels.reference import logprobs as reference
 
 PADDING = -(2**62)

@@ -3,7 +3,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlkernels.ops import _checks, _registry
+from rlkernels import _registry
+from rlkernels.ops import _checks
 from rlkernels.reference import groups as reference
 
 BASELINES = ("mean", "leave_one_out", "none")

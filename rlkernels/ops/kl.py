@@ -1,6 +1,7 @@
 from torch import Tensor
 
-from rlkernels.ops import _checks, _registry
+from rlkernels import _registry
+from rlkernels.ops import _checks
 from rlkernels.reference import kl as reference
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")

@@ -20,7 +20,7 @@ reference.kl_divergence.KINDS.
 import torch
 from torch import Tensor
 
-from rlkernels.ops import _registry
+from rlkernels import _registry
 
 
 def divergence_and_centre(sums: Tensor) -> Tensor:

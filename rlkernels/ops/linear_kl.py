@@ -4,7 +4,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlkernels.ops import _checks, _registry
+from rlkernels import _registry
+from rlkernels.ops import _checks
 from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
 from rlkernels.ops._lm_head import Gradients, Head, Rows, nan_if, recycle, slices
 from rlkernels.ops.kl_divergence import divergence_and_centre

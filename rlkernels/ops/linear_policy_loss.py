@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlkernels.ops import _checks, _registry
+from rlkernels import _registry
+from rlkernels.ops import _checks
 from rlkernels.ops._head_inputs import (
     LOSS_LOGITS_BUDGET_MB,
     Inputs,

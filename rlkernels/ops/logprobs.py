@@ -1,7 +1,8 @@
 import torch
 from torch import Tensor
 
-from rlkernels.ops import _checks, _registry
+from rlkernels import _registry
+from rlkernels.ops import _checks
 from rlkernels.reference import logprobs as reference
 
 

@@ -3,7 +3,8 @@ import math
 import torch
 from torch import Tensor
 
-from rlkernels.ops import _checks, _registry
+from rlkernels import _registry
+from rlkernels.ops import _checks
 from rlkernels.reference import masked as reference
 
 

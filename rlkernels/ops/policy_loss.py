@@ -1,7 +1,8 @@
 import torch
 from torch import Tensor
 
-from rlkernels.ops import _checks, _registry
+from rlkernels import _registry
+from rlkernels.ops import _checks
 from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts, optional_per_token
 from rlkernels.ops.kl import ESTIMATORS, STRAIGHT_THROUGH, clamp_limit
 from rlkernels.reference import policy_loss as reference

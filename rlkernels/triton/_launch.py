@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkernels.ops import _registry
+from rlkernels import _registry
 
 
 def implements(name: str) -> Callable[[Callable], Callable]:

@@ -12,8 +12,8 @@ from cases import thorough
 from counting import counted
 from labelled_models import SIZES, VOCAB, batch, build, lora
 from peak_memory import peak_memory
+from rlkernels import _registry
 from rlkernels.integrations.transformers import apply, restore
-from rlkernels.ops import _registry
 
 
 def rows(count=40):
