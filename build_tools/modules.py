@@ -22,7 +22,7 @@ CXX = shlex.split(os.environ.get("CXX") or "c++")
 if len(CXX) > 1 and Path(CXX[0]).name == "ccache":
     del CXX[0]  # build_tools/compile.py runs it where it is installed
 CUDA_TARGETS = (80, 90, 100)
-# Each CPU kernel is compiled once for each of these; bindings/module.cpp chooses when the module is loaded.
+# Each CPU kernel is compiled once for each of these; cpu/bindings/module.cpp chooses when the module is loaded.
 INSTRUCTION_SETS = {"kBaseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["kAvx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -106,7 +106,8 @@ def cpu_module() -> Module:
     torch_flags, libraries = binding_flags()
     command = [*CXX, *CPU_FLAGS]
     steps = [
-        Step([*command, *torch_flags], str(path), object_of("build/cpu", path)) for path in sources("bindings", "*.cpp")
+        Step([*command, *torch_flags], str(path), object_of("build/cpu", path))
+        for path in sources("cpu/bindings", "*.cpp")
     ]
     for isa in INSTRUCTION_SETS:
         isa_command, folder = [*command, *instruction_set_flags(isa)], Path("build/cpu", isa)

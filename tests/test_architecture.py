@@ -118,7 +118,7 @@ WITHOUT_CUDA = {"masked", "kl_divergence"}
 def test_op_stands_under_one_name_in_every_backend(op):
     places = [
         f"csrc/include/rlkernels/{op}.h",
-        f"csrc/bindings/{op}.cpp",
+        f"csrc/cpu/bindings/{op}.cpp",
         f"csrc/cpu/{op}.h",
         f"csrc/cpu/{op}.cpp",
         *([] if op in WITHOUT_CUDA else [f"csrc/cuda/{op}.{kind}" for kind in ("cuh", "h", "cu", "cpp")]),

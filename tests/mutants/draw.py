@@ -18,8 +18,7 @@ from mutations import ROOT, source_files
 SEED = 14
 FOLDERS = {
     "csrc/include": 4,
-    "csrc/cpu": 3,
-    "csrc/bindings": 1,
+    "csrc/cpu": 4,
     "csrc/cuda": 5,
     "rlkernels/triton": 6,
     "rlkernels/ops": 6,
