@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rlkernels
 from peak_memory import peak_memory
-from rlkernels import _registry
+from rlkernels import _backends
 
 BUDGET = 1.0
 """Seconds that the rounds of one implementation take, about."""
@@ -134,7 +134,7 @@ def function_of(case: Case, name: str, device: str) -> Callable:
         return case.eager
     if name == "torch.compile":
         return torch.compile(case.eager, dynamic=False)
-    if reason := _registry.status(name, device):
+    if reason := _backends.status(name, device):
         raise LookupError(reason)
 
     def ours(*inputs):

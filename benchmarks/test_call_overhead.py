@@ -3,7 +3,7 @@
 import torch
 
 import rlkernels
-from rlkernels import _registry
+from rlkernels import _backends, _registry
 from suite import Case, Peer
 
 NO_CLAMP = float("inf")
@@ -11,7 +11,7 @@ NO_CLAMP = float("inf")
 
 def kernel_alone():
     """The op below the public function: PyTorch's dispatcher and the kernel, without the checks."""
-    backend = "cuda" if torch.cuda.is_available() and _registry.status("cuda", "cuda") is None else "cpu"
+    backend = "cuda" if torch.cuda.is_available() and _backends.status("cuda", "cuda") is None else "cpu"
     op = _registry.op("kl_penalty_forward", backend)
     return lambda logprobs, ref: op(logprobs, ref, 0, False, NO_CLAMP, NO_CLAMP)
 

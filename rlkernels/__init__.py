@@ -29,8 +29,8 @@ number that would be rounded to 0 or infinity is refused. Each error is a TypeEr
 names the argument, what came and what was wanted.
 """
 
-from rlkernels import _registry
-from rlkernels._registry import use_backend
+from rlkernels import _backends
+from rlkernels._backends import use_backend
 from rlkernels.lm_head import unwrap_lm_head, wrap_lm_head
 from rlkernels.ops.groups import group_advantages
 from rlkernels.ops.kl import kl_penalty, shaped_rewards
@@ -70,4 +70,4 @@ __all__ = [
     "wrap_lm_head",
 ]
 
-_registry.load()
+_backends.load()

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 import rlkernels
-from rlkernels import _registry
+from rlkernels import _backends
 from rlkernels.cli_train import COMMANDS, BadValue, Stopped, local_rank, train
 
 # How much later than the first another process on the machine may come to an error that both have.
@@ -25,14 +25,14 @@ SECONDS_ALONE = 10
 def serving_backends(device_type: str) -> dict[str, str]:
     """For each op the backend that serves tensors on a device."""
     tensor = torch.empty(0, device=device_type)
-    return {op: _registry.select(tensor, op) for op in _registry.PREFERENCE}
+    return {op: _backends.select(tensor, op) for op in _backends.PREFERENCE}
 
 
 def faster_backends(op: str, backend: str, device_type: str) -> dict[str, str]:
     """The backends faster than `backend` that have kernels for `op`, and for each the reason why it does not serve."""
-    by_speed = [*sorted(_registry.PREFERENCE[op], key=lambda name: name == "cpu"), "reference"]  # GPUs first
+    by_speed = [*sorted(_backends.PREFERENCE[op], key=lambda name: name == "cpu"), "reference"]  # GPUs first
     faster = by_speed[: by_speed.index(backend)]
-    return {name: _registry.status(name, device_type) or "another was asked for" for name in faster}
+    return {name: _backends.status(name, device_type) or "another was asked for" for name in faster}
 
 
 def instruction_set() -> str:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 import forking
 import rlkernels
-from rlkernels import _registry
+from rlkernels import _backends
 from selection import mark_thorough, params
 from triton_interpreter import INTERPRETED, interpreter_counts, interpreter_rounds, interpreter_scans
 
@@ -46,10 +46,10 @@ def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in config.getoption("backend") or ():
-        if name not in _registry.BACKENDS:
-            raise pytest.UsageError(f"--backend must be one of {', '.join(_registry.BACKENDS)}; got {name}")
-        if all(_registry.status(name, device_type) for device_type in ("cpu", "cuda")):
-            raise pytest.UsageError(f"--backend {name} serves nothing here: {_registry.status(name, 'cpu')}")
+        if name not in _backends.BACKENDS:
+            raise pytest.UsageError(f"--backend must be one of {', '.join(_backends.BACKENDS)}; got {name}")
+        if all(_backends.status(name, device_type) for device_type in ("cpu", "cuda")):
+            raise pytest.UsageError(f"--backend {name} serves nothing here: {_backends.status(name, 'cpu')}")
     config.addinivalue_line(
         "markers", "thorough_on(*backends): thorough on these; a test's own mark goes before its file's"
     )
@@ -59,15 +59,15 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if "backend" not in metafunc.fixturenames:
         return
-    wanted = metafunc.config.getoption("backend") or _registry.BACKENDS
+    wanted = metafunc.config.getoption("backend") or _backends.BACKENDS
     if only := metafunc.definition.get_closest_marker("only"):
         wanted = [name for name in wanted if name in only.args]
-    params = [pytest.param((name, "cpu"), id=name) for name in wanted if _registry.status(name, "cpu") is None]
+    params = [pytest.param((name, "cpu"), id=name) for name in wanted if _backends.status(name, "cpu") is None]
     if torch.cuda.is_available():
         params += [
             pytest.param((name, "cuda"), id=f"{name}-gpu", marks=pytest.mark.gpu)
             for name in wanted
-            if name != "cpu" and _registry.status(name, "cuda") is None
+            if name != "cpu" and _backends.status(name, "cuda") is None
         ]
     elif not hasattr(metafunc.module, "_gpu_skip_counted"):
         # One line a file, rather than one a test, says what did not run.

@@ -7,11 +7,11 @@ import torch
 
 import rlkernels
 import rlkernels.trainers
-from rlkernels import _registry
+from rlkernels import _backends
 
 for module in (rlkernels, rlkernels.trainers):
     assert module.__file__.startswith(sys.argv[1]), module.__file__
-assert _registry.status("cpu", "cpu") is None
+assert _backends.status("cpu", "cpu") is None
 
 generator = torch.Generator().manual_seed(0)
 
@@ -42,9 +42,9 @@ CALLS = {
     "preference_loss": lambda: rlkernels.preference_loss(*rows),
     "reward_pair_loss": lambda: rlkernels.reward_pair_loss(*rows[:2]),
 }
-assert CALLS.keys() == _registry.PREFERENCE.keys()
+assert CALLS.keys() == _backends.PREFERENCE.keys()
 for name, call in CALLS.items():
-    assert _registry.select(rows, name) == ("cpu" if _registry.PREFERENCE[name] else "reference"), name
+    assert _backends.select(rows, name) == ("cpu" if _backends.PREFERENCE[name] else "reference"), name
     with rlkernels.use_backend("reference"):
         expected = call()
     torch.testing.assert_close(call(), expected, msg=lambda text, name=name: f"{name}: {text}")

@@ -18,17 +18,18 @@ OPS = sorted(path.stem for path in (ROOT / "rlkernels" / "ops").glob("[!_]*.py")
 
 # Each part of the package and the modules of rlkernels it may import from; all else in rlkernels is above it.
 MAY_IMPORT = {
-    "rlkernels/_registry.py": set(),
+    "rlkernels/_backends.py": set(),
+    "rlkernels/_registry.py": {"rlkernels._backends"},
     "rlkernels/reference/*.py": {"rlkernels.reference"},
     "rlkernels/triton/*.py": {"rlkernels.triton", "rlkernels._registry"},
-    "rlkernels/ops/*.py": {"rlkernels.ops", "rlkernels.reference", "rlkernels._registry"},
+    "rlkernels/ops/*.py": {"rlkernels.ops", "rlkernels.reference", "rlkernels._backends", "rlkernels._registry"},
     "rlkernels/causal_lm.py": set(),
     "rlkernels/lm_head.py": {"rlkernels.ops", "rlkernels.causal_lm"},
-    "rlkernels/__init__.py": {"rlkernels.ops", "rlkernels.lm_head", "rlkernels._registry"},
+    "rlkernels/__init__.py": {"rlkernels.ops", "rlkernels.lm_head", "rlkernels._backends"},
     "trainers/**/*.py": {"rlkernels.trainers"},
     "rlkernels/integrations/*.py": {"rlkernels.integrations", "rlkernels.trainers"},
-    # `rlkernels info` reports on the registry and the extension themselves.
-    "rlkernels/cli.py": {"rlkernels.cli_train", "rlkernels._registry", "rlkernels._C"},
+    # `rlkernels info` reports on the backends and the extension themselves.
+    "rlkernels/cli.py": {"rlkernels.cli_train", "rlkernels._backends", "rlkernels._C"},
     "rlkernels/cli_*.py": {"rlkernels.trainers", "rlkernels.cli_data"},
     "rlkernels/__main__.py": {"rlkernels.cli"},
     "examples/*.py": {"rlkernels.trainers", "rlkernels.cli"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels import _registry, cli
+from rlkernels import _backends, cli
 
 
 def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -93,9 +93,9 @@ def test_info(capsys):
     # Only the one that torch gives itself names the build, such as +cu130, in every wheel.
     (version,) = rows["torch"]
     assert version.partition("+")[0] == torch.__version__.partition("+")[0]
-    assert set(_registry.PREFERENCE) == set(rlkernels.__all__) - {"use_backend", "wrap_lm_head", "unwrap_lm_head"}
-    for op, backends in _registry.PREFERENCE.items():
-        assert rows[op][0] == _registry.select(torch.empty(0), op)
+    assert set(_backends.PREFERENCE) == set(rlkernels.__all__) - {"use_backend", "wrap_lm_head", "unwrap_lm_head"}
+    for op, backends in _backends.PREFERENCE.items():
+        assert rows[op][0] == _backends.select(torch.empty(0), op)
         if not torch.cuda.is_available():
             assert ("cuda: no NVIDIA GPU is available" in rows[op][1]) == ("cuda" in backends)
 
@@ -106,7 +106,7 @@ def test_columns_of_info_are_aligned(capsys):
     assert {re.match(r"\S+ +", line).end() for line in versions.splitlines()} == {len("rlkernels     ")}
     header, *rows = table.splitlines()
     columns = [re.search(name, header).start() for name in ("serves", "why")]
-    assert len(rows) == len(_registry.PREFERENCE)
+    assert len(rows) == len(_backends.PREFERENCE)
     for row in rows:
         assert [match.end() for match in re.finditer(r"  +", row)] == columns
 
@@ -114,18 +114,18 @@ def test_columns_of_info_are_aligned(capsys):
 def test_info_names_what_serves_each_op_on_a_gpu(monkeypatch):
     """Where an op has no CUDA kernels, Triton, and nothing faster is missing."""
     for name, devices in (("cuda", ("meta",)), ("triton", ("meta",)), ("cpu", ())):
-        monkeypatch.setitem(_registry._devices, name, devices)
+        monkeypatch.setitem(_backends._devices, name, devices)
     serving = cli.serving_backends("meta")
     assert (serving["policy_loss"], serving["masked_whiten"]) == ("cuda", "triton")
     assert cli.faster_backends("masked_whiten", "triton", "meta") == {}
 
 
 def test_info_says_why_the_faster_backend_does_not_serve(capsys, monkeypatch):
-    monkeypatch.setitem(_registry._devices, "cpu", ())
-    monkeypatch.setitem(_registry._reasons, "cpu", "the C++ extension is not built")
+    monkeypatch.setitem(_backends._devices, "cpu", ())
+    monkeypatch.setitem(_backends._reasons, "cpu", "the C++ extension is not built")
     cli.main(["info"])
     backend, reasons = rows_of_info(capsys.readouterr().out)["token_logprobs"]
-    assert backend == _registry.select(torch.empty(0), "token_logprobs") != "cpu"
+    assert backend == _backends.select(torch.empty(0), "token_logprobs") != "cpu"
     assert "cpu: the C++ extension is not built" in reasons
 
 
@@ -134,5 +134,5 @@ def test_info_under_a_forced_backend(capsys):
         cli.main(["info"])
     backend, reasons = rows_of_info(capsys.readouterr().out)["policy_loss"]
     assert backend == "reference"
-    if _registry.status("cpu", "cpu") is None:
+    if _backends.status("cpu", "cpu") is None:
         assert "cpu: another was asked for" in reasons

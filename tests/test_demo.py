@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cases import thorough
-from rlkernels import _registry
+from rlkernels import _backends
 from tiny_model import build_model, build_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -225,7 +225,7 @@ def test_demo_writes_its_results(start, tmp_path, capsys):
     assert (result["seed"], result["steps"]) == (3, 2)
     assert all(math.isfinite(result[name]) and result[name] > 0 for name in ("wall_s", "tokens_per_s", "peak_rss_mb"))
     assert (result["accuracy_before"], result["accuracy_after"]) == (1.0, 1.2)
-    assert result["backends"].keys() == _registry.PREFERENCE.keys()
+    assert result["backends"].keys() == _backends.PREFERENCE.keys()
 
     records = [json.loads(line) for line in (output / "completions.jsonl").read_text().splitlines()]
     graded = [(record["split"], record["step"]) for record in records]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rlkernels
-from rlkernels import _registry, kl_penalty, token_logprobs
+from rlkernels import _backends, kl_penalty, token_logprobs
 
 LOGPROBS = torch.tensor([-1.0, -2.0, -0.5])
 REFERENCE = torch.tensor([-1.5, -1.0, -0.5])
@@ -31,12 +31,12 @@ def run_python(code, **environment):
 
 
 def test_the_fastest_that_serves_is_chosen():
-    serving = [name for name in _registry.KERNEL_BACKENDS if _registry.status(name, "cpu") is None]
-    assert _registry.select(LOGPROBS, "kl_penalty") == (serving or ["reference"])[0]
+    serving = [name for name in _backends.KERNEL_BACKENDS if _backends.status(name, "cpu") is None]
+    assert _backends.select(LOGPROBS, "kl_penalty") == (serving or ["reference"])[0]
     assert "reference" not in serving
-    assert _registry.status("reference", "cpu") is None
-    for name in set(_registry.KERNEL_BACKENDS) - set(serving):
-        assert _registry.status(name, "cpu"), f"{name} does not say why it does not serve"
+    assert _backends.status("reference", "cpu") is None
+    for name in set(_backends.KERNEL_BACKENDS) - set(serving):
+        assert _backends.status(name, "cpu"), f"{name} does not say why it does not serve"
 
 
 def test_the_backend_chosen_is_the_one_that_runs(backend, device, monkeypatch):
@@ -55,14 +55,14 @@ def test_the_backend_chosen_is_the_one_that_runs(backend, device, monkeypatch):
 def test_the_preference_is_one_of_each_op(monkeypatch):
     """Where CUDA's and Triton's kernels both serve: for logits Triton's are the faster."""
     for name, devices in (("cuda", ("meta",)), ("triton", ("meta",)), ("cpu", ())):
-        monkeypatch.setitem(_registry._devices, name, devices)
+        monkeypatch.setitem(_backends._devices, name, devices)
     tensor = torch.empty(0, device="meta")
-    assert _registry.select(tensor, "token_logprobs") == "triton"
-    assert _registry.select(tensor, "policy_loss") == "cuda"
+    assert _backends.select(tensor, "token_logprobs") == "triton"
+    assert _backends.select(tensor, "policy_loss") == "cuda"
     with rlkernels.use_backend("cuda"):
-        assert _registry.select(tensor, "token_logprobs") == "cuda"
-    monkeypatch.setitem(_registry._devices, "triton", ())
-    assert _registry.select(tensor, "token_logprobs") == "cuda"
+        assert _backends.select(tensor, "token_logprobs") == "cuda"
+    monkeypatch.setitem(_backends._devices, "triton", ())
+    assert _backends.select(tensor, "token_logprobs") == "cuda"
 
 
 def test_an_op_has_kernels_for_the_backends_it_prefers():
@@ -70,7 +70,7 @@ def test_an_op_has_kernels_for_the_backends_it_prefers():
     low_level = {"token_logprobs": "token_logprobs_forward", "kl_penalty": "kl_penalty_forward"}
     low_level |= dict.fromkeys(("gae", "discounted_returns", "td_lambda", "vtrace"), "recurrence")
     low_level |= {name: f"{name}_forward" for name in ("policy_loss", "value_loss", "linear_token_logprobs")}
-    for op, backends in _registry.PREFERENCE.items():
+    for op, backends in _backends.PREFERENCE.items():
         packet = getattr(torch.ops.rlkernels, low_level.get(op, op), None)
         if packet is not None:
             assert set(packet.overloads()) == set(backends), op
@@ -94,13 +94,13 @@ class Driver:
 ctypes.CDLL = lambda name, *args, **kwargs: Driver() if name == "libcuda.so.1" else load(name, *args, **kwargs)
 torch.version.cuda = torch.version.cuda or "13.0"
 import rlkernels
-from rlkernels import _registry
+from rlkernels import _backends
 """
 
 
 def test_nothing_asks_cuda_at_import_and_a_fork_works_afterwards():
     code = f"""{WITH_A_GPU}
-print(_registry.status("triton", "cuda"), "triton" in sys.modules, flush=True)
+print(_backends.status("triton", "cuda"), "triton" in sys.modules, flush=True)
 child = os.fork()
 value = rlkernels.kl_penalty(torch.tensor([-1.0]), torch.tensor([-1.5]), estimator="k1").item()
 assert not torch.cuda._is_in_bad_fork()
@@ -118,75 +118,75 @@ print(value, flush=True)
 @pytest.mark.parametrize("visible", ["", "-1"])
 def test_without_a_gpu_its_backends_say_so(visible):
     """Or where the environment hides it."""
-    code = WITH_A_GPU + "print(_registry.status('triton', 'cuda'), '|', _registry.status('cuda', 'cuda'))"
+    code = WITH_A_GPU + "print(_backends.status('triton', 'cuda'), '|', _backends.status('cuda', 'cuda'))"
     done = run_python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES=visible)
     assert done.stdout == "no GPU is available | no NVIDIA GPU is available\n", done.stderr
 
 
 def test_as_a_function_it_lasts():
     rlkernels.use_backend("reference")
-    assert _registry.select(LOGPROBS, "kl_penalty") == "reference"
+    assert _backends.select(LOGPROBS, "kl_penalty") == "reference"
     rlkernels.use_backend("auto")
-    assert _registry._forced is None
+    assert _backends._forced is None
 
 
 def test_as_a_context_manager_it_is_undone_also_by_an_error():
-    before = _registry.select(LOGPROBS, "kl_penalty")
+    before = _backends.select(LOGPROBS, "kl_penalty")
     with rlkernels.use_backend("reference"):
-        assert _registry.select(LOGPROBS, "kl_penalty") == "reference"
+        assert _backends.select(LOGPROBS, "kl_penalty") == "reference"
         with rlkernels.use_backend("auto"):
-            assert _registry.select(LOGPROBS, "kl_penalty") == before
-        assert _registry.select(LOGPROBS, "kl_penalty") == "reference"
-    assert _registry.select(LOGPROBS, "kl_penalty") == before
+            assert _backends.select(LOGPROBS, "kl_penalty") == before
+        assert _backends.select(LOGPROBS, "kl_penalty") == "reference"
+    assert _backends.select(LOGPROBS, "kl_penalty") == before
     with pytest.raises(KeyError), rlkernels.use_backend("reference"):
         raise KeyError
-    assert _registry.select(LOGPROBS, "kl_penalty") == before
+    assert _backends.select(LOGPROBS, "kl_penalty") == before
 
 
 @pytest.mark.parametrize("name", ["cudnn", "", "CPU", None])
 def test_an_unknown_name_lists_the_valid_ones(name):
-    before = _registry.select(LOGPROBS, "kl_penalty")
+    before = _backends.select(LOGPROBS, "kl_penalty")
     with pytest.raises(ValueError, match="backend") as raised:
         rlkernels.use_backend(name)
     for valid in ("auto", "reference", "cpu", "triton", "cuda", repr(name)):
         assert valid in str(raised.value)
-    assert _registry.select(LOGPROBS, "kl_penalty") == before
+    assert _backends.select(LOGPROBS, "kl_penalty") == before
 
 
 def test_a_backend_that_cannot_serve_here_says_why():
-    absent = [name for name in _registry.KERNEL_BACKENDS if not _registry._devices[name]]
+    absent = [name for name in _backends.KERNEL_BACKENDS if not _backends._devices[name]]
     if not absent:
         pytest.skip("every backend serves in this process")
     for name in absent:
         with pytest.raises(ValueError, match="cannot serve") as raised:
             rlkernels.use_backend(name)
         assert name in str(raised.value)
-        assert _registry.status(name, "cpu") in str(raised.value)
+        assert _backends.status(name, "cpu") in str(raised.value)
 
 
 def test_a_forced_backend_refuses_tensors_of_another_device(monkeypatch):
-    monkeypatch.setitem(_registry._devices, "cuda", ("cuda",))
+    monkeypatch.setitem(_backends._devices, "cuda", ("cuda",))
     with rlkernels.use_backend("cuda"), pytest.raises(ValueError, match=r"'cuda'.*cpu tensor.*cuda tensors only"):
         kl_penalty(LOGPROBS, REFERENCE)
 
 
 def test_float64_goes_to_the_reference_whatever_is_forced(backend, device):
     logprobs, ref_logprobs = (value.to(device, torch.float64) for value in (LOGPROBS, REFERENCE))
-    assert _registry.select(logprobs, "kl_penalty") == "reference"
+    assert _backends.select(logprobs, "kl_penalty") == "reference"
     assert kl_penalty(logprobs, ref_logprobs).dtype == torch.float64
 
 
 def test_the_environment_chooses():
     code = (
         "import torch, rlkernels\n"
-        "from rlkernels import _registry\n"
-        "print(_registry.select(torch.zeros(1), 'kl_penalty'))\n"
+        "from rlkernels import _backends\n"
+        "print(_backends.select(torch.zeros(1), 'kl_penalty'))\n"
         "with rlkernels.use_backend('auto'): pass\n"
-        "print(_registry.select(torch.zeros(1), 'kl_penalty'))"
+        "print(_backends.select(torch.zeros(1), 'kl_penalty'))"
     )
     assert run_python(code, RLKERNELS_BACKEND="reference").stdout.split() == ["reference"] * 2
     default = run_python(code).stdout.split()
-    assert default == [_registry.select(LOGPROBS, "kl_penalty")] * 2
+    assert default == [_backends.select(LOGPROBS, "kl_penalty")] * 2
     assert run_python(code, RLKERNELS_BACKEND="").stdout.split() == default
 
 
@@ -223,10 +223,10 @@ class Broken:
 
 sys.meta_path.insert(0, Broken())
 import torch, rlkernels
-from rlkernels import _registry
+from rlkernels import _backends
 for _ in range(2):
     print(rlkernels.kl_penalty(torch.tensor([-1.0]), torch.tensor([-1.5]), estimator="k1").item())
-print(_registry.select(torch.zeros(1), 'kl_penalty'), "|", _registry.status("cpu", "cpu"))
+print(_backends.select(torch.zeros(1), 'kl_penalty'), "|", _backends.status("cpu", "cpu"))
 """
 
 
@@ -253,7 +253,7 @@ def test_an_extension_that_was_not_built_is_no_reason_to_warn():
 @pytest.mark.parametrize("order", ["reference first", "reference last"])
 def test_a_compiled_function_follows_the_choice(order):
     """It recompiles; it does not go on with the backend that it was compiled with."""
-    kernels = [name for name in _registry.KERNEL_BACKENDS if _registry.status(name, "cpu") is None]
+    kernels = [name for name in _backends.KERNEL_BACKENDS if _backends.status(name, "cpu") is None]
     if not kernels:
         pytest.skip("only the reference serves in this process")
     torch._dynamo.reset()

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import thorough
 from op_cases import CASES
-from rlkernels import _registry
+from rlkernels import _backends
 
 PLAIN = ("preference_loss", "reward_pair_loss", "masked_mean")
 """Ops whose second derivatives are PyTorch's own, or of a linear function."""
@@ -33,7 +33,7 @@ def weighted(results):
 
 
 def test_every_op_is_here():
-    assert {case.op.__name__.removeprefix("inplace_") for case in CASES.values()} == set(_registry.PREFERENCE)
+    assert {case.op.__name__.removeprefix("inplace_") for case in CASES.values()} == set(_backends.PREFERENCE)
 
 
 def leaves_of(case):

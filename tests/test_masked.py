@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import rlkernels
 from cases import COMPILERS, thorough_emulated
 from op_calls import check_ops
-from rlkernels import _registry, masked_mean, masked_whiten
+from rlkernels import _backends, masked_mean, masked_whiten
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
@@ -388,14 +388,14 @@ def test_where_a_backend_has_no_kernels_the_next_serves(monkeypatch):
     """On an NVIDIA GPU Triton, although CUDA precedes it and also where CUDA was asked for."""
     tensor = torch.zeros(1)
     for name, serves in (("cuda", True), ("triton", True), ("cpu", False)):
-        monkeypatch.setitem(_registry._devices, name, ("cpu",) if serves else ())
+        monkeypatch.setitem(_backends._devices, name, ("cpu",) if serves else ())
     with rlkernels.use_backend("auto"):
-        assert _registry.select(tensor, "policy_loss") == "cuda"
-        assert _registry.select(tensor, "masked_whiten") == "triton"
+        assert _backends.select(tensor, "policy_loss") == "cuda"
+        assert _backends.select(tensor, "masked_whiten") == "triton"
     with rlkernels.use_backend("cuda"):
-        assert _registry.select(tensor, "masked_whiten") == "triton"
+        assert _backends.select(tensor, "masked_whiten") == "triton"
     with rlkernels.use_backend("reference"):
-        assert _registry.select(tensor, "masked_whiten") == "reference"
+        assert _backends.select(tensor, "masked_whiten") == "reference"
     assert not hasattr(torch.ops.rlkernels.masked_whiten, "cuda")
 
 

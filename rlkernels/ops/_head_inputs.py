@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkernels import _registry
+from rlkernels import _backends
 from rlkernels.ops import _checks
 from rlkernels.ops._lm_head import Head, Rows, fill_up, scored_index, shares
 from rlkernels.ops.logprobs import check_ids
@@ -138,7 +138,7 @@ def check_head(
         None if adapter is None else adapter[1].to(dtype),
         token_ids.reshape(-1).long().contiguous(),
     )
-    backend = _registry.select(inputs.hidden, "linear_token_logprobs")
+    backend = _backends.select(inputs.hidden, "linear_token_logprobs")
     if group is None and _checks.values_in_python(backend, token_ids):
         check_ids(inputs.token_ids, vocab_size, ignore_index)
     options = Options(temperature, softcap, ignore_index, group, num_scored, tile, backend)

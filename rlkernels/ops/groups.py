@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlkernels import _registry
+from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
 from rlkernels.reference import groups as reference
 
@@ -97,7 +97,7 @@ def group_advantages(
     size = group_size if group_size is not None else max(count, 1)
 
     before_sum, keep = normalize == "before_sum", singleton == "keep"
-    backend = _registry.select(rewards, "group_advantages")
+    backend = _backends.select(rewards, "group_advantages")
     if backend == "reference":
         advantages, signal = reference.group_advantages(
             rewards,

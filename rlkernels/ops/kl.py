@@ -1,7 +1,8 @@
 from torch import Tensor
 
-from rlkernels import _registry
+from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
+from rlkernels.ops._first_order import no_second_derivative
 from rlkernels.reference import kl as reference
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -64,7 +65,7 @@ def kl_penalty(
 
     logprobs = _checks.working(logprobs)
     ref_logprobs = ref_logprobs.to(logprobs.dtype).contiguous()
-    backend = _registry.select(logprobs, "kl_penalty")
+    backend = _backends.select(logprobs, "kl_penalty")
     if backend == "reference":
         return reference.kl_penalty(
             logprobs,
@@ -157,7 +158,7 @@ def shaped_rewards(
     logprobs = _checks.working(logprobs.detach())
     ref_logprobs, scores = (value.detach().to(logprobs.dtype).contiguous() for value in (ref_logprobs, scores))
     after_last = score_at == "after_last"
-    backend = _registry.select(logprobs, "shaped_rewards")
+    backend = _backends.select(logprobs, "shaped_rewards")
     valid = None
     if cu_seqlens is not None and backend != "cpu":
         if _checks.values_in_python(backend, cu_seqlens):
@@ -214,7 +215,7 @@ _registry.define(
     "kl_penalty_backward",
     f"(Tensor grad, Tensor logprobs, Tensor ref_logprobs, {_OPTIONS}) -> Tensor",
     lambda grad, logprobs, *rest: logprobs.new_empty(logprobs.shape),
-    backward=_registry.no_second_derivative("kl_penalty_backward"),
+    backward=no_second_derivative("kl_penalty_backward"),
 )
 _registry.define(
     "shaped_rewards",

@@ -4,8 +4,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlkernels import _registry
+from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
+from rlkernels.ops._first_order import first_order_only, leads_to_inputs, no_second_derivative
 from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
 from rlkernels.ops._lm_head import Gradients, Head, Rows, nan_if, recycle, slices
 from rlkernels.ops.kl_divergence import divergence_and_centre
@@ -319,12 +320,12 @@ class _LinearKl(torch.autograd.Function):
         hidden, teacher_hidden = heads.rows.hidden, heads.teacher_rows.hidden
         # Hidden states are saved by autograd alone, so that checkpointing and offloading hooks can let go of them.
         ctx.rows = tuple(replace(rows, hidden=hidden.new_empty(0)) for rows in (heads.rows, heads.teacher_rows))
-        path = _registry.leads_to_inputs(hidden)
+        path = leads_to_inputs(hidden)
         ctx.save_for_backward(path, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, results, stats)
         return divergence, path
 
     @staticmethod
-    @_registry.first_order_only("linear_kl_divergence")
+    @first_order_only("linear_kl_divergence")
     def backward(ctx, saved, grad, grad_path):
         _, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, results, stats = saved()
         rows = replace(ctx.rows[0], hidden=hidden), replace(ctx.rows[1], hidden=teacher_hidden)
@@ -409,7 +410,7 @@ _registry.define(
     "linear_kl_divergence_forward",
     f"({_TENSORS}, {_OPTIONS}) -> (Tensor divergence, Tensor saved)",
     _forward_fake,
-    backends=_registry.WITHOUT_CUDA,
+    backends=_backends.WITHOUT_CUDA,
     setup_context=_setup_context,
     backward=_make_backward,
 )
@@ -417,9 +418,9 @@ _registry.define(
     "linear_kl_divergence_backward",
     f"(Tensor grad, Tensor saved, bool[] wanted, {_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
-    backends=_registry.WITHOUT_CUDA,
-    backward=_registry.no_second_derivative("linear_kl_divergence_backward"),
+    backends=_backends.WITHOUT_CUDA,
+    backward=no_second_derivative("linear_kl_divergence_backward"),
 )
-for _backend in _registry.WITHOUT_CUDA:
+for _backend in _backends.WITHOUT_CUDA:
     _registry.implement("linear_kl_divergence_forward", _backend, partial(_forward_op, _backend))
     _registry.implement("linear_kl_divergence_backward", _backend, partial(_backward_op, _backend))

@@ -5,8 +5,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlkernels import _registry
+from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
+from rlkernels.ops._first_order import first_order_only, leads_to_inputs, no_second_derivative
 from rlkernels.ops._head_inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
 from rlkernels.ops._head_outputs import OUTPUTS, Outputs
 from rlkernels.ops._lm_head import Gradients, forward_backward, nan_if, recycle, scored_index, slices
@@ -176,14 +177,14 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.too_few = too_few
         # Hidden states are saved by autograd alone, so that checkpointing and offloading hooks can let go of them.
         ctx.rows = replace(rows, hidden=rows.hidden.new_empty(0), adapter=None)
-        path = _registry.leads_to_inputs(hidden)
+        path = leads_to_inputs(hidden)
         ctx.save_for_backward(path, weight, bias, adapter_weight, rows.hidden, rows.adapter, *results)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*values[2:], *([] if options.return_entropy else [values[1]]))
         return *values, path
 
     @staticmethod
-    @_registry.first_order_only("linear_token_logprobs")
+    @first_order_only("linear_token_logprobs")
     def backward(ctx, saved, grad_logprobs, grad_entropy, *others):
         _, weight, bias, adapter_weight, hidden, adapter, *results = saved()
         rows = replace(ctx.rows, hidden=hidden, adapter=adapter)
@@ -313,7 +314,7 @@ _registry.define(
     "linear_token_logprobs_forward",
     f"({_INPUTS}, {_OPTIONS}) -> (Tensor logprobs, Tensor entropy, Tensor row_stats, Tensor others)",
     _forward_fake,
-    backends=_registry.WITHOUT_CUDA,
+    backends=_backends.WITHOUT_CUDA,
     setup_context=_setup_context,
     backward=_make_backward,
 )
@@ -322,9 +323,9 @@ _registry.define(
     f"(Tensor? grad_logprobs, Tensor? grad_entropy, {_INPUTS}, Tensor logprobs, Tensor entropy, Tensor row_stats, "
     f"bool[] wanted, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
-    backends=_registry.WITHOUT_CUDA,
-    backward=_registry.no_second_derivative("linear_token_logprobs_backward"),
+    backends=_backends.WITHOUT_CUDA,
+    backward=no_second_derivative("linear_token_logprobs_backward"),
 )
-for _backend in _registry.WITHOUT_CUDA:
+for _backend in _backends.WITHOUT_CUDA:
     _registry.implement("linear_token_logprobs_forward", _backend, partial(_forward_op, _backend))
     _registry.implement("linear_token_logprobs_backward", _backend, partial(_backward_op, _backend))

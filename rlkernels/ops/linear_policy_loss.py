@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlkernels import _registry
 from rlkernels.ops import _checks
+from rlkernels.ops._first_order import first_order_only, leads_to_inputs
 from rlkernels.ops._head_inputs import (
     LOSS_LOGITS_BUDGET_MB,
     Inputs,
@@ -227,12 +227,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
             total = torch.where(plan.too_few, float("nan"), total)
         ctx.too_few = plan.too_few
         ctx.mark_non_differentiable(metrics)
-        path = _registry.leads_to_inputs(hidden)
+        path = leads_to_inputs(hidden)
         ctx.save_for_backward(path)
         return total, metrics, path
 
     @staticmethod
-    @_registry.first_order_only("linear_policy_loss")
+    @first_order_only("linear_policy_loss")
     def backward(ctx, saved, grad_loss, *others):
         if ctx.gradients is None:
             raise RuntimeError(

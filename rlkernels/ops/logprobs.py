@@ -1,8 +1,9 @@
 import torch
 from torch import Tensor
 
-from rlkernels import _registry
+from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
+from rlkernels.ops._first_order import first_order_only, no_second_derivative
 from rlkernels.reference import logprobs as reference
 
 
@@ -78,7 +79,7 @@ def token_logprobs(
     if inplace_backward:
         _refuse_inplace(logits)
 
-    backend = _registry.select(logits, "token_logprobs")
+    backend = _backends.select(logits, "token_logprobs")
     if _checks.values_in_python(backend, token_ids):
         check_ids(token_ids.long(), logits.shape[-1], ignore_index)
     if backend == "reference":
@@ -152,7 +153,7 @@ class _InplaceBackward(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @_registry.first_order_only("token_logprobs")
+    @first_order_only("token_logprobs")
     def backward(ctx, saved, grad_logprobs, grad_entropy):
         logits, token_ids, logprobs, entropy, row_stats = saved()
         _registry.op("token_logprobs_backward_", ctx.backend)(
@@ -228,7 +229,7 @@ _registry.define(
     "token_logprobs_backward",
     f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor",
     _backward_fake,
-    backward=_registry.no_second_derivative("token_logprobs_backward"),
+    backward=no_second_derivative("token_logprobs_backward"),
 )
 _registry.define(
     "token_logprobs_backward_",
@@ -240,7 +241,7 @@ _registry.define(
     "(Tensor logits, Tensor token_ids, int vocab_start, float temperature, float softcap, int ignore_index, "
     "bool return_entropy) -> Tensor",
     lambda logits, token_ids, *options: logits.new_empty((4, *token_ids.shape), dtype=torch.float32),
-    backends=_registry.WITHOUT_CUDA,
+    backends=_backends.WITHOUT_CUDA,
 )
 _registry.define(
     "token_logprobs_part_backward",
@@ -248,5 +249,5 @@ _registry.define(
     "Tensor logprobs, Tensor entropy, Tensor row_stats, float temperature, float softcap, int ignore_index, "
     "Tensor(a!) gradient) -> ()",
     lambda *inputs: None,
-    backends=_registry.WITHOUT_CUDA,
+    backends=_backends.WITHOUT_CUDA,
 )

@@ -3,7 +3,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlkernels import _registry
+from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
 from rlkernels.reference import masked as reference
 
@@ -45,7 +45,7 @@ def masked_mean(x: Tensor, mask: Tensor | None, *, dim: int | None = None) -> Te
     rows = _checks.working(x.reshape(math.prod(shape), length))
     if mask is not None:
         mask = mask.reshape(rows.shape).contiguous()
-    backend = _registry.select(rows, "masked_mean")
+    backend = _backends.select(rows, "masked_mean")
     if backend == "reference":
         return reference.masked_mean(rows, mask).reshape(shape)
     _checks.no_tangent("x", x)
@@ -107,7 +107,7 @@ def masked_whiten(
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")
     x = _checks.working(x.detach())
-    backend = _registry.select(x, "masked_whiten")
+    backend = _backends.select(x, "masked_whiten")
     if backend == "reference":
         moments = reference.masked_moments(x, mask)
     else:
@@ -146,7 +146,7 @@ _registry.define(
     "masked_mean",
     "(Tensor x, Tensor? mask) -> (Tensor means, Tensor scale)",
     lambda x, mask: (x.new_empty(x.shape[0]), x.new_empty(x.shape[0])),
-    backends=_registry.WITHOUT_CUDA,
+    backends=_backends.WITHOUT_CUDA,
     setup_context=_mean_setup_context,
     backward=lambda backend: _mean_backward,
 )
@@ -154,11 +154,11 @@ _registry.define(
     "masked_moments",
     "(Tensor x, Tensor? mask) -> Tensor",
     lambda x, mask: x.new_empty(3, dtype=torch.float64),
-    backends=_registry.WITHOUT_CUDA,
+    backends=_backends.WITHOUT_CUDA,
 )
 _registry.define(
     "masked_whiten",
     "(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, float eps, bool unbiased, bool eps_floor) -> Tensor",
     lambda x, *rest: x.new_empty(x.shape),
-    backends=_registry.WITHOUT_CUDA,
+    backends=_backends.WITHOUT_CUDA,
 )

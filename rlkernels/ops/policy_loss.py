@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from rlkernels import _registry
+from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
 from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts, optional_per_token
 from rlkernels.ops.kl import ESTIMATORS, STRAIGHT_THROUGH, clamp_limit
@@ -188,7 +188,7 @@ def policy_loss(
     straight_through = kl_estimator.endswith("+")
     kl_estimator = kl_estimator.removesuffix("+")
 
-    backend = _registry.select(work, "policy_loss")
+    backend = _backends.select(work, "policy_loss")
     if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
         _checks.cu_seqlens_values(cu_seqlens, shape[0])
     tensors = (work, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, sampler_logprobs, entropy)

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from rlkernels import _registry
+from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
 from rlkernels.reference import recurrence as reference
 
@@ -196,7 +196,7 @@ def _recurrence(
     gamma = _checks.number("gamma", gamma, at_least=0.0, at_most=1.0)
     lam = _checks.number("lam", lam, at_least=0.0, at_most=1.0)
 
-    backend = _registry.select(work, kind)
+    backend = _backends.select(work, kind)
     valid = None
     if cu_seqlens is not None:
         if sequences == 0 and rewards.shape[0] > 0:

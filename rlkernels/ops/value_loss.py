@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from rlkernels import _registry
+from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
 from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts, optional_per_token, per_token
 from rlkernels.reference import value_loss as reference
@@ -73,7 +73,7 @@ def value_loss(
         clip, old_values = 0.0, None
     normalizer, normalizer_value = normalizer_parts(normalizer, "values", values, work.dtype)
 
-    backend = _registry.select(work, "value_loss")
+    backend = _backends.select(work, "value_loss")
     if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
         _checks.cu_seqlens_values(cu_seqlens, values.shape[0])
     tensors = (work, old_values, returns, mask, cu_seqlens)

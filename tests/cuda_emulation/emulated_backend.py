@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from rlkernels import _registry
+from rlkernels import _backends
 
 torch.ops.load_library(os.environ["CUDA_EMULATION_KERNELS"])
-_registry.loaded("cuda", ("cpu",))
+_backends.loaded("cuda", ("cpu",))
