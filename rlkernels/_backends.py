@@ -10,24 +10,34 @@ import torch
 
 KERNEL_BACKENDS = ("cpu", "cuda", "triton")
 BACKENDS = ("reference", *KERNEL_BACKENDS)
-WITHOUT_CUDA = ("cpu", "triton")
-"""Of ops whose CUDA kernels would do nothing that Triton's do not: Triton serves them on NVIDIA GPUs too."""
-PREFERENCE: dict[str, tuple[str, ...]] = {
+BACKENDS_OF: dict[str, tuple[str, ...]] = {
     "token_logprobs": ("cpu", "triton", "cuda"),
-    **dict.fromkeys(("kl_penalty", "shaped_rewards", "group_advantages"), KERNEL_BACKENDS),
-    **dict.fromkeys(("gae", "discounted_returns", "td_lambda", "vtrace"), KERNEL_BACKENDS),
-    **dict.fromkeys(("policy_loss", "value_loss"), KERNEL_BACKENDS),
-    **dict.fromkeys(("masked_mean", "masked_whiten", "linear_token_logprobs", "linear_policy_loss"), WITHOUT_CUDA),
-    **dict.fromkeys(("linear_preference_logps", "linear_kl_divergence"), WITHOUT_CUDA),
-    **dict.fromkeys(("preference_loss", "reward_pair_loss"), ()),
+    "kl_penalty": ("cpu", "cuda", "triton"),
+    "shaped_rewards": ("cpu", "cuda", "triton"),
+    "group_advantages": ("cpu", "cuda", "triton"),
+    "gae": ("cpu", "cuda", "triton"),
+    "discounted_returns": ("cpu", "cuda", "triton"),
+    "td_lambda": ("cpu", "cuda", "triton"),
+    "vtrace": ("cpu", "cuda", "triton"),
+    "policy_loss": ("cpu", "cuda", "triton"),
+    "value_loss": ("cpu", "cuda", "triton"),
+    "masked_mean": ("cpu", "triton"),
+    "masked_whiten": ("cpu", "triton"),
+    "linear_token_logprobs": ("cpu", "triton"),
+    "linear_policy_loss": ("cpu", "triton"),
+    "linear_preference_logps": ("cpu", "triton"),
+    "linear_kl_divergence": ("cpu", "triton"),
+    "preference_loss": (),
+    "reward_pair_loss": (),
 }
-"""For each public op the backends that have kernels for it, the first of those that serve a tensor's device first; an
-op without any is plain PyTorch.
+"""The backends that have kernels for each public op. The first one that serves a tensor's device is chosen. An op
+without any is plain PyTorch.
 
 On NVIDIA GPUs the CUDA kernels precede Triton's, whose launch costs more host time. Logits are the exception: there the
 arithmetic per element decides. Per element Triton's kernels take 9.3 instructions forward and CUDA's 18, with entropy
-12.1 and 22.6, or 38 with a temperature too, and backward 12.4 and 40 (bfloat16, sm_90, read in the machine code). Under
-Triton's interpreter the CPU kernels precede it."""
+12.1 and 22.6, or 38 with a temperature too, and backward 12.4 and 40 (bfloat16, sm_90, read in the machine code). Where
+CUDA kernels would do nothing that Triton's do not, there are none. Under Triton's interpreter the CPU kernels precede
+Triton's."""
 
 # A plain module global, so that torch.compile guards on it and recompiles when it changes.
 _forced: str | None = None
@@ -115,9 +125,9 @@ def select(tensor: torch.Tensor, op: str) -> str:
                 f"backend {_forced!r} was asked for, but cannot serve a {device_type} tensor: "
                 f"{status(_forced, device_type)}"
             )
-        if _forced == "reference" or _forced in PREFERENCE[op]:
+        if _forced == "reference" or _forced in BACKENDS_OF[op]:
             return _forced
-    for backend in PREFERENCE[op]:
+    for backend in BACKENDS_OF[op]:
         if device_type in _devices[backend]:
             return backend
     return "reference"

@@ -25,12 +25,12 @@ SECONDS_ALONE = 10
 def serving_backends(device_type: str) -> dict[str, str]:
     """For each op the backend that serves tensors on a device."""
     tensor = torch.empty(0, device=device_type)
-    return {op: _backends.select(tensor, op) for op in _backends.PREFERENCE}
+    return {op: _backends.select(tensor, op) for op in _backends.BACKENDS_OF}
 
 
 def faster_backends(op: str, backend: str, device_type: str) -> dict[str, str]:
     """The backends faster than `backend` that have kernels for `op`, and for each the reason why it does not serve."""
-    by_speed = [*sorted(_backends.PREFERENCE[op], key=lambda name: name == "cpu"), "reference"]  # GPUs first
+    by_speed = [*sorted(_backends.BACKENDS_OF[op], key=lambda name: name == "cpu"), "reference"]  # GPUs first
     faster = by_speed[: by_speed.index(backend)]
     return {name: _backends.status(name, device_type) or "another was asked for" for name in faster}
 

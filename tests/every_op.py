@@ -42,9 +42,9 @@ CALLS = {
     "preference_loss": lambda: rlkernels.preference_loss(*rows),
     "reward_pair_loss": lambda: rlkernels.reward_pair_loss(*rows[:2]),
 }
-assert CALLS.keys() == _backends.PREFERENCE.keys()
+assert CALLS.keys() == _backends.BACKENDS_OF.keys()
 for name, call in CALLS.items():
-    assert _backends.select(rows, name) == ("cpu" if _backends.PREFERENCE[name] else "reference"), name
+    assert _backends.select(rows, name) == ("cpu" if _backends.BACKENDS_OF[name] else "reference"), name
     with rlkernels.use_backend("reference"):
         expected = call()
     torch.testing.assert_close(call(), expected, msg=lambda text, name=name: f"{name}: {text}")

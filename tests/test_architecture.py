@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 
 import rlkernels
+from rlkernels._backends import BACKENDS_OF
 
 ROOT = Path(__file__).parents[1]
 PUBLIC_API = ROOT / "tests" / "public_api.txt"
+README = ROOT / "README.md"
+WRITE_AGAIN = "if that is meant, run `python tests/test_architecture.py`"
 OPS = sorted(path.stem for path in (ROOT / "rlkernels" / "ops").glob("[!_]*.py"))
 
 # Each part of the package and the modules of rlkernels it may import from; all else in rlkernels is above it.
@@ -108,25 +112,56 @@ def test_import_is_light():
     assert done.stderr == ""
 
 
-# Where there is nothing to gain from a kernel, pairs of sequences being few; and what is put together from the kernels
-# of other ops and the library's matrix products.
-WITHOUT_KERNELS = {"preference_loss", "linear_logprobs", "linear_policy_loss", "linear_preference_logps", "linear_kl"}
-# Triton serves GPUs alone.
-WITHOUT_CUDA = {"masked", "kl_divergence"}
+def backends_of_file(op: str) -> set[str]:
+    """The backends that rlkernels/ops/<op>.py needs kernels for: none where it defines no op for them to implement, or
+    implements it in Python itself, by the kernels of other ops."""
+    text = (ROOT / "rlkernels" / "ops" / f"{op}.py").read_text()
+    if "_registry.implement(" in text:
+        return set()
+    return {backend for name in re.findall(r'part_of="(\w+)"', text) for backend in BACKENDS_OF[name]}
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in WITHOUT_KERNELS])
+@pytest.mark.parametrize("op", OPS)
 def test_op_stands_under_one_name_in_every_backend(op):
-    places = [
-        f"csrc/include/rlkernels/{op}.h",
-        f"csrc/cpu/bindings/{op}.cpp",
-        f"csrc/cpu/{op}.h",
-        f"csrc/cpu/{op}.cpp",
-        *([] if op in WITHOUT_CUDA else [f"csrc/cuda/{op}.{kind}" for kind in ("cuh", "h", "cu", "cpp")]),
-        f"rlkernels/reference/{op}.py",
-        f"rlkernels/triton/{op}.py",
-    ]
-    assert not [place for place in places if not (ROOT / place).is_file()]
+    places = {
+        "cpu": [f"csrc/cpu/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cpu/bindings/{op}.cpp"],
+        "cuda": [f"csrc/cuda/{op}.{kind}" for kind in ("cuh", "h", "cu", "cpp")],
+        "triton": [f"rlkernels/triton/{op}.py"],
+    }
+    wanted = backends_of_file(op)
+    for backend, files in places.items():
+        assert [(ROOT / file).is_file() for file in files] == [backend in wanted] * len(files), (backend, files)
+    if wanted:
+        assert (ROOT / f"csrc/include/rlkernels/{op}.h").is_file()
+        assert (ROOT / f"rlkernels/reference/{op}.py").is_file()
+
+
+def test_every_public_op_is_recorded_with_its_backends():
+    assert set(BACKENDS_OF) == set(rlkernels.__all__) - {"use_backend", "wrap_lm_head", "unwrap_lm_head"}
+    assert any(backends_of_file(op) == {"cpu", "triton"} for op in OPS)
+    assert any(backends_of_file(op) == {"cpu", "triton", "cuda"} for op in OPS)
+
+
+# What proves the kernels of a backend, in README's table.
+PROOFS = {"cpu": "run", "triton": "interpreted, compiled", "cuda": "emulated, compiled"}
+
+
+def table_of_ops() -> str:
+    """README's table: the ops of each file, and what proves them on each backend."""
+    lines = [f"| | reference | {' | '.join(PROOFS)} |", "|---" * (len(PROOFS) + 2) + "|"]
+    for _, names in itertools.groupby(BACKENDS_OF, lambda name: getattr(rlkernels, name).__module__):
+        ops = list(names)
+        backends = BACKENDS_OF[ops[0]]
+        assert all(BACKENDS_OF[name] == backends for name in ops)
+        reference = "specification" if backends else "plain PyTorch, equal to TRL's"
+        without = "served by Triton" if "triton" in backends else "-"
+        kernels = [text if name in backends else without for name, text in PROOFS.items()]
+        lines.append(f"| {' | '.join([', '.join(f'`{name}`' for name in ops), reference, *kernels])} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def test_table_of_ops_is_what_is_recorded():
+    assert table_of_ops() in README.read_text(), f"the table of ops is not what the registry records; {WRITE_AGAIN}"
 
 
 @pytest.mark.parametrize(("name", "limit"), [("setup.py", 80), ("trainers/grpo.py", 650)])
@@ -162,7 +197,7 @@ def public_api() -> str:
 
 def test_public_api_is_as_recorded():
     recorded = PUBLIC_API.read_text()
-    assert public_api() == recorded, "meant? then run `python tests/test_architecture.py` and note it in CHANGELOG.md"
+    assert public_api() == recorded, f"the public names changed; {WRITE_AGAIN} and note it in CHANGELOG.md"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/integrations.md"])
@@ -199,3 +234,5 @@ def test_no_file_names_the_machine_it_was_written_on():
 
 if __name__ == "__main__":
     PUBLIC_API.write_text(public_api())
+    before, after = re.split(r"\| \| reference .*?\n\n", README.read_text(), flags=re.DOTALL)
+    README.write_text(before + table_of_ops() + after)

@@ -93,8 +93,7 @@ def test_info(capsys):
     # Only the one that torch gives itself names the build, such as +cu130, in every wheel.
     (version,) = rows["torch"]
     assert version.partition("+")[0] == torch.__version__.partition("+")[0]
-    assert set(_backends.PREFERENCE) == set(rlkernels.__all__) - {"use_backend", "wrap_lm_head", "unwrap_lm_head"}
-    for op, backends in _backends.PREFERENCE.items():
+    for op, backends in _backends.BACKENDS_OF.items():
         assert rows[op][0] == _backends.select(torch.empty(0), op)
         if not torch.cuda.is_available():
             assert ("cuda: no NVIDIA GPU is available" in rows[op][1]) == ("cuda" in backends)
@@ -106,7 +105,7 @@ def test_columns_of_info_are_aligned(capsys):
     assert {re.match(r"\S+ +", line).end() for line in versions.splitlines()} == {len("rlkernels     ")}
     header, *rows = table.splitlines()
     columns = [re.search(name, header).start() for name in ("serves", "why")]
-    assert len(rows) == len(_backends.PREFERENCE)
+    assert len(rows) == len(_backends.BACKENDS_OF)
     for row in rows:
         assert [match.end() for match in re.finditer(r"  +", row)] == columns
 

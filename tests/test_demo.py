@@ -225,7 +225,7 @@ def test_demo_writes_its_results(start, tmp_path, capsys):
     assert (result["seed"], result["steps"]) == (3, 2)
     assert all(math.isfinite(result[name]) and result[name] > 0 for name in ("wall_s", "tokens_per_s", "peak_rss_mb"))
     assert (result["accuracy_before"], result["accuracy_after"]) == (1.0, 1.2)
-    assert result["backends"].keys() == _backends.PREFERENCE.keys()
+    assert result["backends"].keys() == _backends.BACKENDS_OF.keys()
 
     records = [json.loads(line) for line in (output / "completions.jsonl").read_text().splitlines()]
     graded = [(record["split"], record["step"]) for record in records]

@@ -65,15 +65,14 @@ def test_the_preference_is_one_of_each_op(monkeypatch):
     assert _backends.select(tensor, "token_logprobs") == "cuda"
 
 
-def test_an_op_has_kernels_for_the_backends_it_prefers():
-    """`define` and the table of preferences name the same."""
-    low_level = {"token_logprobs": "token_logprobs_forward", "kl_penalty": "kl_penalty_forward"}
-    low_level |= dict.fromkeys(("gae", "discounted_returns", "td_lambda", "vtrace"), "recurrence")
-    low_level |= {name: f"{name}_forward" for name in ("policy_loss", "value_loss", "linear_token_logprobs")}
-    for op, backends in _backends.PREFERENCE.items():
-        packet = getattr(torch.ops.rlkernels, low_level.get(op, op), None)
-        if packet is not None:
-            assert set(packet.overloads()) == set(backends), op
+def test_each_backend_loaded_implements_the_ops_that_it_is_recorded_for():
+    defined = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rlkernels::")]
+    for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        for name in defined:
+            backend = name.rpartition(".")[2]
+            if _backends.status(backend, device_type) is None:
+                assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{name} on {device_type}"
+    assert {name.rpartition(".")[2] for name in defined} == set(_backends.KERNEL_BACKENDS)
 
 
 # What a machine with an NVIDIA GPU has, and CUDA's library, whose first call would leave every fork without CUDA.

@@ -33,7 +33,7 @@ def weighted(results):
 
 
 def test_every_op_is_here():
-    assert {case.op.__name__.removeprefix("inplace_") for case in CASES.values()} == set(_backends.PREFERENCE)
+    assert {case.op.__name__.removeprefix("inplace_") for case in CASES.values()} == set(_backends.BACKENDS_OF)
 
 
 def leaves_of(case):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import ALSO_EMULATED, COMPILERS, THOROUGH_EMULATED, thorough, thorough_emulated
 from lm_head import rows_under_a_cap
 from op_calls import OpCalls
-from rlkernels import linear_kl_divergence
+from rlkernels import _backends, linear_kl_divergence
 from rlkernels.ops.kl_divergence import divergence_and_centre
 from rlkernels.reference.kl_divergence import KINDS, kl_divergence
 from tolerance import assert_as_accurate_as_torch
@@ -17,7 +17,7 @@ from tolerance import assert_as_accurate_as_torch
 INF = float("inf")
 NAN = float("nan")
 # Triton's kernels serve NVIDIA GPUs too.
-pytestmark = [pytest.mark.only("reference", "cpu", "triton"), THOROUGH_EMULATED]
+pytestmark = [pytest.mark.only("reference", *_backends.BACKENDS_OF["linear_kl_divergence"]), THOROUGH_EMULATED]
 kernels_only = pytest.mark.only("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

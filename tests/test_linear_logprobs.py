@@ -14,12 +14,12 @@ from cases import ALSO_EMULATED, COMPILERS, THOROUGH_EMULATED, thorough, thoroug
 from lm_head import IGNORE, NAN, Problem, eager, random_problem, rows_under_a_cap
 from op_calls import OpCalls
 from peak_memory import peak_memory
-from rlkernels import _registry, linear_token_logprobs, token_logprobs
+from rlkernels import _backends, _registry, linear_token_logprobs, token_logprobs
 from rlkernels.ops import _head_inputs, _lm_head, linear_logprobs
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
-pytestmark = [pytest.mark.only("reference", "cpu", "triton"), THOROUGH_EMULATED]
+pytestmark = [pytest.mark.only("reference", *_backends.BACKENDS_OF["linear_token_logprobs"]), THOROUGH_EMULATED]
 kernels_only = pytest.mark.only("cpu", "triton")
 WORKER = Path(__file__).with_name("lm_head_worker.py")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,11 +7,11 @@ import rlkernels
 from cases import ALSO_EMULATED, THOROUGH_EMULATED
 from lm_head import IGNORE, NAN, eager, random_problem
 from peak_memory import peak_memory
-from rlkernels import linear_policy_loss, linear_token_logprobs, policy_loss
+from rlkernels import _backends, linear_policy_loss, linear_token_logprobs, policy_loss
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
-pytestmark = [pytest.mark.only("reference", "cpu", "triton"), THOROUGH_EMULATED]
+pytestmark = [pytest.mark.only("reference", *_backends.BACKENDS_OF["linear_policy_loss"]), THOROUGH_EMULATED]
 kernels_only = pytest.mark.only("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OBJECTIVES = ("ppo", "reinforce", "gpg", "gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo")

@@ -3,10 +3,10 @@ import torch
 
 from cases import THOROUGH_EMULATED
 from lm_head import IGNORE, eager, random_problem
-from rlkernels import linear_preference_logps, linear_token_logprobs
+from rlkernels import _backends, linear_preference_logps, linear_token_logprobs
 
 # Triton's kernels serve NVIDIA GPUs too.
-pytestmark = [pytest.mark.only("reference", "cpu", "triton"), THOROUGH_EMULATED]
+pytestmark = [pytest.mark.only("reference", *_backends.BACKENDS_OF["linear_preference_logps"]), THOROUGH_EMULATED]
 TILE = (8, 64)
 
 

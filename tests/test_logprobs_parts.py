@@ -9,12 +9,12 @@ import torch
 
 import rlkernels
 from cases import THOROUGH_EMULATED, thorough_emulated
-from rlkernels import _registry, token_logprobs
+from rlkernels import _backends, _registry, token_logprobs
 from rlkernels.reference import logprobs as reference
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
-pytestmark = pytest.mark.only("reference", "cpu", "triton")
+pytestmark = pytest.mark.only("reference", *_backends.BACKENDS_OF["linear_token_logprobs"])
 kernels_only = pytest.mark.only("cpu", "triton")
 
 IGNORE = -100

@@ -13,7 +13,7 @@ from rlkernels import _backends, masked_mean, masked_whiten
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
-pytestmark = pytest.mark.only("reference", "cpu", "triton")
+pytestmark = pytest.mark.only("reference", *_backends.BACKENDS_OF["masked_mean"])
 
 WORKER = Path(__file__).with_name("masked_worker.py")
 INF = float("inf")

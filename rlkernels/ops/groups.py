@@ -159,4 +159,5 @@ _registry.define(
         rewards.new_empty(rewards.shape[0]),
         rewards.new_empty(rewards.shape[0], dtype=torch.bool),
     ),
+    part_of="group_advantages",
 )

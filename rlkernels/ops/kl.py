@@ -208,6 +208,7 @@ _registry.define(
     "kl_penalty_forward",
     f"(Tensor logprobs, Tensor ref_logprobs, {_OPTIONS}) -> Tensor",
     lambda logprobs, *rest: logprobs.new_empty(logprobs.shape),
+    part_of="kl_penalty",
     setup_context=_setup_context,
     backward=_make_backward,
 )
@@ -215,6 +216,7 @@ _registry.define(
     "kl_penalty_backward",
     f"(Tensor grad, Tensor logprobs, Tensor ref_logprobs, {_OPTIONS}) -> Tensor",
     lambda grad, logprobs, *rest: logprobs.new_empty(logprobs.shape),
+    part_of="kl_penalty",
     backward=no_second_derivative("kl_penalty_backward"),
 )
 _registry.define(
@@ -222,4 +224,5 @@ _registry.define(
     "(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, Tensor? cu_seqlens, Tensor? valid, "
     "float kl_coef, int estimator, bool after_last) -> Tensor",
     lambda scores, logprobs, *rest: logprobs.new_empty(logprobs.shape),
+    part_of="shaped_rewards",
 )

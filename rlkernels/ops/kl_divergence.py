@@ -20,7 +20,7 @@ reference.kl_divergence.KINDS.
 import torch
 from torch import Tensor
 
-from rlkernels import _backends, _registry
+from rlkernels import _registry
 
 
 def divergence_and_centre(sums: Tensor) -> Tensor:
@@ -35,12 +35,12 @@ _registry.define(
     "kl_divergence_part",
     f"(Tensor student, Tensor teacher, Tensor student_stats, Tensor teacher_stats, {_OPTIONS}) -> Tensor",
     lambda student, *rest: student.new_empty((3, student.shape[0]), dtype=torch.float32),
-    backends=_backends.WITHOUT_CUDA,
+    part_of="linear_kl_divergence",
 )
 _registry.define(
     "kl_divergence_part_backward",
     "(Tensor grad, Tensor centre, Tensor student, Tensor teacher, Tensor student_stats, Tensor teacher_stats, "
     f"{_OPTIONS}, Tensor(a!) gradient) -> ()",
     lambda *inputs: None,
-    backends=_backends.WITHOUT_CUDA,
+    part_of="linear_kl_divergence",
 )

@@ -410,7 +410,7 @@ _registry.define(
     "linear_kl_divergence_forward",
     f"({_TENSORS}, {_OPTIONS}) -> (Tensor divergence, Tensor saved)",
     _forward_fake,
-    backends=_backends.WITHOUT_CUDA,
+    part_of="linear_kl_divergence",
     setup_context=_setup_context,
     backward=_make_backward,
 )
@@ -418,9 +418,9 @@ _registry.define(
     "linear_kl_divergence_backward",
     f"(Tensor grad, Tensor saved, bool[] wanted, {_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
-    backends=_backends.WITHOUT_CUDA,
+    part_of="linear_kl_divergence",
     backward=no_second_derivative("linear_kl_divergence_backward"),
 )
-for _backend in _backends.WITHOUT_CUDA:
+for _backend in _backends.BACKENDS_OF["linear_kl_divergence"]:
     _registry.implement("linear_kl_divergence_forward", _backend, partial(_forward_op, _backend))
     _registry.implement("linear_kl_divergence_backward", _backend, partial(_backward_op, _backend))

@@ -314,7 +314,7 @@ _registry.define(
     "linear_token_logprobs_forward",
     f"({_INPUTS}, {_OPTIONS}) -> (Tensor logprobs, Tensor entropy, Tensor row_stats, Tensor others)",
     _forward_fake,
-    backends=_backends.WITHOUT_CUDA,
+    part_of="linear_token_logprobs",
     setup_context=_setup_context,
     backward=_make_backward,
 )
@@ -323,9 +323,9 @@ _registry.define(
     f"(Tensor? grad_logprobs, Tensor? grad_entropy, {_INPUTS}, Tensor logprobs, Tensor entropy, Tensor row_stats, "
     f"bool[] wanted, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
-    backends=_backends.WITHOUT_CUDA,
+    part_of="linear_token_logprobs",
     backward=no_second_derivative("linear_token_logprobs_backward"),
 )
-for _backend in _backends.WITHOUT_CUDA:
+for _backend in _backends.BACKENDS_OF["linear_token_logprobs"]:
     _registry.implement("linear_token_logprobs_forward", _backend, partial(_forward_op, _backend))
     _registry.implement("linear_token_logprobs_backward", _backend, partial(_backward_op, _backend))

@@ -222,6 +222,7 @@ _registry.define(
     "(Tensor logits, Tensor token_ids, float temperature, float softcap, int ignore_index, bool return_entropy)"
     " -> (Tensor logprobs, Tensor entropy, Tensor row_stats)",
     _forward_fake,
+    part_of="token_logprobs",
     setup_context=_setup_context,
     backward=_make_backward,
 )
@@ -229,19 +230,21 @@ _registry.define(
     "token_logprobs_backward",
     f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor",
     _backward_fake,
+    part_of="token_logprobs",
     backward=no_second_derivative("token_logprobs_backward"),
 )
 _registry.define(
     "token_logprobs_backward_",
     f"(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()",
     lambda *inputs: None,
+    part_of="token_logprobs",
 )
 _registry.define(
     "token_logprobs_part",
     "(Tensor logits, Tensor token_ids, int vocab_start, float temperature, float softcap, int ignore_index, "
     "bool return_entropy) -> Tensor",
     lambda logits, token_ids, *options: logits.new_empty((4, *token_ids.shape), dtype=torch.float32),
-    backends=_backends.WITHOUT_CUDA,
+    part_of="linear_token_logprobs",
 )
 _registry.define(
     "token_logprobs_part_backward",
@@ -249,5 +252,5 @@ _registry.define(
     "Tensor logprobs, Tensor entropy, Tensor row_stats, float temperature, float softcap, int ignore_index, "
     "Tensor(a!) gradient) -> ()",
     lambda *inputs: None,
-    backends=_backends.WITHOUT_CUDA,
+    part_of="linear_token_logprobs",
 )

@@ -146,7 +146,7 @@ _registry.define(
     "masked_mean",
     "(Tensor x, Tensor? mask) -> (Tensor means, Tensor scale)",
     lambda x, mask: (x.new_empty(x.shape[0]), x.new_empty(x.shape[0])),
-    backends=_backends.WITHOUT_CUDA,
+    part_of="masked_mean",
     setup_context=_mean_setup_context,
     backward=lambda backend: _mean_backward,
 )
@@ -154,11 +154,11 @@ _registry.define(
     "masked_moments",
     "(Tensor x, Tensor? mask) -> Tensor",
     lambda x, mask: x.new_empty(3, dtype=torch.float64),
-    backends=_backends.WITHOUT_CUDA,
+    part_of="masked_whiten",
 )
 _registry.define(
     "masked_whiten",
     "(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, float eps, bool unbiased, bool eps_floor) -> Tensor",
     lambda x, *rest: x.new_empty(x.shape),
-    backends=_backends.WITHOUT_CUDA,
+    part_of="masked_whiten",
 )

@@ -293,6 +293,7 @@ _registry.define(
     "bool need_grad, bool need_entropy_grad) "
     "-> (Tensor loss, Tensor metrics, Tensor grad, Tensor entropy_grad, Tensor scale)",
     _forward_fake,
+    part_of="policy_loss",
     setup_context=_setup_context,
     backward=lambda backend: _backward,
 )

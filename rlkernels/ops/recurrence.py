@@ -239,4 +239,5 @@ _registry.define(
     "Tensor? cu_seqlens, Tensor? bootstrap_values, Tensor? valid, int kind, float gamma, float lam, float rho_clip, "
     "float c_clip, bool whiten) -> (Tensor advantages, Tensor returns)",
     _fake,
+    part_of="gae",
 )

@@ -132,6 +132,7 @@ _registry.define(
     "float normalizer_value, int aggregation, float clip, bool need_grad) "
     "-> (Tensor loss, Tensor metrics, Tensor grad, Tensor scale)",
     _forward_fake,
+    part_of="value_loss",
     setup_context=_setup_context,
     backward=lambda backend: _backward,
 )
