@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "rlkernels/_registry.py": {"rlkernels._backends"},
     "rlkernels/reference/*.py": {"rlkernels.reference"},
     "rlkernels/triton/*.py": {"rlkernels.triton", "rlkernels._registry"},
-    "rlkernels/ops/*.py": {"rlkernels.ops", "rlkernels.reference", "rlkernels._backends", "rlkernels._registry"},
+    "rlkernels/ops/**/*.py": {"rlkernels.ops", "rlkernels.reference", "rlkernels._backends", "rlkernels._registry"},
     "rlkernels/causal_lm.py": set(),
     "rlkernels/lm_head.py": {"rlkernels.ops", "rlkernels.causal_lm"},
     "rlkernels/__init__.py": {"rlkernels.ops", "rlkernels.lm_head", "rlkernels._backends"},

@@ -598,7 +598,7 @@ class LargestTensor(TorchDispatchMode):
 
 @kernels_only
 def test_logits_are_never_whole(backend, device, monkeypatch):
-    monkeypatch.setattr("rlkernels.ops._lm_head._recycled", [])
+    monkeypatch.setattr("rlkernels.ops.lm_head.head._recycled", [])
     inputs = plain(device, rows=(24,), widths=(2, 2), vocab_size=300)
     with LargestTensor() as largest:
         run(linear_kl_divergence, inputs, logits_budget_mb=0)

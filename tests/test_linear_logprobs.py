@@ -15,7 +15,9 @@ from lm_head import IGNORE, NAN, Problem, eager, random_problem, rows_under_a_ca
 from op_calls import OpCalls
 from peak_memory import peak_memory
 from rlkernels import _backends, _registry, linear_token_logprobs, token_logprobs
-from rlkernels.ops import _head_inputs, _lm_head, linear_logprobs
+from rlkernels.ops import linear_logprobs
+from rlkernels.ops.lm_head import head as _lm_head
+from rlkernels.ops.lm_head import inputs as _head_inputs
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.

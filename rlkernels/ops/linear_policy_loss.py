@@ -8,16 +8,9 @@ from torch import Tensor, nn
 
 from rlkernels.ops import _checks
 from rlkernels.ops._first_order import first_order_only, leads_to_inputs
-from rlkernels.ops._head_inputs import (
-    LOSS_LOGITS_BUDGET_MB,
-    Inputs,
-    Options,
-    budget_bytes,
-    check_head,
-    check_tokens,
-    start,
-)
-from rlkernels.ops._lm_head import (
+from rlkernels.ops._token_losses import optional_per_token
+from rlkernels.ops.linear_logprobs import evaluate
+from rlkernels.ops.lm_head.head import (
     Gradients,
     Head,
     Rows,
@@ -27,8 +20,15 @@ from rlkernels.ops._lm_head import (
     slices,
     working_dtype,
 )
-from rlkernels.ops._token_losses import optional_per_token
-from rlkernels.ops.linear_logprobs import evaluate
+from rlkernels.ops.lm_head.inputs import (
+    LOSS_LOGITS_BUDGET_MB,
+    Inputs,
+    Options,
+    budget_bytes,
+    check_head,
+    check_tokens,
+    start,
+)
 from rlkernels.ops.policy_loss import CORRECTIONS, policy_loss
 
 SEQUENCE_OBJECTIVES = ("gspo", "gmpo", "vespo")

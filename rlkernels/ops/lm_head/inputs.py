@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlkernels import _backends
 from rlkernels.ops import _checks
-from rlkernels.ops._lm_head import Head, Rows, fill_up, scored_index, shares
+from rlkernels.ops.lm_head.head import Head, Rows, fill_up, scored_index, shares
 from rlkernels.ops.logprobs import check_ids
 
 LOGITS_BUDGET_MB = 128.0

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from rlkernels.ops._lm_head import Head, Rows, join, working_dtype
+from rlkernels.ops.lm_head.head import Head, Rows, join, working_dtype
 
 OUTPUTS = ("log_sum_sq_probs", "mean_logit", "is_top1")
 
