@@ -64,7 +64,7 @@ format: $(STAMPS)/base $(STAMPS)/lint ## what lint can mend by itself
 # ---- tests: each part writes a report, and says what it skipped and why. What is marked `thorough` is left to test-all.
 
 PARTS := test-cpu test-triton test-compile test-cuda-host test-gpu
-OP_TESTS := $(addprefix tests/test_,token_logprobs.py logprobs_parts.py kl.py linear_kl.py linear_logprobs.py linear_policy_loss.py linear_preference_logps.py groups.py policy_loss.py policy_objectives.py value_loss.py masked.py recurrence.py)
+OP_TESTS := $(addprefix tests/test_,token_logprobs.py logprobs_parts.py kl.py linear_kl_divergence.py linear_logprobs.py linear_policy_loss.py linear_preference_logps.py groups.py policy_loss.py policy_objectives.py value_loss.py masked.py recurrence.py)
 THOROUGH :=
 SELECT = -m "not gpu$(if $(THOROUGH),, and not thorough)" $(if $(THOROUGH),--hypothesis-profile=thorough)
 PYTEST = mkdir -p $(REPORTS) && rm -f $(REPORTS)/$@.xml && echo "== $@" && $(BIN)/python -m pytest -q --junitxml=$(REPORTS)/$@.xml

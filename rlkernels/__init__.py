@@ -34,7 +34,7 @@ from rlkernels._backends import use_backend
 from rlkernels.lm_head import unwrap_lm_head, wrap_lm_head
 from rlkernels.ops.groups import group_advantages
 from rlkernels.ops.kl import kl_penalty, shaped_rewards
-from rlkernels.ops.linear_kl import linear_kl_divergence
+from rlkernels.ops.linear_kl_divergence import linear_kl_divergence
 from rlkernels.ops.linear_logprobs import linear_token_logprobs
 from rlkernels.ops.linear_policy_loss import linear_policy_loss
 from rlkernels.ops.linear_preference_logps import linear_preference_logps

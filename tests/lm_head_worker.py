@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import rlkernels
-from lm_head import IGNORE
+from head_problems import IGNORE
 from rlkernels import linear_policy_loss, linear_token_logprobs
 
 OPTIONS = dict(temperature=0.7, softcap=5.0, scale=1.5, tile=(8, 16))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rlkernels
 from cases import ALSO_EMULATED, COMPILERS, THOROUGH_EMULATED, thorough, thorough_emulated
-from lm_head import IGNORE, NAN, Problem, eager, random_problem, rows_under_a_cap
+from head_problems import IGNORE, NAN, Problem, eager, random_problem, rows_under_a_cap
 from op_calls import OpCalls
 from peak_memory import peak_memory
 from rlkernels import _backends, _registry, linear_token_logprobs, token_logprobs

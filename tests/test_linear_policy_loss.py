@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rlkernels
 from cases import ALSO_EMULATED, THOROUGH_EMULATED
-from lm_head import IGNORE, NAN, eager, random_problem
+from head_problems import IGNORE, NAN, eager, random_problem
 from peak_memory import peak_memory
 from rlkernels import _backends, linear_policy_loss, linear_token_logprobs, policy_loss
 from tolerance import assert_as_accurate_as_torch

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cases import THOROUGH_EMULATED
-from lm_head import IGNORE, eager, random_problem
+from head_problems import IGNORE, eager, random_problem
 from rlkernels import _backends, linear_preference_logps, linear_token_logprobs
 
 # Triton's kernels serve NVIDIA GPUs too.

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import rlkernels
 from cases import COMPILERS, THOROUGH_EMULATED, thorough_emulated
-from lm_head import rows_under_a_cap
+from head_problems import rows_under_a_cap
 from op_calls import check_ops
 from rlkernels import token_logprobs
 from tolerance import assert_as_accurate_as_torch, ulp

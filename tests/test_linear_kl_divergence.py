@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import ALSO_EMULATED, COMPILERS, THOROUGH_EMULATED, thorough, thorough_emulated
-from lm_head import rows_under_a_cap
+from head_problems import rows_under_a_cap
 from op_calls import OpCalls
 from rlkernels import _backends, linear_kl_divergence
 from rlkernels.ops.kl_divergence import divergence_and_centre

@@ -10,7 +10,7 @@ from rlkernels.ops._first_order import first_order_only, leads_to_inputs, no_sec
 from rlkernels.ops.kl_divergence import divergence_and_centre
 from rlkernels.ops.lm_head.head import Gradients, Head, Rows, nan_if, recycle, slices
 from rlkernels.ops.lm_head.inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
-from rlkernels.reference import linear_kl as reference
+from rlkernels.reference import linear_kl_divergence as reference
 from rlkernels.reference.kl_divergence import KINDS
 
 _NOT_SCORED = -100
