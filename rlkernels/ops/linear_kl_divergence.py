@@ -8,8 +8,10 @@ from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
 from rlkernels.ops._first_order import first_order_only, leads_to_inputs, no_second_derivative
 from rlkernels.ops.kl_divergence import divergence_and_centre
-from rlkernels.ops.lm_head.head import Gradients, Head, Rows, nan_if, recycle, slices
+from rlkernels.ops.lm_head.gradients import nan_if
+from rlkernels.ops.lm_head.head import Head, recycle
 from rlkernels.ops.lm_head.inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
+from rlkernels.ops.lm_head.tiles import Rows, slices
 from rlkernels.reference import linear_kl_divergence as reference
 from rlkernels.reference.kl_divergence import KINDS
 
@@ -285,7 +287,7 @@ class _Heads:
                 given = (tile[:, tokens], teacher_tile, *stats_of, *astuple(self.pair), gradient[:, tokens])
                 op(grad[block], centre[block], *given)
 
-        gradients = Gradients.of(self.rows, self.student, [*wanted, False, False], weight_in_pieces=False)
+        gradients = self.student.new_gradients(self.rows, [*wanted, False, False], weight_in_pieces=False)
         self.student.backward_tiles(self.rows, to_gradient, None if kept is None else kept[0], gradients)
         return gradients.results(self.rows, self.student.weight.dtype)[:3]
 

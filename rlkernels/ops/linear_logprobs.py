@@ -8,9 +8,11 @@ from torch import Tensor
 from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
 from rlkernels.ops._first_order import first_order_only, leads_to_inputs, no_second_derivative
-from rlkernels.ops.lm_head.head import Gradients, forward_backward, nan_if, recycle, scored_index, slices
+from rlkernels.ops.lm_head.gradients import nan_if
+from rlkernels.ops.lm_head.head import forward_backward, recycle
 from rlkernels.ops.lm_head.inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
 from rlkernels.ops.lm_head.outputs import OUTPUTS, Outputs
+from rlkernels.ops.lm_head.tiles import scored_index, slices
 from rlkernels.reference import linear_logprobs as reference
 
 
@@ -160,7 +162,7 @@ class _LinearLogprobs(torch.autograd.Function):
             # One rounding more where products are rounded: then rather two products, one of them in the backward pass.
             in_forward = frozen and not options.return_entropy and not (head.rounds and fits)
             if in_forward and head.fits(head.block_rows, options.budget):
-                unit = Gradients.of(rows, head, wanted, weight_in_pieces=False)
+                unit = head.new_gradients(rows, wanted, weight_in_pieces=False)
                 groups = slices(len(rows), head.rows_within(options.budget))
                 results = forward_backward(head, rows, groups, _one, unit, also)
                 head.reduce(unit)
@@ -195,7 +197,7 @@ class _LinearLogprobs(torch.autograd.Function):
             else:
                 inputs = Inputs(hidden, weight, bias, adapter, adapter_weight, rows.token_ids)
                 head = start(inputs, ctx.options, ctx.share)
-                gradients = Gradients.of(rows, head, ctx.wanted, weight_in_pieces=False)
+                gradients = head.new_gradients(rows, ctx.wanted, weight_in_pieces=False)
                 kept, ctx.kept = ctx.kept, None  # their gradient takes their place
                 head.backward(rows, grad_logprobs, grad_entropy, *results, kept, gradients)
                 head.reduce(gradients)
@@ -259,7 +261,7 @@ def _backward_op(
     rows, too_few = scored_rows(inputs, options, head)
     grad_logprobs, grad_entropy = (None if g is None else rows.select(g) for g in (grad_logprobs, grad_entropy))
     saved = (rows.select(logprobs), rows.select(entropy), torch.stack([rows.select(value) for value in row_stats]))
-    gradients = Gradients.of(rows, head, wanted, weight_in_pieces=False)
+    gradients = head.new_gradients(rows, wanted, weight_in_pieces=False)
     head.backward(rows, grad_logprobs, grad_entropy, *saved, None, gradients)
     results = nan_if(too_few, gradients.results(rows, weight.dtype))
     return tuple(weight.new_empty(0) if value is None else value.clone() for value in results)

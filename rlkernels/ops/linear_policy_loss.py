@@ -10,16 +10,7 @@ from rlkernels.ops import _checks
 from rlkernels.ops._first_order import first_order_only, leads_to_inputs
 from rlkernels.ops._token_losses import optional_per_token
 from rlkernels.ops.linear_logprobs import evaluate
-from rlkernels.ops.lm_head.head import (
-    Gradients,
-    Head,
-    Rows,
-    fill_up,
-    forward_backward,
-    scored_index,
-    slices,
-    working_dtype,
-)
+from rlkernels.ops.lm_head.head import Head, forward_backward
 from rlkernels.ops.lm_head.inputs import (
     LOSS_LOGITS_BUDGET_MB,
     Inputs,
@@ -29,6 +20,7 @@ from rlkernels.ops.lm_head.inputs import (
     check_tokens,
     start,
 )
+from rlkernels.ops.lm_head.tiles import Rows, fill_up, scored_index, slices, working_dtype
 from rlkernels.ops.policy_loss import CORRECTIONS, policy_loss
 
 SEQUENCE_OBJECTIVES = ("gspo", "gmpo", "vespo")
@@ -218,7 +210,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             rows = Rows.gather(plan.index, hidden, adapter, token_ids)
             # What is scaled is not rounded to float16 before it is scaled back.
             float16 = weight.dtype == torch.float16
-            gradients = Gradients.of(rows, head, wanted, weight_in_pieces=len(plan.groups) > 1 or float16)
+            gradients = head.new_gradients(rows, wanted, weight_in_pieces=len(plan.groups) > 1 or float16)
             forward_backward(head, rows, plan.groups, upstream, gradients)
             ctx.gradients = head.reduce(gradients).results(rows, torch.float32 if float16 else weight.dtype)
         ctx.scale = scale

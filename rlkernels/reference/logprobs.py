@@ -59,7 +59,7 @@ def token_logprobs_part(
         target  the capped logit of the target, NaN where it is in another tile
 
     Rows with ignore_index are -inf, 0, 0, NaN, whatever they hold. Beside a NaN or a +inf, max, sum and moment are NaN.
-    Parts of a row are joined in ops/lm_head/head.py.
+    Parts of a row are joined in ops/lm_head/tiles.py.
     """
     y = _capped(logits, softcap)
     inside, index = _target(token_ids, vocab_start, logits.shape[-1], ignore_index)

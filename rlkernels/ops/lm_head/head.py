@@ -1,16 +1,6 @@
-"""The LM head in tiles: its matrix products are the library's, its rows our kernels'.
-
-Only scored rows are worked on: they are gathered, in order, and filled up to blocks of one number of rows, so that
-every matrix product has one shape and a row's result does not depend on how many others there are. A tile is a block of
-rows by a range of the vocabulary. What a tile has in the sums of its rows (`token_logprobs_part`) is joined over tiles,
-and over the processes that share a vocabulary, in one order.
-"""
-
-import functools
-import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,29 +8,12 @@ import torch.distributed
 from torch import Tensor
 
 from rlkernels import _registry
+from rlkernels.ops.lm_head.gradients import Gradients
+from rlkernels.ops.lm_head.tiles import PADDING, Rows, default_tile, finish, join, slices, working_dtype
 from rlkernels.reference import logprobs as reference
 
-PADDING = -(2**62)
-"""Token id of the rows that fill up a block."""
-BLOCK_ROWS = {"cpu": 256, "cuda": 512}
-"""Rows of a matrix product. Fewer make it slower, more are for nothing where few rows are scored."""
 CHUNK_ROWS = 4096
 """Rows whose gradient a tile holds at most, so that one product adds all of them to the weight's gradient."""
-
-
-@functools.cache
-def _cache_bytes(device: torch.device) -> int:
-    """The cache that a tile should stay in: half of a GPU's L2, the L2 of one CPU core."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size // 2
-    try:
-        return max(os.sysconf("SC_LEVEL2_CACHE_SIZE"), 2**19)
-    except (ValueError, OSError, AttributeError):
-        return 2**20
-
-
-def working_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor | None, *, add: bool) -> None:
@@ -54,136 +27,6 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor | None, *, add: 
         assert scratch is not None
         product = torch.mm(a, b, out=scratch)
         out.add_(product) if add else out.copy_(product)
-
-
-def scored_index(scored: Tensor, num_scored: int | None) -> tuple[Tensor, Tensor | None]:
-    """Where bool [N] `scored` is true, in order, [n]: how many these are the device is asked. With `num_scored` it is
-    not; they are so many, the last of them N where fewer are scored. Also, on a GPU, whether they are too few."""
-    if num_scored is None:
-        return scored.nonzero().squeeze(1), None
-    index = torch.nonzero_static(scored, size=num_scored, fill_value=scored.numel()).squeeze(1)
-    too_few = scored.sum() > num_scored
-    if scored.is_cpu and too_few:
-        raise ValueError(
-            f"num_scored must be at least the number of scored rows, {int(scored.sum())}; got {num_scored}"
-        )
-    return index, None if scored.is_cpu else too_few
-
-
-def nan_if(too_few: Tensor | None, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients that say so where more rows were scored than were projected."""
-    if too_few is None:
-        return values
-    return tuple(None if value is None else value.masked_fill_(too_few, float("nan")) for value in values)
-
-
-def fill_up(index: Tensor, block_rows: int, total: int) -> Tensor:
-    """[n] to whole blocks, with `total`, which is no row."""
-    return torch.nn.functional.pad(index, (0, -len(index) % block_rows), value=total)
-
-
-@dataclass
-class Rows:
-    """Scored rows, in whole blocks."""
-
-    index: Tensor
-    """[R]: where each is among all rows; how many those are, for rows that fill up."""
-    total: int
-    hidden: Tensor
-    """[R, H], zeros in the rows that fill up."""
-    adapter: Tensor | None
-    token_ids: Tensor
-    """[R], PADDING in the rows that fill up."""
-    whole: bool = False
-    """Whether these are all rows as they are."""
-
-    @classmethod
-    def gather(
-        cls, index: Tensor, hidden: Tensor, adapter: Tensor | None, token_ids: Tensor, whole: bool = False
-    ) -> "Rows":
-        total = len(token_ids)
-        if whole:
-            adapter = None if adapter is None else adapter.contiguous()
-            return cls(index, total, hidden.contiguous(), adapter, token_ids, True)
-        real, at = index < total, index.clamp(max=max(total - 1, 0))
-
-        def rows_of(values: Tensor) -> Tensor:
-            return values.index_select(0, at).masked_fill_(~real.unsqueeze(-1), 0.0)
-
-        adapter = None if adapter is None else rows_of(adapter)
-        return cls(index, total, rows_of(hidden), adapter, token_ids.index_select(0, at).masked_fill_(~real, PADDING))
-
-    def part(self, at: slice) -> "Rows":
-        adapter = None if self.adapter is None else self.adapter[at]
-        return Rows(self.index[at], self.total, self.hidden[at], adapter, self.token_ids[at])
-
-    def select(self, values: Tensor) -> Tensor:
-        """[R] of [N], 0 in the rows that fill up."""
-        if self.whole:
-            return values.contiguous()
-        return torch.nn.functional.pad(values, (0, 1)).index_select(0, self.index)
-
-    def scatter(self, values: Tensor) -> Tensor:
-        """[R, ...] at their places among all rows, 0 elsewhere."""
-        if self.whole:
-            return values
-        out = values.new_zeros(self.total + 1, *values.shape[1:])
-        return out.index_copy_(0, self.index, values)[: self.total]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-
-def slices(stop: int, step: int) -> list[slice]:
-    return [slice(at, min(at + step, stop)) for at in range(0, stop, step)]
-
-
-@dataclass
-class Gradients:
-    """Of what is differentiated, None of the rest. Sums are kept in float32 at least until they are complete."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    adapter: Tensor | None
-    adapter_weight: Tensor | None
-
-    @classmethod
-    def of(cls, rows: Rows, head: "Head", wanted: list[bool], *, weight_in_pieces: bool) -> "Gradients":
-        """Room for them, in the order of `wanted`. A weight's is of its own dtype where each range of the vocabulary is
-        complete in one call of Head.backward."""
-        dtype = working_dtype(head.weight)
-        weight_dtype = dtype if weight_in_pieces else head.weight.dtype
-        like = (rows.hidden, head.weight, head.bias, rows.adapter, head.adapter_weight)
-        dtypes = (dtype, weight_dtype, dtype, dtype, weight_dtype)
-        return cls(
-            *(
-                torch.empty_like(value, dtype=dtype, memory_format=torch.contiguous_format)
-                if want and value is not None
-                else None
-                for want, value, dtype in zip(wanted, like, dtypes, strict=True)
-            )
-        )
-
-    def part(self, at: slice) -> "Gradients":
-        """Of rows `at`."""
-        hidden = None if self.hidden is None else self.hidden[at]
-        adapter = None if self.adapter is None else self.adapter[at]
-        return replace(self, hidden=hidden, adapter=adapter)
-
-    def scaled(self, factor: Tensor) -> "Gradients":
-        """Those of rows, [R, ...] times [R]."""
-        factor = factor.unsqueeze(-1)
-        hidden = None if self.hidden is None else self.hidden * factor
-        adapter = None if self.adapter is None else self.adapter * factor
-        return replace(self, hidden=hidden, adapter=adapter)
-
-    def results(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-        of_rows = {"hidden": self.hidden, "adapter": self.adapter}
-        of_rows = {n: None if value is None else rows.scatter(value.to(dtype)) for n, value in of_rows.items()}
-        of_weights = (self.weight, self.bias, self.adapter_weight)
-        weight, bias, adapter_weight = (None if value is None else value.to(dtype) for value in of_weights)
-        return of_rows["hidden"], weight, bias, of_rows["adapter"], adapter_weight
 
 
 @dataclass
@@ -210,12 +53,7 @@ class Head:
             self.logits_dtype = torch.float32
         # On a CPU PyTorch has no product of 16-bit factors but one rounded to 16 bits.
         self.rounds = self.weight.dtype.itemsize == 2 and device.type != "cuda"
-        self.block_rows = BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"] if self.tile is None else self.tile[0]
-        if self.tile is None:
-            columns = _cache_bytes(device) // (self.block_rows * self.logits_dtype.itemsize)
-            self.tile_columns = max(columns // 256, 1) * 256
-        else:
-            self.tile_columns = self.tile[1]
+        self.block_rows, self.tile_columns = self.tile or default_tile(device, self.logits_dtype)
         self.vocab_tiles = slices(self.weight.shape[0], self.tile_columns)
 
     def fits(self, rows: int, budget: int) -> bool:
@@ -413,6 +251,22 @@ class Head:
                     total = gradient.sum(0, dtype=gradients.bias.dtype)
                     gradients.bias[vocab] = total + gradients.bias[vocab] if piece or add else total
 
+    def new_gradients(self, rows: Rows, wanted: list[bool], *, weight_in_pieces: bool) -> Gradients:
+        """Room for them, in the order of `wanted`. A weight's is of its own dtype where each range of the vocabulary is
+        complete in one call of backward."""
+        dtype = working_dtype(self.weight)
+        weight_dtype = dtype if weight_in_pieces else self.weight.dtype
+        like = (rows.hidden, self.weight, self.bias, rows.adapter, self.adapter_weight)
+        dtypes = (dtype, weight_dtype, dtype, dtype, weight_dtype)
+        return Gradients(
+            *(
+                torch.empty_like(value, dtype=dtype, memory_format=torch.contiguous_format)
+                if want and value is not None
+                else None
+                for want, value, dtype in zip(wanted, like, dtypes, strict=True)
+            )
+        )
+
     def _weight_sum(self, name: str, out: Tensor, pieces: int) -> Tensor:
         """Where a weight's gradient is added up: `out`, or float32 until it is complete."""
         if pieces == 1 or out.dtype == working_dtype(out):
@@ -494,47 +348,3 @@ def recycle(kept: Tensor) -> None:
 
 def _shifted(also: Callable[[Tensor, slice, slice], None], by: int) -> Callable[[Tensor, slice, slice], None]:
     return lambda tile, block, vocab: also(tile, slice(block.start + by, block.stop + by), vocab)
-
-
-def join(parts: Tensor, temperature: float) -> Tensor:
-    """The part [4, R] of disjoint parts [P, 4, R] of the same rows."""
-    top, total, moment, target = parts.unbind(1)
-    largest = top.amax(0)
-    # A difference of 0 stands for -inf - -inf, which would be NaN; the sums it weighs are 0.
-    below = ((top - largest) / temperature).masked_fill(torch.isneginf(top), 0.0)
-    weight = below.exp()
-    # A part of which nothing is left may lie so far below (a vocabulary masked by the lowest float) that it overflows.
-    moment = ((moment + total * below) * weight).masked_fill(weight == 0, 0.0)
-    found = ~target.isnan()
-    sum_of_one = target.masked_fill(~found, 0.0).sum(0)
-    return torch.stack(
-        [
-            largest,
-            (total * weight).sum(0),
-            moment.sum(0),
-            sum_of_one.masked_fill(~found.any(0), float("nan")),
-        ]
-    )
-
-
-def finish(part: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability and entropy [R] of whole rows, and row_stats [2, R]; `finish_row` in
-    csrc/include/rlkernels/logprobs.h has the reasons."""
-    top, total, moment, target = part
-    origin = torch.where(torch.isneginf(top), target, top)
-    lead = (target - origin) / temperature
-    x = total.log() - lead
-    logprobs = -(x.clamp(min=0) + torch.log1p((-x.abs()).exp()))
-    undefined = torch.isposinf(top) | torch.isposinf(target) | x.isnan()
-    log_sum = torch.where(lead >= 0, -logprobs, (total + lead.exp()).log())
-    p_target = logprobs.exp()
-    least = lead.clamp(min=0) + log_sum
-    entropy = (-p_target * logprobs).masked_fill(p_target == 0, 0.0)
-    entropy = entropy + ((-least).exp() * (total * least - moment)).masked_fill(total == 0, 0.0)
-    nan = float("nan")
-    row_stats = torch.stack([torch.maximum(origin, target), log_sum])
-    return (
-        logprobs.masked_fill(undefined, nan),
-        entropy.masked_fill(undefined, nan),
-        row_stats.masked_fill(undefined, nan),
-    )

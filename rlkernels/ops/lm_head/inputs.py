@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rlkernels import _backends
 from rlkernels.ops import _checks
-from rlkernels.ops.lm_head.head import Head, Rows, fill_up, scored_index, shares
+from rlkernels.ops.lm_head.head import Head, shares
+from rlkernels.ops.lm_head.tiles import Rows, fill_up, scored_index
 from rlkernels.ops.logprobs import check_ids
 
 LOGITS_BUDGET_MB = 128.0

@@ -1,7 +1,8 @@
 import torch
 from torch import Tensor
 
-from rlkernels.ops.lm_head.head import Head, Rows, join, working_dtype
+from rlkernels.ops.lm_head.head import Head
+from rlkernels.ops.lm_head.tiles import Rows, join, working_dtype
 
 OUTPUTS = ("log_sum_sq_probs", "mean_logit", "is_top1")
 

@@ -1,0 +1,44 @@
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlkernels.ops.lm_head.tiles import Rows
+
+
+@dataclass
+class Gradients:
+    """Of what is differentiated, None of the rest. Sums are kept in float32 at least until they are complete."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    adapter: Tensor | None
+    adapter_weight: Tensor | None
+
+    def part(self, at: slice) -> "Gradients":
+        """Of rows `at`."""
+        hidden = None if self.hidden is None else self.hidden[at]
+        adapter = None if self.adapter is None else self.adapter[at]
+        return replace(self, hidden=hidden, adapter=adapter)
+
+    def scaled(self, factor: Tensor) -> "Gradients":
+        """Those of rows, [R, ...] times [R]."""
+        factor = factor.unsqueeze(-1)
+        hidden = None if self.hidden is None else self.hidden * factor
+        adapter = None if self.adapter is None else self.adapter * factor
+        return replace(self, hidden=hidden, adapter=adapter)
+
+    def results(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        of_rows = {"hidden": self.hidden, "adapter": self.adapter}
+        of_rows = {n: None if value is None else rows.scatter(value.to(dtype)) for n, value in of_rows.items()}
+        of_weights = (self.weight, self.bias, self.adapter_weight)
+        weight, bias, adapter_weight = (None if value is None else value.to(dtype) for value in of_weights)
+        return of_rows["hidden"], weight, bias, of_rows["adapter"], adapter_weight
+
+
+def nan_if(too_few: Tensor | None, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients that say so where more rows were scored than were projected."""
+    if too_few is None:
+        return values
+    return tuple(None if value is None else value.masked_fill_(too_few, float("nan")) for value in values)

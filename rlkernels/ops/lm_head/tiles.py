@@ -1,0 +1,154 @@
+"""How the rows of a batch and the vocabulary are cut into tiles, and how the sums of tiles are joined."""
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PADDING = -(2**62)
+"""Token id of the rows that fill up a block."""
+BLOCK_ROWS = {"cpu": 256, "cuda": 512}
+"""Rows of a matrix product. Fewer make it slower, more are for nothing where few rows are scored."""
+
+
+@functools.cache
+def _cache_bytes(device: torch.device) -> int:
+    """The cache that a tile should stay in: half of a GPU's L2, the L2 of one CPU core."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size // 2
+    try:
+        return max(os.sysconf("SC_LEVEL2_CACHE_SIZE"), 2**19)
+    except (ValueError, OSError, AttributeError):
+        return 2**20
+
+
+def default_tile(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
+    """(rows, tokens) of a tile of logits of `dtype`."""
+    rows = BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"]
+    tokens = _cache_bytes(device) // (rows * dtype.itemsize)
+    return rows, max(tokens // 256, 1) * 256
+
+
+def slices(stop: int, step: int) -> list[slice]:
+    return [slice(at, min(at + step, stop)) for at in range(0, stop, step)]
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def scored_index(scored: Tensor, num_scored: int | None) -> tuple[Tensor, Tensor | None]:
+    """Where bool [N] `scored` is true, in order, [n]: how many these are the device is asked. With `num_scored` it is
+    not; they are so many, the last of them N where fewer are scored. Also, on a GPU, whether they are too few."""
+    if num_scored is None:
+        return scored.nonzero().squeeze(1), None
+    index = torch.nonzero_static(scored, size=num_scored, fill_value=scored.numel()).squeeze(1)
+    too_few = scored.sum() > num_scored
+    if scored.is_cpu and too_few:
+        raise ValueError(
+            f"num_scored must be at least the number of scored rows, {int(scored.sum())}; got {num_scored}"
+        )
+    return index, None if scored.is_cpu else too_few
+
+
+def fill_up(index: Tensor, block_rows: int, total: int) -> Tensor:
+    """[n] to whole blocks, with `total`, which is no row."""
+    return torch.nn.functional.pad(index, (0, -len(index) % block_rows), value=total)
+
+
+@dataclass
+class Rows:
+    """Scored rows, in whole blocks."""
+
+    index: Tensor
+    """[R]: where each is among all rows; how many those are, for rows that fill up."""
+    total: int
+    hidden: Tensor
+    """[R, H], zeros in the rows that fill up."""
+    adapter: Tensor | None
+    token_ids: Tensor
+    """[R], PADDING in the rows that fill up."""
+    whole: bool = False
+    """Whether these are all rows as they are."""
+
+    @classmethod
+    def gather(
+        cls, index: Tensor, hidden: Tensor, adapter: Tensor | None, token_ids: Tensor, whole: bool = False
+    ) -> "Rows":
+        total = len(token_ids)
+        if whole:
+            adapter = None if adapter is None else adapter.contiguous()
+            return cls(index, total, hidden.contiguous(), adapter, token_ids, True)
+        real, at = index < total, index.clamp(max=max(total - 1, 0))
+
+        def rows_of(values: Tensor) -> Tensor:
+            return values.index_select(0, at).masked_fill_(~real.unsqueeze(-1), 0.0)
+
+        adapter = None if adapter is None else rows_of(adapter)
+        return cls(index, total, rows_of(hidden), adapter, token_ids.index_select(0, at).masked_fill_(~real, PADDING))
+
+    def part(self, at: slice) -> "Rows":
+        adapter = None if self.adapter is None else self.adapter[at]
+        return Rows(self.index[at], self.total, self.hidden[at], adapter, self.token_ids[at])
+
+    def select(self, values: Tensor) -> Tensor:
+        """[R] of [N], 0 in the rows that fill up."""
+        if self.whole:
+            return values.contiguous()
+        return torch.nn.functional.pad(values, (0, 1)).index_select(0, self.index)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """[R, ...] at their places among all rows, 0 elsewhere."""
+        if self.whole:
+            return values
+        out = values.new_zeros(self.total + 1, *values.shape[1:])
+        return out.index_copy_(0, self.index, values)[: self.total]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def join(parts: Tensor, temperature: float) -> Tensor:
+    """The part [4, R] of disjoint parts [P, 4, R] of the same rows."""
+    top, total, moment, target = parts.unbind(1)
+    largest = top.amax(0)
+    # A difference of 0 stands for -inf - -inf, which would be NaN; the sums it weighs are 0.
+    below = ((top - largest) / temperature).masked_fill(torch.isneginf(top), 0.0)
+    weight = below.exp()
+    # A part of which nothing is left may lie so far below (a vocabulary masked by the lowest float) that it overflows.
+    moment = ((moment + total * below) * weight).masked_fill(weight == 0, 0.0)
+    found = ~target.isnan()
+    sum_of_one = target.masked_fill(~found, 0.0).sum(0)
+    return torch.stack(
+        [
+            largest,
+            (total * weight).sum(0),
+            moment.sum(0),
+            sum_of_one.masked_fill(~found.any(0), float("nan")),
+        ]
+    )
+
+
+def finish(part: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability and entropy [R] of whole rows, and row_stats [2, R]; `finish_row` in
+    csrc/include/rlkernels/logprobs.h has the reasons."""
+    top, total, moment, target = part
+    origin = torch.where(torch.isneginf(top), target, top)
+    lead = (target - origin) / temperature
+    x = total.log() - lead
+    logprobs = -(x.clamp(min=0) + torch.log1p((-x.abs()).exp()))
+    undefined = torch.isposinf(top) | torch.isposinf(target) | x.isnan()
+    log_sum = torch.where(lead >= 0, -logprobs, (total + lead.exp()).log())
+    p_target = logprobs.exp()
+    least = lead.clamp(min=0) + log_sum
+    entropy = (-p_target * logprobs).masked_fill(p_target == 0, 0.0)
+    entropy = entropy + ((-least).exp() * (total * least - moment)).masked_fill(total == 0, 0.0)
+    nan = float("nan")
+    row_stats = torch.stack([torch.maximum(origin, target), log_sum])
+    return (
+        logprobs.masked_fill(undefined, nan),
+        entropy.masked_fill(undefined, nan),
+        row_stats.masked_fill(undefined, nan),
+    )
