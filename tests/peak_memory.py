@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from rlkernels.ops.lm_head import head as _lm_head
+from rlkernels.ops.lm_head.tiles import POOL
 
 # The profiler tells of its starts and stops on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -17,7 +17,7 @@ def peak_memory(call: Callable[[], object]) -> int:
     Memory that an earlier call left to the next one is let go first, and so is counted. Not seen: memory that does not
     come from torch's allocator, such as the stack and heap of C++, NumPy and Python.
     """
-    _lm_head._recycled.clear()
+    POOL.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = call()
     del kept

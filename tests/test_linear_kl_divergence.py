@@ -11,6 +11,7 @@ from head_problems import rows_under_a_cap
 from op_calls import OpCalls
 from rlkernels import _backends, linear_kl_divergence
 from rlkernels.ops.kl_divergence import divergence_and_centre
+from rlkernels.ops.lm_head.tiles import POOL
 from rlkernels.reference.kl_divergence import KINDS, kl_divergence
 from tolerance import assert_as_accurate_as_torch
 
@@ -597,8 +598,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 @kernels_only
-def test_logits_are_never_whole(backend, device, monkeypatch):
-    monkeypatch.setattr("rlkernels.ops.lm_head.head._recycled", [])
+def test_logits_are_never_whole(backend, device):
+    POOL.clear()
     inputs = plain(device, rows=(24,), widths=(2, 2), vocab_size=300)
     with LargestTensor() as largest:
         run(linear_kl_divergence, inputs, logits_budget_mb=0)

@@ -1,4 +1,5 @@
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from op_calls import OpCalls
 from peak_memory import peak_memory
 from rlkernels import _backends, _registry, linear_token_logprobs, token_logprobs
 from rlkernels.ops import linear_logprobs
-from rlkernels.ops.lm_head import head as _lm_head
-from rlkernels.ops.lm_head import inputs as _head_inputs
+from rlkernels.ops.lm_head.inputs import Options
+from rlkernels.ops.lm_head.tiles import POOL
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
@@ -191,7 +192,7 @@ def test_frozen_weight_in_groups_of_rows(backend, device, emulated, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_gradient_of_rows_in_several_chunks(backend, device, dtype, monkeypatch):
     """In 16 bits their sum is kept in float32 until it is complete."""
-    monkeypatch.setattr(_lm_head, "CHUNK_ROWS", 16)
+    monkeypatch.setattr("rlkernels.ops.lm_head.head.CHUNK_ROWS", 16)
     problem, token_ids = random_problem((60,), 130, device, dtype, bias=True, rank=3)
     for budget in (0.0, 100.0):
         options = dict(head=dict(tile=TILE, logits_budget_mb=budget))
@@ -397,41 +398,43 @@ def test_memory(backend, device):
 @pytest.mark.only("cpu")
 def test_memory_of_kept_logits_is_used_again(backend, device):
     """By the next call, unless its logits are still needed; and never seen by it."""
-    _lm_head._recycled.clear()
+    POOL.clear()
     problem, token_ids = random_problem((40,), 130, device)
     wanted = run(ours, problem, token_ids, upstream_for(token_ids), logits_budget_mb=0.0, tile=TILE)
     run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE)
-    (memory,) = _lm_head._recycled
-    memory.fill_(255)
+    POOL.give(POOL.take(4 * 40 * 130).fill_(255))
     first, second = (problem.leaves() for _ in range(2))
     kept = [leaves.call(ours, token_ids, tile=TILE) for leaves in (first, second)]
-    assert not _lm_head._recycled
+    assert POOL.take(0) is None
     for leaves, outputs in zip((first, second), kept, strict=True):
         torch.autograd.backward(outputs, upstream_for(token_ids))
         assert torch.equal(leaves.hidden.grad, wanted["hidden"])
         assert torch.equal(leaves.weight.grad, wanted["weight"])
-    assert len(_lm_head._recycled) == 1
     larger, ids = random_problem((80,), 130, device)
     run(ours, larger, ids, upstream_for(ids), tile=TILE)
-    assert _lm_head._recycled[0].numel() == 4 * 80 * 130
+    assert POOL.take(4 * 80 * 130) is not None
+    assert POOL.take(0) is None
 
 
 @pytest.mark.only("cpu")
-def test_memory_that_another_thread_takes_first(backend, device, monkeypatch):
-    class Taken(list):
-        def __bool__(self):
-            return True
-
+def test_memory_that_is_left_goes_to_one_thread(backend, device):
     problem, token_ids = random_problem((40,), 130, device)
     wanted = run(ours, problem, token_ids, upstream_for(token_ids), logits_budget_mb=0.0, tile=TILE)
-    monkeypatch.setattr(_lm_head, "_recycled", Taken())
-    got = run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE)
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+    def call(number):
+        return run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE)
+
+    with ThreadPoolExecutor(4) as threads:
+        for got in threads.map(call, range(16)):
+            assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+        POOL.give(torch.empty(1000))
+        taken = [memory for memory in threads.map(lambda number: POOL.take(4000), range(16)) if memory is not None]
+    assert [len(memory) for memory in taken] == [4000]
 
 
 @pytest.mark.only("cpu")
 def test_memory_of_an_odd_number_of_16_bit_logits_is_used_again(backend, device):
-    _lm_head._recycled.clear()
+    POOL.clear()
     problem, token_ids = random_problem((3,), 101, device)
     wanted = run(ours, problem, token_ids, upstream_for(token_ids), tile=(1, 64), logits_budget_mb=0)
     run(ours, problem.to(torch.bfloat16), token_ids, upstream_for(token_ids), tile=(1, 64))
@@ -452,7 +455,7 @@ def test_a_backward_pass_after_one_that_broke_off(backend, device, monkeypatch):
         def multiply(*args, **options):
             raise KeyboardInterrupt
 
-        patch.setattr(_lm_head, "multiply", multiply)
+        patch.setattr("rlkernels.ops.lm_head.head.multiply", multiply)
         with pytest.raises(KeyboardInterrupt):
             torch.autograd.grad(*arguments, retain_graph=True)
     for name, value in zip(("hidden", "weight"), torch.autograd.grad(*arguments), strict=True):
@@ -508,7 +511,7 @@ def test_more_are_scored_than_said_where_the_host_does_not_look(backend, device,
         index = torch.nonzero_static(scored, size=num_scored, fill_value=scored.numel()).squeeze(1)
         return index, scored.sum() > num_scored
 
-    monkeypatch.setattr(_head_inputs, "scored_index", without_looking)
+    monkeypatch.setattr("rlkernels.ops.lm_head.inputs.scored_index", without_looking)
     problem, token_ids = random_problem((40,), 130, device)
     function = alone(linear_token_logprobs)
     results = run(function, problem, token_ids, upstream_for(token_ids), FROZEN[frozen], num_scored=39)
@@ -624,9 +627,7 @@ def test_the_tiles_in_float64(frozen, budget):
     options = dict(temperature=0.7, softcap=5.0)
 
     def tiled(hidden, weight, token_ids, *, bias, adapter, temperature, softcap):
-        options = _head_inputs.Options(
-            temperature, softcap, IGNORE, None, None, (8, 50), "reference", True, (), int(budget * 2**20)
-        )
+        options = Options(temperature, softcap, IGNORE, None, None, (8, 50), "reference", True, (), int(budget * 2**20))
         return linear_logprobs._LinearLogprobs.apply(hidden, weight, bias, *adapter, token_ids, options)
 
     got = run(tiled, problem, token_ids, upstream, FROZEN[frozen], **options)

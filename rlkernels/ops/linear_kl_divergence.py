@@ -9,9 +9,9 @@ from rlkernels.ops import _checks
 from rlkernels.ops._first_order import first_order_only, leads_to_inputs, no_second_derivative
 from rlkernels.ops.kl_divergence import divergence_and_centre
 from rlkernels.ops.lm_head.gradients import nan_if
-from rlkernels.ops.lm_head.head import Head, recycle
+from rlkernels.ops.lm_head.head import Head
 from rlkernels.ops.lm_head.inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
-from rlkernels.ops.lm_head.tiles import Rows, slices
+from rlkernels.ops.lm_head.tiles import POOL, Rows, slices
 from rlkernels.reference import linear_kl_divergence as reference
 from rlkernels.reference.kl_divergence import KINDS
 
@@ -237,7 +237,7 @@ class _Heads:
         return len(self.rows) * self._row_bytes <= budget
 
     def kept(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Memory for all logits of so many rows; that of the student is to be given to `recycle`."""
+        """Memory for all logits of so many rows; that of the student is to be given to POOL."""
         at = slice(0, rows)
         return self.student.kept(self.rows.part(at)), self.teacher.kept(self.teacher_rows.part(at))
 
@@ -260,7 +260,7 @@ class _Heads:
             for tile, teacher_tile in zip(*tiles, strict=True):
                 sums[:, at] += op(tile, teacher_tile, *_halves(stats, at), *astuple(self.pair))
         if kept is None:
-            recycle(memory[0])
+            POOL.give(memory[0])
         return divergence_and_centre(sums), stats
 
     def backward(
@@ -338,7 +338,7 @@ class _LinearKl(torch.autograd.Function):
             kept, ctx.kept = ctx.kept, None  # their gradient takes their place
             gradients = heads.backward(rows[0].select(grad), results, stats, kept, ctx.wanted)
         if kept is not None:
-            recycle(kept[0])
+            POOL.give(kept[0])
         return *nan_if(ctx.too_few, gradients), *(None,) * 6
 
 

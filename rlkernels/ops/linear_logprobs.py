@@ -9,10 +9,10 @@ from rlkernels import _backends, _registry
 from rlkernels.ops import _checks
 from rlkernels.ops._first_order import first_order_only, leads_to_inputs, no_second_derivative
 from rlkernels.ops.lm_head.gradients import nan_if
-from rlkernels.ops.lm_head.head import forward_backward, recycle
+from rlkernels.ops.lm_head.head import forward_backward
 from rlkernels.ops.lm_head.inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
 from rlkernels.ops.lm_head.outputs import OUTPUTS, Outputs
-from rlkernels.ops.lm_head.tiles import scored_index, slices
+from rlkernels.ops.lm_head.tiles import POOL, scored_index, slices
 from rlkernels.reference import linear_logprobs as reference
 
 
@@ -202,7 +202,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 head.backward(rows, grad_logprobs, grad_entropy, *results, kept, gradients)
                 head.reduce(gradients)
                 if kept is not None:
-                    recycle(kept)
+                    POOL.give(kept)
         return *nan_if(ctx.too_few, gradients.results(rows, weight.dtype)), None, None
 
 

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from rlkernels import _registry
 from rlkernels.ops.lm_head.gradients import Gradients
-from rlkernels.ops.lm_head.tiles import PADDING, Rows, default_tile, finish, join, slices, working_dtype
+from rlkernels.ops.lm_head.tiles import PADDING, POOL, Rows, default_tile, finish, join, slices, working_dtype
 from rlkernels.reference import logprobs as reference
 
 CHUNK_ROWS = 4096
@@ -85,15 +84,12 @@ class Head:
         return self._buffer("scratch", self.weight.dtype, *shape) if self.rounds else None
 
     def kept(self, rows: Rows) -> Tensor:
-        """Memory for all logits of `rows`, seen through `tiles` and `strips`; to be given to `recycle`."""
+        """Memory for all logits of `rows`, seen through `tiles` and `strips`; to be given to POOL."""
         size = len(rows) * self.weight.shape[0]
-        if self.weight.is_cpu:
-            used = size * self.logits_dtype.itemsize
-            with suppress(IndexError):  # none, or by now another thread's
-                memory = _recycled.pop()
-                if memory.numel() >= used:
-                    return memory[:used].view(self.logits_dtype)
-        return self.weight.new_empty(size, dtype=self.logits_dtype)
+        memory = POOL.take(size * self.logits_dtype.itemsize) if self.weight.is_cpu else None
+        return (
+            self.weight.new_empty(size, dtype=self.logits_dtype) if memory is None else memory.view(self.logits_dtype)
+        )
 
     def tiles(self, kept: Tensor, rows: Rows) -> list[Tensor]:
         """A tile [R, v] for each range of the vocabulary."""
@@ -329,21 +325,9 @@ def forward_backward(
         saved = (grad_logprobs, grad_entropy, logprobs, entropy, row_stats)
         head.backward(part, *saved, kept, gradients.part(at), add=number > 0)
         results.append((logprobs, entropy, row_stats))
-        recycle(kept)
+        POOL.give(kept)
     logprobs, entropy, row_stats = (torch.cat(parts, -1) for parts in zip(*results, strict=True))
     return logprobs, entropy, row_stats
-
-
-_recycled: list[Tensor] = []
-"""The memory of the last logits that were kept on a CPU, where PyTorch gives memory back to the system: that the system
-gives it anew, page by page at the first touch, takes as long as the product that is written to it."""
-
-
-def recycle(kept: Tensor) -> None:
-    """Leave memory of `Head.kept`, of which nothing is needed any more, to the next call."""
-    if kept.is_cpu:
-        whole = torch.empty(0, dtype=torch.uint8).set_(kept.untyped_storage())
-        _recycled[:] = [whole]
 
 
 def _shifted(also: Callable[[Tensor, slice, slice], None], by: int) -> Callable[[Tensor, slice, slice], None]:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +109,35 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+class Pool:
+    """The memory of the last logits that were kept on a CPU, for the next call. PyTorch returns such memory to the
+    system, and the first touch of a new page takes as long as the product that is written to it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._memory: Tensor | None = None
+
+    def take(self, size: int) -> Tensor | None:
+        """uint8 [size], or None where nothing as large is left. Only one caller gets it."""
+        with self._lock:
+            memory, self._memory = self._memory, None
+        return None if memory is None or memory.numel() < size else memory[:size]
+
+    def give(self, kept: Tensor) -> None:
+        """Leave the memory of `kept` to the next call: nobody may use it any more."""
+        if kept.is_cpu:
+            whole = torch.empty(0, dtype=torch.uint8).set_(kept.untyped_storage())
+            with self._lock:
+                self._memory = whole
+
+    def clear(self) -> None:
+        with self._lock:
+            self._memory = None
+
+
+POOL = Pool()
 
 
 def join(parts: Tensor, temperature: float) -> Tensor:
