@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlkernels
+from rlkernels.ops.lm_head.tiles import tile_size
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
 ROW_KERNELS = ("rlkernels::token_logprobs_part", "rlkernels::token_logprobs_part_backward")
@@ -97,14 +98,13 @@ SHAPES = [
 
 def lines(shape: tuple[int, int, int], dtype: torch.dtype, tile: tuple[int, int] | None = None) -> Iterator[Line]:
     def logprobs(budget_mb: float) -> Callable:
-        options = dict(logits_budget_mb=budget_mb, tile=tile)
-        return lambda *inputs: rlkernels.linear_token_logprobs(*inputs, **options)
+        return lambda *inputs: rlkernels.linear_token_logprobs(*inputs, logits_budget_mb=budget_mb)
 
     def policy_loss(hidden, weight, token_ids):
         inputs = (hidden.unsqueeze(0), weight, token_ids.unsqueeze(0), None, torch.ones(1))
-        return rlkernels.linear_policy_loss(*inputs, logits_budget_mb=ENOUGH, tile=tile)[0]
+        return rlkernels.linear_policy_loss(*inputs, logits_budget_mb=ENOUGH)[0]
 
-    with rlkernels.use_backend("cpu"):
+    with rlkernels.use_backend("cpu"), tile_size(tile):
         yield counted("linear_policy_loss", shape, dtype, policy_loss)
         yield counted("linear_token_logprobs, logits kept", shape, dtype, logprobs(ENOUGH))
         yield counted("linear_token_logprobs, recomputing", shape, dtype, logprobs(0))

@@ -59,7 +59,7 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
             before it is compiled or sharded.
         scale, softcap: of the logits, as in linear_token_logprobs. Giving either omits the measurement, for a model
             that cannot run yet (on the meta device, say) and whose forward you know: nothing then checks it.
-        **options: of linear_token_logprobs: temperature, num_scored, logits_budget_mb, tile ...; outputs, each of which
+        **options: of linear_token_logprobs: temperature, num_scored, logits_budget_mb ...; outputs, each of which
             becomes a field; and return_entropy, True by default. `logprob_options={...}` overrides them in one call.
             head_function does not get them.
 

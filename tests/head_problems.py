@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from rlkernels.ops.lm_head.tiles import tile_size
+
 IGNORE = -100
 NAN = float("nan")
 
@@ -36,9 +38,10 @@ class Problem:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in named.items() if value is not None and value.requires_grad}
 
-    def call(self, function, *args, **options):
+    def call(self, function, *args, tile=None, **options):
         adapter = None if self.adapter is None else (self.adapter, self.adapter_weight)
-        return function(self.hidden, self.weight, *args, bias=self.bias, adapter=adapter, **options)
+        with tile_size(tile):
+            return function(self.hidden, self.weight, *args, bias=self.bias, adapter=adapter, **options)
 
 
 def random_problem(

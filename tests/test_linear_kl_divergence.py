@@ -11,7 +11,7 @@ from head_problems import rows_under_a_cap
 from op_calls import OpCalls
 from rlkernels import _backends, linear_kl_divergence
 from rlkernels.ops.kl_divergence import divergence_and_centre
-from rlkernels.ops.lm_head.tiles import POOL
+from rlkernels.ops.lm_head.tiles import POOL, tile_size
 from rlkernels.reference.kl_divergence import KINDS, kl_divergence
 from tolerance import assert_as_accurate_as_torch
 
@@ -352,14 +352,15 @@ def plain(device, dtype=torch.float32, rows=(2, 5), widths=(16, 24), vocab_size=
 
 
 LEAVES = ("hidden", "weight", "bias")
-SMALL = dict(tile=(4, 100))
-"""Tiles, of which those of the last rows and the last tokens are not whole; emulated, larger ones take seconds."""
+TILE = (4, 100)
+"""The tiles of the last rows and of the last tokens are not whole. Emulated, larger tiles take seconds."""
 
 
-def run(function, inputs, upstream=None, **options):
+def run(function, inputs, upstream=None, tile=TILE, **options):
     """The divergence, and the gradients of hidden, weight and bias."""
     leaves = {name: inputs[name].clone().requires_grad_() for name in LEAVES if inputs[name] is not None}
-    value = function(**(inputs | leaves), **(SMALL | options))
+    with tile_size(tile):
+        value = function(**(inputs | leaves), **options)
     upstream = upstream_for(value.unsqueeze(-1)) if upstream is None else upstream
     value.backward(upstream.to(value.dtype))
     return value.detach(), *(leaf.grad for leaf in leaves.values())
@@ -381,7 +382,7 @@ def from_logits(
     teacher_softcap=0.0,
     scale=1.0,
     teacher_scale=1.0,
-    **tiles,
+    logits_budget_mb=None,
 ):
     """As a user writes it, from all logits."""
     student = torch.nn.functional.linear(hidden, weight, bias)
@@ -462,7 +463,7 @@ def test_trl(backend, device, beta):
     gkd = pytest.importorskip("trl.experimental.gkd")
     inputs = plain(device)
 
-    def theirs(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, tile):
+    def theirs(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask):
         student = torch.nn.functional.linear(hidden, weight, bias)
         teacher = torch.nn.functional.linear(teacher_hidden, teacher_weight, teacher_bias)
         loss = gkd.GKDTrainer.generalized_jsd_loss
@@ -479,7 +480,7 @@ def test_trl_chunked(backend, device, beta):
     trl = pytest.importorskip("trl.kernels.chunked_divergence")
     inputs = plain(device)
 
-    def theirs(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, tile):
+    def theirs(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask):
         teacher = (teacher_hidden.flatten(0, 1), teacher_weight, teacher_bias)
         options = (beta, 0.7, 0.5, 10.0, 2.0, 20.0)
         value, _ = trl.ChunkedDivergenceFunction.apply(hidden.flatten(0, 1), weight, bias, *teacher, *options)
@@ -578,10 +579,11 @@ def test_too_few_scored(backend, device):
     inputs = plain(device)
     scored = int(inputs["mask"].sum())
     if device.type == "cpu":
-        with pytest.raises(ValueError, match=rf"num_scored .*{scored}.*got {scored - 1}"):
-            linear_kl_divergence(**inputs, num_scored=scored - 1, **SMALL)
+        with pytest.raises(ValueError, match=rf"num_scored .*{scored}.*got {scored - 1}"), tile_size(TILE):
+            linear_kl_divergence(**inputs, num_scored=scored - 1)
     else:
-        assert linear_kl_divergence(**inputs, num_scored=scored - 1, **SMALL).isnan().all()
+        with tile_size(TILE):
+            assert linear_kl_divergence(**inputs, num_scored=scored - 1).isnan().all()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -612,7 +614,8 @@ def test_frozen_inputs(backend, device, frozen):
     inputs = plain(device)
     wanted = dict(zip(LEAVES, run(linear_kl_divergence, inputs)[1:], strict=True))
     leaves = {name: inputs[name].clone().requires_grad_(name not in frozen) for name in LEAVES}
-    value = linear_kl_divergence(**(inputs | leaves), **SMALL)
+    with tile_size(TILE):
+        value = linear_kl_divergence(**(inputs | leaves))
     value.backward(upstream_for(value.unsqueeze(-1)))
     for name, leaf in leaves.items():
         assert leaf.grad is None if name in frozen else torch.equal(leaf.grad, wanted[name])
@@ -625,7 +628,8 @@ def test_the_teacher_is_data(backend, device):
     wanted = run(linear_kl_divergence, inputs)[2]
     weight = inputs["weight"].requires_grad_()
     teacher_hidden = inputs["teacher_hidden"].requires_grad_()
-    value = linear_kl_divergence(**(inputs | dict(teacher_weight=weight)), **SMALL)
+    with tile_size(TILE):
+        value = linear_kl_divergence(**(inputs | dict(teacher_weight=weight)))
     value.backward(upstream_for(value.unsqueeze(-1)))
     assert teacher_hidden.grad is None
     assert torch.equal(weight.grad, wanted)
@@ -745,7 +749,6 @@ BAD_INPUT = {
     "teacher_softcap 0": (dict(teacher_softcap=0.0), ValueError, ("teacher_softcap", "> 0", "0")),
     "teacher_scale": (dict(teacher_scale=-1.0), ValueError, ("teacher_scale", "> 0", "-1")),
     "num_scored": (dict(num_scored=3), ValueError, ("num_scored", "2", "3")),
-    "tile": (dict(tile=(4, 0)), ValueError, ("tile", "tokens", "0")),
     "budget": (dict(logits_budget_mb=-1), ValueError, ("logits_budget_mb", ">= 0", "-1")),
 }
 

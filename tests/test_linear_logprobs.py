@@ -18,7 +18,7 @@ from peak_memory import peak_memory
 from rlkernels import _backends, _registry, linear_token_logprobs, token_logprobs
 from rlkernels.ops import linear_logprobs
 from rlkernels.ops.lm_head.inputs import Options
-from rlkernels.ops.lm_head.tiles import POOL
+from rlkernels.ops.lm_head.tiles import POOL, tile_size
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
@@ -472,7 +472,8 @@ def test_hidden_states_are_kept_by_autograd_alone(backend, device, rows):
     def function(hidden):
         hidden = hidden * 1
         alive.append(weakref.ref(hidden))
-        return linear_token_logprobs(hidden, leaves.weight, token_ids, tile=TILE, logits_budget_mb=0).sum()
+        with tile_size(TILE):
+            return linear_token_logprobs(hidden, leaves.weight, token_ids, logits_budget_mb=0).sum()
 
     result = torch.utils.checkpoint.checkpoint(function, leaves.hidden, use_reentrant=False)
     assert alive[0]() is None
@@ -560,9 +561,8 @@ def test_outputs(backend, device, emulated, dtype):
 def test_the_first_of_equal_logits_is_top1(backend, device):
     hidden, weight = torch.ones(3, 1, device=device), torch.zeros(130, 1, device=device)
     weight[[70, 100]] = 1.0  # in two tiles
-    _, top = linear_token_logprobs(
-        hidden, weight, torch.tensor([70, 100, 3], device=device), outputs=("is_top1",), tile=TILE
-    )
+    with tile_size(TILE):
+        _, top = linear_token_logprobs(hidden, weight, torch.tensor([70, 100, 3], device=device), outputs=("is_top1",))
     assert top.tolist() == [True, False, False]
 
 
@@ -670,6 +670,29 @@ def test_compile(backend, device, emulated, compiler):
 
 
 @kernels_only
+def test_a_compiled_call_has_the_tiles_that_are_set(backend, device):
+    torch._dynamo.reset()
+    problem, token_ids = random_problem((12,), 130, device)
+    compiled_for = []
+
+    def compiler(graph, inputs):
+        nodes = [node for node in graph.graph.nodes if "linear_token_logprobs_forward" in str(node.target)]
+        compiled_for.extend(node.args[-1] for node in nodes)
+        return graph
+
+    compiled = torch.compile(linear_token_logprobs, fullgraph=True, backend=compiler)
+    for size in (TILE, None, (4, 100), TILE):
+        got = problem.call(compiled, token_ids, tile=size)
+        assert torch.equal(got, problem.call(linear_token_logprobs, token_ids, tile=size))
+    assert compiled_for == [[8, 64], [], [4, 100]], "each size is compiled once"
+
+
+def test_no_tile_is_empty():
+    with pytest.raises(ValueError, match=r"size .*at least 1; got \(8, 0\)"), tile_size((8, 0)):
+        pass
+
+
+@kernels_only
 def test_opcheck(backend, device):
     problem, token_ids = random_problem((12,), 130, device, bias=True, rank=2)
     token_ids[::3] = IGNORE
@@ -725,8 +748,6 @@ BAD_INPUT = {
     "num_scored negative": (dict(num_scored=-1), ValueError, ("num_scored", "-1")),
     "num_scored a float": (dict(num_scored=1.0), TypeError, ("num_scored", "float")),
     "budget negative": (dict(logits_budget_mb=-1), ValueError, ("logits_budget_mb", ">= 0", "-1")),
-    "tile a number": (dict(tile=8), TypeError, ("tile", "rows", "8")),
-    "tile empty": (dict(tile=(8, 0)), ValueError, ("tile", "tokens", "0")),
 }
 
 

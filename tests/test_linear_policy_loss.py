@@ -29,7 +29,7 @@ def composed(
     """The two functions one after the other."""
     names = ("bias", "adapter", "temperature", "softcap", "scale")
     head = {name: options.pop(name) for name in names if name in options}
-    head |= {} if function is eager else {"return_entropy": True, "tile": TILE}
+    head |= {} if function is eager else {"return_entropy": True}
     logprobs, entropy = function(hidden, weight, token_ids, **head)
     scored = token_ids != IGNORE if mask is None else mask & (token_ids != IGNORE)
     return policy_loss(logprobs, old_logprobs, advantages, scored, entropy=entropy, **options)
@@ -70,9 +70,7 @@ def run(function, problem, arguments, frozen=(), upstream=1.0, **options):
     leaves = problem.leaves(frozen)
     arguments = [a if a is None or not a.is_floating_point() else a.to(_working(problem)) for a in arguments]
     options = {n: v.to(_working(problem)) if _floats(v) else v for n, v in options.items()}
-    if function is linear_policy_loss:
-        options = {"tile": TILE} | options
-    loss, metrics = leaves.call(function, *arguments, **options)
+    loss, metrics = leaves.call(function, *arguments, **({"tile": TILE} | options))
     named = leaves.differentiated()
     gradients = torch.autograd.grad(loss * upstream, list(named.values()))
     return {"loss": loss.detach(), "metrics": metrics} | dict(zip(named, gradients, strict=True))
@@ -369,7 +367,7 @@ def test_autocast(backend, device):
 
     def under_autocast(*args, **options):
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            return linear_policy_loss(*args, tile=TILE, **options)
+            return linear_policy_loss(*args, **options)
 
     got = run(under_autocast, problem, arguments)
     in_bfloat16 = run(linear_policy_loss, problem.to(torch.bfloat16), arguments)
@@ -384,7 +382,7 @@ def test_compile(backend, device, objective):
     problem, arguments, _ = random_batch((device,))
 
     def function(*args, **options):
-        loss, metrics = linear_policy_loss(*args, objective=objective, entropy_coef=0.1, tile=TILE, **options)
+        loss, metrics = linear_policy_loss(*args, objective=objective, entropy_coef=0.1, **options)
         return loss * 2, metrics
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

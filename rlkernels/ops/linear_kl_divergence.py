@@ -37,7 +37,6 @@ def linear_kl_divergence(
     teacher_scale: float = 1.0,
     num_scored: int | None = None,
     logits_budget_mb: float = LOGITS_BUDGET_MB,
-    tile: tuple[int, int] | None = None,
 ) -> Tensor:
     """Divergence of a student's and a teacher's next-token distributions over the whole vocabulary, per token.
 
@@ -75,7 +74,6 @@ def linear_kl_divergence(
         logits_budget_mb: where all scored rows' logits, of both models, take no more memory, they are kept for the
             backward pass instead of computed again. The forward pass keeps those of as many rows as fit, one block of
             rows at least.
-        tile: (rows, tokens) of a tile, as in linear_token_logprobs.
 
     Returns:
         float32 [...] (float64 for float64 hidden), >= 0.
@@ -118,7 +116,7 @@ def linear_kl_divergence(
     if mask is not None:
         mask = _checks.mask("mask", mask, "hidden without its last dimension", scored)
         scored = scored.masked_fill(~mask, _NOT_SCORED)
-    rest = (_NOT_SCORED, None, num_scored, tile)
+    rest = (_NOT_SCORED, None, num_scored)
     inputs, options = check_head(hidden, weight, scored, bias, None, temperature, softcap, scale, *rest)
     _checks.tensor("teacher_weight", teacher_weight, _checks.FLOATS)
     _checks.shape(

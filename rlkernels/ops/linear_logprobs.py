@@ -32,7 +32,6 @@ def linear_token_logprobs(
     group: Any = None,
     num_scored: int | None = None,
     logits_budget_mb: float = LOGITS_BUDGET_MB,
-    tile: tuple[int, int] | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """token_logprobs of the LM head's logits, which never exist as a whole.
 
@@ -41,12 +40,15 @@ def linear_token_logprobs(
         logprobs[i] = z[i, token_ids[i]] - logsumexp(z[i])
         entropy[i]  = -sum_v p[i, v] log p[i, v],  p = softmax(z)
 
-    Only rows that are scored meet the head. They are gathered into blocks, and the product of each with a range of the
-    vocabulary is a tile of logits, folded into its rows' sums at once; the backward pass computes the tile again and
-    turns it, in place, into its gradient, from which those of hidden and weight are added up in float32. (PyTorch has
-    no product of bfloat16 or float16 matrices on a CPU that is not rounded to 16 bits: there the tiles are, as all
-    logits would be, and each term of that sum, as many as there are ranges of the vocabulary. Kept logits give
-    hidden's gradient in one product, rounded once.)
+    Only rows that are scored meet the head. They are gathered into blocks, and the product of a block with a range of
+    the vocabulary is a tile of logits, which is folded into its rows' sums at once. The backward pass computes the tile
+    again and turns it, in place, into its gradient. The gradients of hidden and weight are summed from these, in
+    float32. A tile has 256 rows (512 on a GPU) and as many tokens as the L2 cache has room for. A row's bits depend on
+    the size of the tiles, not on the other rows.
+
+    On a CPU, PyTorch rounds every product of bfloat16 or float16 matrices to 16 bits. There the tiles are rounded, as
+    all logits would be, and so is each term of hidden's gradient, one per range of the vocabulary. Kept logits give
+    hidden's gradient in one product, rounded once.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64 (served by the reference, in float64).
@@ -73,8 +75,6 @@ def linear_token_logprobs(
         logits_budget_mb: where all scored rows' logits take no more memory, they are kept for the backward pass instead
             of computed again, which saves one product in four. The default, 128, has room for 680 rows of a vocabulary
             of 49,152 in float32 and 1,360 in bfloat16. On a CPU that memory is left to the next call.
-        tile: (rows, tokens) of a tile; by default 256 rows (512 on a GPU) and as many tokens as the L2 cache has room
-            for. A row's bits depend on the tile, not on the other rows.
 
     Returns:
         float32 [...] (float64 for float64 hidden), or a tuple (logprobs, entropy, *outputs) of those asked for;
@@ -98,7 +98,7 @@ def linear_token_logprobs(
     References: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009).
     """
     inputs, options = check_head(
-        hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile
+        hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored
     )
     if not isinstance(outputs, tuple | list):
         raise TypeError(f"outputs must be a sequence of names, a tuple or a list; got {outputs!r}")

@@ -43,7 +43,6 @@ def linear_policy_loss(
     group: Any = None,
     num_scored: int | None = None,
     logits_budget_mb: float = LOSS_LOGITS_BUDGET_MB,
-    tile: tuple[int, int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """policy_loss of the log-probabilities, and the entropy, of the LM head's logits, which never exist as a whole.
@@ -60,7 +59,7 @@ def linear_policy_loss(
         token_ids: [B, T] or [N]; rows with ignore_index are not scored, whatever the mask says.
         old_logprobs, advantages, mask, and by keyword all options of policy_loss but entropy, which is measured here:
             as in policy_loss.
-        weight, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile: as in
+        weight, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored: as in
             linear_token_logprobs; num_scored counts tokens that the mask scores (where whole sequences are in several
             groups, the host waits for their lengths all the same).
         logits_budget_mb: logits that may exist at once: rows are worked on in groups of so many, in whole blocks, one
@@ -93,7 +92,7 @@ def linear_policy_loss(
     if mask is not None:
         token_ids = token_ids.long().masked_fill(~_checks.mask("mask", mask, "token_ids", token_ids), ignore_index)
     inputs, head_options = check_head(
-        hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored, tile
+        hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored
     )
     budget = budget_bytes(logits_budget_mb)
     scored = token_ids.long() != ignore_index

@@ -29,7 +29,7 @@ def linear_preference_logps(
             ignore_index are not scored either.
         cu_seqlens: int32 [S + 1], from 0 to N, not decreasing: where each packed sequence starts.
         weight, ignore_index and, by keyword, bias, adapter, temperature, softcap, scale, group, num_scored,
-            logits_budget_mb, tile: as in linear_token_logprobs.
+            logits_budget_mb: as in linear_token_logprobs.
 
     Returns: float32 [B] or [S] (float64 for float64 hidden); 0 for a sequence without scored tokens.
 

@@ -87,9 +87,9 @@ class Head:
         """Memory for all logits of `rows`, seen through `tiles` and `strips`; to be given to POOL."""
         size = len(rows) * self.weight.shape[0]
         memory = POOL.take(size * self.logits_dtype.itemsize) if self.weight.is_cpu else None
-        return (
-            self.weight.new_empty(size, dtype=self.logits_dtype) if memory is None else memory.view(self.logits_dtype)
-        )
+        if memory is None:
+            return self.weight.new_empty(size, dtype=self.logits_dtype)
+        return memory.view(self.logits_dtype)
 
     def tiles(self, kept: Tensor, rows: Rows) -> list[Tensor]:
         """A tile [R, v] for each range of the vocabulary."""

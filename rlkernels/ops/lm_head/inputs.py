@@ -9,7 +9,7 @@ from torch import Tensor
 from rlkernels import _backends
 from rlkernels.ops import _checks
 from rlkernels.ops.lm_head.head import Head, shares
-from rlkernels.ops.lm_head.tiles import Rows, fill_up, scored_index
+from rlkernels.ops.lm_head.tiles import Rows, chosen_tile, fill_up, scored_index
 from rlkernels.ops.logprobs import check_ids
 
 LOGITS_BUDGET_MB = 128.0
@@ -62,7 +62,6 @@ def check_head(
     ignore_index: int,
     group: Any,
     num_scored: int | None,
-    tile: tuple[int, int] | None,
     prefix: str = "",
 ) -> tuple[Inputs, Options]:
     """What the functions of an LM head take, checked, in the dtype of the products and with one leading dimension.
@@ -119,13 +118,6 @@ def check_head(
             raise ValueError(
                 f"num_scored must be between 0 and {token_ids.numel()}, the number of rows; got {num_scored}"
             )
-    if tile is not None:
-        if not isinstance(tile, tuple | list) or len(tile) != 2:
-            raise TypeError(f"tile must be a pair (rows, tokens); got {tile!r}")
-        tile = (_checks.integer("tile's rows", tile[0]), _checks.integer("tile's tokens", tile[1]))
-        for name, size in zip(("rows", "tokens"), tile, strict=True):
-            if size < 1:
-                raise ValueError(f"tile's {name} must be at least 1; got {size}")
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup; got {type(group).__name__}")
     if group is not None and torch.compiler.is_compiling():
@@ -142,7 +134,7 @@ def check_head(
     backend = _backends.select(inputs.hidden, "linear_token_logprobs")
     if group is None and _checks.values_in_python(backend, token_ids):
         check_ids(inputs.token_ids, vocab_size, ignore_index)
-    options = Options(temperature, softcap, ignore_index, group, num_scored, tile, backend)
+    options = Options(temperature, softcap, ignore_index, group, num_scored, chosen_tile(), backend)
     return inputs, options
 
 

@@ -3,6 +3,8 @@
 import functools
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +28,32 @@ def _cache_bytes(device: torch.device) -> int:
 
 
 def default_tile(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
-    """(rows, tokens) of a tile of logits of `dtype`."""
+    """(rows, tokens) of a tile of logits of `dtype`: as many tokens as the cache has room for."""
     rows = BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"]
     tokens = _cache_bytes(device) // (rows * dtype.itemsize)
     return rows, max(tokens // 256, 1) * 256
+
+
+# A plain module global, so that torch.compile guards on it and recompiles when it changes.
+_chosen: tuple[int, int] | None = None
+
+
+@contextmanager
+def tile_size(size: tuple[int, int] | None) -> Iterator[None]:
+    """Within the block every call has tiles of `size`, (rows, tokens); None: the default. For benchmarks and tests. The
+    backward pass has the size of its forward pass, wherever it runs."""
+    global _chosen
+    if size is not None and min(size) < 1:
+        raise ValueError(f"size must be rows and tokens of a tile, each at least 1; got {size}")
+    previous, _chosen = _chosen, size
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def chosen_tile() -> tuple[int, int] | None:
+    return _chosen
 
 
 def slices(stop: int, step: int) -> list[slice]:
