@@ -1,4 +1,9 @@
-"""One call of a reward function in this process: what came of it, within a time limit."""
+"""One call of a reward function in this process, within a time limit.
+
+`Call` is a function with its arguments, `Outcome` or `Failure` is what it gave. `run_within` calls a plain function in
+the main thread, `AsyncCalls` calls async functions in an event loop. `functions.RewardFunctions` uses both; a worker
+process (`workers`) uses `run`.
+"""
 
 import asyncio
 import concurrent.futures
@@ -26,35 +31,35 @@ logger = logging.get_logger(__name__)
 
 RewardFunction: TypeAlias = Callable[..., Any]
 
-# What nobody can change.
+# Immutable types: copying a list of them need not copy its values.
 ATOMS = {bool, bytes, float, int, str, type(None)}
-# Levels of lists and dicts that a function may log; what is deeper becomes text.
+# A function may log lists and dicts nested this deep; anything deeper is logged as text.
 DEPTH = 32
 
 
 class RewardError(ValueError):
-    """A reward function failed: it raised, crashed, took longer than it may, or did not return one finite number (or
-    None) for each completion; or a worker process that was to call it did not start."""
+    """A reward function failed: it raised, crashed, exceeded `reward_timeout`, or did not return one finite number (or
+    None) for each completion. Also raised if a worker process does not start."""
 
 
 @dataclass
 class Outcome:
     """What a function returned for a batch of rows, and what it logged."""
 
-    rewards: list[float]  # NaN where it does not apply
-    wrong: dict[int, str]  # rows for which it returned neither a finite number nor None, and what is to be said of them
-    extra: dict[str, list]  # all that it gave to log_extra, by column
+    rewards: list[float]  # NaN where the reward does not apply
+    wrong: dict[int, str]  # row -> error message, for rows whose value was neither a finite number nor None
+    extra: dict[str, list]  # column -> values given to log_extra
     metrics: list[tuple[str, float]]
 
 
 @dataclass
 class Failure:
-    """Why there is no `Outcome`: the end of a sentence that begins with the function's name."""
+    """Why there is no `Outcome`."""
 
-    reason: str
+    reason: str  # completes a sentence that begins with the function's name
     error: BaseException | None = None
     timed_out: bool = False
-    of_the_batch: bool = False  # no row is to blame
+    of_the_batch: bool = False  # the failure does not depend on single rows
 
 
 Result: TypeAlias = Outcome | Failure
@@ -62,38 +67,41 @@ Result: TypeAlias = Outcome | Failure
 
 @dataclass(frozen=True)
 class Call:
-    """A function and its keyword arguments: those with one value per row, and those for all rows, beside `log_extra`
-    and `log_metric`, which are added."""
+    """A function and its keyword arguments. `rows` holds one value per row, `shared` one value for all rows.
+    `log_extra` and `log_metric` are added when it is called."""
 
     function: RewardFunction
     rows: dict[str, list]
     shared: dict[str, Any]
 
     def begin(self, log: "_Log") -> Any:
-        """Calls it with copies: what it changes, neither the training nor another function sees."""
+        """Calls the function with copies of its arguments, so that its changes reach neither training nor another
+        function."""
         return self.function(**copied(self.rows), **copied(self.shared), **log.functions)
 
 
 def run(call: Call) -> Result:
-    """Whatever the function does: it may not end the process or stay away, and Ctrl-C and SIGTERM pass."""
+    """Calls a plain function. Anything that it raises, SystemExit included, becomes a `Failure`; only Ctrl-C, SIGTERM
+    and the time-out pass through."""
     log, process = _Log(), os.getpid()
     try:
         return log.outcome(call, call.begin(log))
     except (KeyboardInterrupt, Terminated, _TimeUp):
         raise
-    except BaseException as error:  # SystemExit, and what extensions raise beside Exception
+    except BaseException as error:  # extensions also raise exceptions that are no Exception
         return failed(error)
     finally:
         _end_a_fork(process)
 
 
 def _end_a_fork(process: int) -> None:
-    if os.getpid() != process:  # the function forked, and has returned in the child too
+    if os.getpid() != process:  # the function forked and also returned in the child
         os._exit(0)
 
 
 def copied(value: Any) -> Any:
-    """`copy.deepcopy`, but fast for lists of numbers and the logs of a long run; what cannot be copied is passed on."""
+    """`copy.deepcopy`, but fast for lists of numbers and the logs of a long run. A value that cannot be copied is
+    returned as it is."""
     if type(value) is list:
         return value.copy() if ATOMS.issuperset(map(type, value)) else [copied(each) for each in value]
     if type(value) is dict:
@@ -116,7 +124,7 @@ def failed(error: BaseException) -> Failure:
 
 
 def text_of(value: Any, show: Callable[[Any], str] = str) -> str:
-    """Its text, that of an object which has none too, in characters that can be written."""
+    """`show(value)` with characters that can be encoded; a placeholder if `show` raises."""
     try:
         return show(value).encode(errors="backslashreplace").decode()
     except (KeyboardInterrupt, Terminated, _TimeUp):
@@ -126,8 +134,8 @@ def text_of(value: Any, show: Callable[[Any], str] = str) -> str:
 
 
 def plain(value: Any, within: tuple[int, ...] = ()) -> Any:
-    """What a reward function logs, as JSON and parquet can keep it: numbers and arrays of numpy and torch as Python's,
-    and what has no place there as text, such as integers of more than 64 bits and what holds itself."""
+    """A logged value in a form that JSON and parquet can hold. NumPy and torch values become Python's; anything else
+    becomes text, also integers of more than 64 bits and containers that contain themselves."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, float):
@@ -151,12 +159,12 @@ def shorten(text: str, length: int = 200) -> str:
 
 
 class _WrongResult(Exception):
-    """Not a list of one value per completion."""
+    """The function did not return a list of one value per completion."""
 
 
 @dataclass
 class _Log:
-    """What a function logs, which counts only if the call comes to a good end."""
+    """What a function logs during a call. It is used only if the call succeeds."""
 
     extra: dict[str, list] = field(default_factory=dict)
     metrics: list[tuple[str, float]] = field(default_factory=list)
@@ -178,11 +186,11 @@ class _Log:
 
     def outcome(self, call: Call, result: Any) -> Outcome:
         expected = len(call.rows["prompts"])
-        if hasattr(result, "tolist") and not isinstance(result, memoryview):  # of numpy or torch
+        if hasattr(result, "tolist") and not isinstance(result, memoryview):  # a NumPy array or a tensor
             result = result.tolist()
         if not isinstance(result, list | tuple):
             raise _WrongResult(f"must return a list of numbers; got {type(result).__name__}")
-        result = list(result)  # of a subclass, what it gives
+        result = list(result)  # a subclass may iterate in its own way
         if len(result) != expected:
             raise _WrongResult(f"must return one reward for each of the {expected} completions; got {len(result)}")
         rewards, wrong = [], {}
@@ -201,38 +209,38 @@ def _check_name(function: str, name: Any) -> None:
 
 def _is_float32(value: float) -> bool:
     try:
-        struct.pack("<f", value)  # which refuses what is too large, as "f" does not
+        struct.pack("<f", value)  # raises for values that are too large; native "f" does not
     except OverflowError:
         return False
     return math.isfinite(value)
 
 
 def _number(value: Any) -> float:
-    """The finite number that it is, NaN if it is none, also for float32."""
+    """The value as a float, or NaN if it is not a number that is finite in float32."""
     try:
-        if hasattr(value, "item"):  # one of numpy or torch
+        if hasattr(value, "item"):  # a NumPy or torch scalar
             value = value.item()
         if isinstance(value, numbers.Real | Decimal) and _is_float32(float(value)):
             return float(value)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError):  # several of numpy or torch, 10**400, ...
+    except (ValueError, TypeError, RuntimeError, ArithmeticError):  # an array of several values, 10**400, ...
         pass
     return math.nan
 
 
-# In the main thread
+# Plain functions, in the main thread
 
 
 class _TimeUp(BaseException):
-    """Raised in a function whose time is up; no Exception, since many a reward function catches those."""
+    """Raised inside a function whose time is up. It is no Exception, since reward functions often catch those."""
 
 
 def run_within(limit: float | None, call: Call) -> Result:
-    """`run`, in this thread, interrupted after so many seconds, and again after as many more if it goes on; what the
-    function changes of the process is put back (`settings`).
+    """Calls `run` in this thread and interrupts it after `limit` seconds, and again every `limit` seconds if it goes
+    on. Process settings that the function changes are restored (`process_settings`).
 
-    A signal interrupts it, SIGURG, which does no harm elsewhere: functions expect to run in the main thread and to have
-    SIGALRM for themselves. That ends Python code and waiting system calls. Code in C goes on until it returns: only a
-    worker process can be stopped there. In any thread but the main one, which signals do not reach, there is no limit.
+    The signal SIGURG interrupts the function: functions expect to run in the main thread and may use SIGALRM, and
+    SIGURG is ignored by default. It stops Python code and blocking system calls. C code runs until it returns; only a
+    worker process can be stopped there. Signals reach only the main thread, so in other threads there is no limit.
     """
     with restored():
         return _run_within(limit, call)
@@ -267,25 +275,25 @@ def _run_within(limit: float | None, call: Call) -> Result:
         finally:
             armed = False
     except _TimeUp:
-        armed = False  # it may have come right before that line
+        armed = False  # the signal may have come just before run's `armed = False`
     finally:
-        # In this order: no signal is on its way when the handler goes.
+        # In this order, so that no signal is still pending when the handler is removed.
         is_over.set()
         watcher.join()
         signal.signal(signal.SIGURG, signal.SIG_DFL if previous is None else previous)
-    # Also where the function caught the exception and returned something.
+    # A function that caught the exception and returned something is late all the same.
     return too_late(limit) if was_interrupted else result
 
 
-# In an event loop
+# Async functions, in an event loop
 
 
 class AsyncCalls:
-    """Calls async functions, all at once, in one event loop for the whole run: clients that a reward function keeps are
-    bound to the loop that they were made in. It has a thread of its own, since a notebook already runs one in the main
-    thread. A function that blocks that thread keeps it: later calls have a new loop in a new one."""
+    """Calls async functions concurrently in one event loop that lasts for the whole run, since HTTP clients that a
+    function keeps are bound to the loop that created them. The loop has its own thread, since a notebook already runs
+    a loop in the main thread. If a function blocks that thread, later calls get a new loop in a new thread."""
 
-    #: What a loop that is not blocked takes at most to notice that the time is up, in seconds.
+    #: Seconds in which a loop that is not blocked notices that the time is up.
     grace = 1.0
 
     def __init__(self, limit: float | None) -> None:
@@ -294,7 +302,8 @@ class AsyncCalls:
 
     @contextlib.contextmanager
     def started(self, calls: Sequence[Call]) -> Iterator[Callable[[], list[Result]]]:
-        """They run inside; calling what it gives waits for them all."""
+        """Runs the calls during the with block. It yields a function that waits for all of them and returns their
+        results."""
         if calls and self._loop is None:
             self._loop = _Loop()
             threading.Thread(target=self._loop.serve, name="rewards", daemon=True).start()
@@ -323,14 +332,14 @@ class AsyncCalls:
                 future.cancel()
 
     def _alone(self, call: Call) -> Result:
-        """Calls again, alone, what did not end since one of several blocked the thread or cancelled all."""
+        """Repeats a call alone, after one of several calls blocked the thread or cancelled the others."""
         with self.started([call]) as results:
             return results()[0]
 
     async def _within_limit(self, call: Call) -> Result:
         task = asyncio.ensure_future(_run_async(call))
         try:
-            # Not `wait_for`, which waits for what ignores that it was cancelled.
+            # `wait_for` would go on waiting for a task that ignores its cancellation.
             await asyncio.wait({task}, timeout=self.limit)
         finally:
             task.cancel()
@@ -348,7 +357,7 @@ async def _run_async(call: Call) -> Result:
 
 
 class _Loop:
-    """An event loop, which no function that runs in it can stop."""
+    """An event loop that goes on when a function running in it stops the loop or raises SystemExit."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -360,7 +369,7 @@ class _Loop:
 
     def serve(self) -> None:
         while not self._is_given_up:
-            with contextlib.suppress(BaseException):  # SystemExit of a task that a function made
+            with contextlib.suppress(BaseException):  # a task that a function created may raise SystemExit
                 self.loop.run_forever()
         if tasks := asyncio.all_tasks(self.loop):
             for task in tasks:

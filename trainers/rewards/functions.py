@@ -1,5 +1,8 @@
-"""Reward functions, by TRL's contract: `f(prompts=, completions=, completion_ids=, **columns, trainer_state=,
-log_extra=, log_metric=) -> list[float | None]`, plain or async; None where the reward does not apply."""
+"""The reward functions of a run, called by PPOTrainer and GRPOTrainer on each batch of completions.
+
+A reward function follows TRL's contract: `f(prompts=, completions=, completion_ids=, **columns, trainer_state=,
+log_extra=, log_metric=) -> list[float | None]`, plain or async; None where the reward does not apply.
+"""
 
 import functools
 import inspect
@@ -41,21 +44,22 @@ def is_async(function: RewardFunction) -> bool:
 
 
 class RewardFunctions:
-    """Calls each function on a batch of completions, and sees to what fails.
+    """Calls each function on a batch of completions and handles calls that fail.
 
     Args:
         functions: plain or async functions, or reward models.
-        timeout: seconds that a call may take; None: no limit.
-        workers: processes in which the plain functions are called, each on whole groups of the batch; 0: they are
-            called here, one after another, before the async ones. Async functions run at the same time as one another
-            and as the workers.
-        on_error: what follows if a call fails, in whatever way: "raise" ends the run with a `RewardError`; "none" gives
-            the rows that it fails on no reward, with a warning, and all others theirs. The rows are found by calling
-            the function again, a row at a time, until the second time-out.
-        taken: names that no function has in the logs. One whose name is taken, also by another, is name_2 there.
+        timeout: seconds that a call may take; None means no limit.
+        workers: number of processes that call the plain functions, each on whole groups of the batch. With 0 they are
+            called in this process, one after another, before the async ones. Async functions run concurrently with
+            one another and with the workers.
+        on_error: what happens if a call fails. "raise" ends the run with a `RewardError`. "none" gives no reward to
+            the rows on which the function fails, with a warning, and keeps all other rewards. These rows are found by
+            calling the function again on single rows, until the second time-out.
+        taken: names that the logs use for something else. A function with such a name, or with the name of an earlier
+            function, is logged as name_2.
 
     Raises:
-        TypeError: for what is no function, such as a class.
+        TypeError: if a function is not callable, or is a class or a module.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class RewardFunctions:
         self.names: list[str] = []
         for function in functions:
             self.names.append(unique(name_of(function), [*taken, *self.names]))
-        #: Metrics that are logged of the functions, which they themselves cannot log.
+        #: Names of our metrics about the functions; a function cannot log under them.
         self.metrics = {f"rewards/{name}/failed" for name in self.names}
         self.on_error = on_error
         self.timeout = None if timeout == math.inf else timeout
@@ -90,7 +94,7 @@ class RewardFunctions:
             self._pool = WorkerPool(pooled, workers, self.timeout)
 
     def close(self) -> None:
-        """Ends the worker processes, if there are any; a later call starts new ones."""
+        """Ends the worker processes, if there are any. A later call starts new ones."""
         if self._pool is not None:
             self._pool.close()
 
@@ -102,11 +106,11 @@ class RewardFunctions:
         log_metric: Callable[[str, float, float], Any] | None = None,
         **shared: Any,
     ) -> torch.Tensor:
-        """Rewards [B, functions], NaN where one does not apply. `rows` holds one list of B per keyword argument.
+        """Rewards [B, functions], NaN where one does not apply. `rows` holds a list of B values per keyword argument.
 
-        What functions log is passed on when all have returned: `log_extra` gets the B values of a column at once, None
-        where there is none; `log_metric` gets a weight with each value, the share of the rows that the call was for. If
-        on_error is "none" it also gets `rewards/{name}/failed`, the share of the rows that a function failed on.
+        What the functions log is passed on after all have returned. `log_extra` gets a column and its B values, None
+        for rows without one. `log_metric` gets a name, a value and a weight: the share of the rows in that call. If
+        on_error is "none" it also gets `rewards/{name}/failed`, the share of the rows on which a function failed.
         """
         size = len(rows["prompts"])
         calls = [(index, part) for index in range(len(self.functions)) for part in self._parts(index, rows["prompts"])]
@@ -137,7 +141,7 @@ class RewardFunctions:
         return whole_groups(prompts, self._pool.count if index in self._pooled else 1)
 
     def _run(self, calls: Sequence[tuple[int, list[int]]], rows: dict[str, list], shared: dict) -> list[Result]:
-        """What comes of calls of (a function's index, numbers of rows)."""
+        """Results of calls, each given as (index of the function, row numbers)."""
         made = [
             Call(self.functions[index], {name: [values[row] for row in part] for name, values in rows.items()}, shared)
             for index, part in calls
@@ -156,7 +160,8 @@ class RewardFunctions:
     def _settle(
         self, index: int, results: list[tuple[list[int], Result]], rows: dict[str, list], shared: dict
     ) -> tuple[list[tuple[list[int], Outcome]], dict[int, str]]:
-        """What counts of a function's calls, made again without the rows that it fails on; those rows, and how."""
+        """The outcomes of one function, and a reason for each row on which it fails. Failed calls are repeated without
+        these rows."""
         failures = [(part, result) for part, result in results if isinstance(result, Failure)]
         if failures and self.on_error == "raise":
             self._raise(index, failures[0][1], self._search(index, failures[:1], rows, shared), rows)
@@ -181,10 +186,11 @@ class RewardFunctions:
     def _search(
         self, index: int, failures: list[tuple[list[int], Failure]], rows: dict[str, list], shared: dict
     ) -> dict[int, str]:
-        """The rows of these calls on which the function fails alone too, and how.
+        """Calls the function on single rows of the failed calls; returns the rows that fail alone too, with reasons.
 
-        They are taken from each call in turn, as many at once as there are workers. Time-outs cost the whole `timeout`:
-        the second round with one is the last, as is, where one row is enough, that of a row that fails as the call did.
+        Rows are taken from each call in turn, as many at once as there are workers. A time-out costs the whole
+        `timeout`, so the search ends after the second round with one. With on_error "raise" it also ends at the first
+        row that fails for the same reason as its call.
         """
         found = {part[0]: failure.reason for part, failure in failures if len(part) == 1}
         parts = [part for part, failure in failures if len(part) > 1 and not failure.of_the_batch]
@@ -213,8 +219,8 @@ class RewardFunctions:
 
 
 def whole_groups(prompts: list, count: int) -> list[list[int]]:
-    """Numbers of the rows, in at most so many runs of about the same length; rows of a prompt that follow one another
-    stay together."""
+    """Splits the row numbers into at most `count` runs of similar length. Consecutive rows with the same prompt stay
+    together."""
     parts: list[list[int]] = [[]]
     for row, prompt in enumerate(prompts):
         if row and prompt != prompts[row - 1] and row >= len(parts) * len(prompts) / count:
@@ -234,7 +240,7 @@ def _columns(outcomes: list[tuple[list[int], Outcome]], size: int) -> dict[str, 
 
 
 def _tell(name: str, failed: dict[int, str], rows: dict[str, list]) -> str:
-    """In one line, which function fails how and where."""
+    """One line that says which function failed, why, and on which rows."""
     places = defaultdict(list)
     for row, reason in sorted(failed.items()):
         places[reason].append(row)

@@ -1,4 +1,4 @@
-"""Reward models: classifiers as reward functions."""
+"""A reward model as a reward function. PPOTrainer and GRPOTrainer wrap each model among their `reward_funcs` in one."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ from ..rollouts.engine import encode
 
 
 class RewardModel:
-    """A sequence classifier with one label as a reward function: what it says of prompt and completion.
+    """A reward function that scores prompt and completion with a sequence classifier of one label.
 
-    It reads the policy's own tokens, also the one that ends the completion, if its tokenizer has the same vocabulary or
-    it has none; else the text, in its own tokens.
+    If the classifier has no tokenizer, or one with the policy's vocabulary, it reads the policy's tokens, including the
+    end token. Otherwise it reads the text, encoded by its own tokenizer.
     """
 
     def __init__(self, model: Any, args: OnlineConfig) -> None:
@@ -28,18 +28,19 @@ class RewardModel:
         self.__name__ = self.path.rstrip("/").split("/")[-1] or type(model).__name__
 
     def prepare(self, accelerator: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Before the first call: on what it runs, and the policy's tokenizer."""
+        """Moves the model to the accelerator's device. Call it once before the first call; `tokenizer` is the
+        policy's."""
         self.accelerator, self.tokenizer = accelerator, tokenizer
         own = _tokenizer(self.model, self.args)
         self.own_tokenizer = None if own is None or own.get_vocab() == tokenizer.get_vocab() else own
         self.limits = Limits.of(self.model)
-        #: Whether nothing that its tokenizer can give is beyond it.
+        #: Whether the model can read every token sequence that its tokenizer can give.
         self.fits = self.limits.fit(self.own_tokenizer or tokenizer)
         self.model.to(accelerator.device).eval()
         self.padding_free = self.args.padding_free and prepare_packing(self.model, accelerator.device)
 
     def check_prompt(self, prompt: Any) -> None:
-        """Refuses, by a ValueError, one that is beyond the model already."""
+        """Raises ValueError if the prompt alone is beyond the model's limits."""
         for ids in self._token_ids([prompt], [[] if is_chat(prompt) else ""], [[-1]]):
             self._check(ids)
 
@@ -79,7 +80,8 @@ class RewardModel:
 
 
 def _tokenizer(model: Any, args: OnlineConfig) -> PreTrainedTokenizerBase | None:
-    """None if it has none. One that cannot be loaded is an error: the policy's tokens would mean something else."""
+    """The model's own tokenizer, or None if its folder has none. It raises if there is one that cannot be loaded, since
+    the policy's token ids would then have another meaning."""
     try:
         folder = model_folder(model.config._name_or_path or ".")
     except FileNotFoundError:

@@ -1,4 +1,7 @@
-"""Settings of this process that training depends on, and that the code of a user may leave changed."""
+"""Restores the settings of this process that training depends on, after user code has run.
+
+`calls`, `functions` and `workers` call reward functions inside `restored`.
+"""
 
 import contextlib
 import os
@@ -14,7 +17,7 @@ import torch
 def _folder() -> str | None:
     try:
         return os.getcwd()
-    except OSError:  # it was removed
+    except OSError:  # the folder was removed
         return None
 
 
@@ -24,7 +27,7 @@ def _set_folder(folder: str | None) -> None:
 
 
 def _set_device(device: torch.device) -> None:
-    torch.set_default_device(None)  # one that is set slows every call of PyTorch down, also where it is the usual one
+    torch.set_default_device(None)  # a default device slows down every PyTorch call, even if it is the usual one
     if torch.get_default_device() != device:
         torch.set_default_device(device)
 
@@ -41,14 +44,14 @@ def _autocast_depth() -> int:
 
 
 def _set_autocast_depth(depth: int) -> None:
-    # Inside an autocast context casts of weights are kept, and would not see the next optimizer step.
+    # Autocast caches casts of weights; after the next optimizer step they would be out of date.
     torch.clear_autocast_cache()
     while _autocast_depth() > depth:
         torch.autocast_decrement_nesting()
 
 
 def _streams() -> tuple:
-    """Standard output and errors; of one that was closed another, on the same file."""
+    """sys.stdout and sys.stderr. A stream that was closed is replaced by a new one on the same file descriptor."""
     found = {1: sys.stdout, 2: sys.stderr}
     for number, stream in found.items():
         if getattr(stream, "closed", False):
@@ -63,7 +66,7 @@ def _set_streams(streams: tuple) -> None:
 
 DEVICES = sorted({"cpu", getattr(torch.accelerator.current_accelerator(), "type", "cpu")})
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-#: How each is read and written. What changes no run, such as the environment and the locale, is left as it is.
+#: A pair of (read, write) per setting. Settings that no run depends on, such as the locale, are not restored.
 SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (torch.is_grad_enabled, torch.set_grad_enabled),
     *((partial(torch.is_autocast_enabled, each), partial(torch.set_autocast_enabled, each)) for each in DEVICES),
@@ -83,7 +86,8 @@ SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
 
 @contextlib.contextmanager
 def _kept(number: int) -> Iterator[None]:
-    """An open file, which else the next one that is opened would take the place of, and get what is printed."""
+    """Keeps a file descriptor open. If user code closed it, the next file to be opened would get its number, and with
+    it everything that is printed."""
     spare = os.dup(number)
     try:
         yield
@@ -97,16 +101,16 @@ def _kept(number: int) -> Iterator[None]:
 def _are_same(number: int, other: int) -> bool:
     try:
         return os.path.sameopenfile(number, other)
-    except OSError:  # it was closed
+    except OSError:  # the descriptor was closed
         return False
 
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """Puts back what is changed inside."""
+    """Restores SETTINGS and the standard streams after the with block."""
     with contextlib.ExitStack() as files:
         for number in (1, 2):
-            with contextlib.suppress(OSError):  # there is none
+            with contextlib.suppress(OSError):  # the process has no such stream
                 files.enter_context(_kept(number))
         with _restored_settings():
             yield
@@ -116,12 +120,12 @@ def restored() -> Iterator[None]:
 def _restored_settings() -> Iterator[None]:
     before = [read() for read, _ in SETTINGS]
     try:
-        # An inference mode that was begun inside ends with this one alone, which also sets the mode of gradients.
+        # Only leaving an outer inference mode ends one that was begun inside. Entering it also sets the gradient mode.
         with torch.inference_mode(torch.is_inference_mode_enabled()):
             torch.set_grad_enabled(before[0])
             yield
     finally:
         for (read, write), value in zip(SETTINGS, before, strict=True):
             if read() != value:
-                with contextlib.suppress(Exception):  # as the folder, if that was removed
+                with contextlib.suppress(Exception):  # for example, the current folder was removed
                     write(value)

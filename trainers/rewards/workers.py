@@ -1,4 +1,9 @@
-"""Reward functions in processes of their own, which can be killed."""
+"""Calls plain reward functions in worker processes, which can be killed. `functions.RewardFunctions` makes the pool
+where `reward_workers` is above 0.
+
+`WorkerPool` and `Worker` run in the training process, and from `_serve` on the functions run in a worker. Calls are
+pickled; answers are JSON, since unpickling what user code may have written could run anything.
+"""
 
 import contextlib
 import fcntl
@@ -22,30 +27,30 @@ from typing import Any, BinaryIO
 from .calls import Call, Failure, Outcome, Result, RewardError, RewardFunction, failed, run, text_of, too_late
 from .process_settings import restored
 
-# Seconds that a worker may take to start, most of which the modules of the functions take to be imported.
+# Seconds in which a worker must start. Importing the functions' modules takes most of them.
 START_LIMIT = 300.0
-# Before each message: the number of the call that it is of, and its length.
+# Each message begins with the number of its call and its length in bytes.
 HEADER = struct.Struct("!QQ")
-# Bytes of an answer, and what is read at a time.
+# The most bytes of an answer, and of one read.
 LONGEST, CHUNK = 2**28, 2**20
-# What is raised where others than `_told` have written.
+# Exceptions that reading an answer can raise if something other than `_as_json` wrote it.
 NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-# Beside selectors.EVENT_READ and EVENT_WRITE, which are of the pipe.
+# The event that the process has ended; selectors.EVENT_READ and EVENT_WRITE are the pipe's events.
 ENDED = 4
 
 
 @dataclass(eq=False)
 class Worker:
-    """A process, our end of the pipe to it, and the call that it is at. A function may do with the other end what it
-    likes: nothing here waits for it, and what is not the answer to this call is not taken for it."""
+    """A worker process, our end of the pipe to it, and its current call. A function may write anything into its end:
+    nothing here blocks on the pipe, and only an answer with the number of the current call is accepted."""
 
     process: Any
     pipe: connection.Connection
     deadline: float
     is_ready: bool = False
     task: int | None = None
-    size: int = 0  # rows of the call
-    number: int = 0  # of the call; 0: it is to say that it is ready
+    size: int = 0  # number of rows in the call
+    number: int = 0  # number of the call; 0 stands for the message that the worker is ready
     unsent: memoryview = field(default_factory=lambda: memoryview(b""))
     received: bytearray = field(default_factory=bytearray)
 
@@ -59,8 +64,8 @@ class Worker:
         self.exchange(selectors.EVENT_WRITE)
 
     def exchange(self, events: int) -> Result | None:
-        """Sends and reads as much as goes without waiting. What it answered, once that is whole, or None. Raises
-        EOFError or OSError if there will be no answer, and one of NO_ANSWER for what is none."""
+        """Sends and reads without blocking. Returns the answer once it is complete, else None. Raises EOFError or
+        OSError if there will be no answer, and one of NO_ANSWER if something else was written."""
         with contextlib.suppress(BlockingIOError):
             if events & selectors.EVENT_WRITE:
                 self.unsent = self.unsent[os.write(self.pipe.fileno(), self.unsent) :]
@@ -69,7 +74,7 @@ class Worker:
                 self.received += found
                 if not found:
                     raise EOFError
-            elif events & ENDED:  # what it said before that counts
+            elif events & ENDED:  # only when nothing is left to read: an answer written before the end counts
                 raise EOFError
         while len(self.received) >= HEADER.size:
             number, length = HEADER.unpack_from(self.received)
@@ -87,34 +92,35 @@ class Worker:
         return None
 
     def kill(self) -> None:
-        """With all that it has started."""
+        """Kills the worker and every process that it has started."""
         if self.process.pid is not None:
-            with contextlib.suppress(OSError):  # it leads no group yet, or has ended
+            with contextlib.suppress(OSError):  # the process leads no group yet, or has ended
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.kill()
-            self.process.join(5)  # the kernel may hold it for longer
+            self.process.join(5)  # bounded, since a process in an uninterruptible system call ends later
         self.pipe.close()
 
 
 class WorkerPool:
-    """`count` processes that call reward functions, given as (name, function). One that crashes, or is at a call for
-    more than `limit` seconds, is killed and replaced.
+    """`count` processes that call reward functions, given as (name, function). A worker that crashes, or takes longer
+    than `limit` seconds for a call, is killed and replaced.
 
-    Each has a pipe of its own, so that it can damage no other's, and leads a process group, so that what a function has
-    started is killed with it. They are forked from a server, never from this process, which has threads and may hold a
-    GPU. They end with this process, also if it is killed (on Linux; elsewhere as soon as their call returns).
+    Each worker has its own pipe, so that it cannot damage another's, and leads a process group, so that whatever a
+    function starts is killed with it. Workers are forked from a fork server, never from this process, which has threads
+    and may hold a GPU. They end with this process, even if it is killed (on Linux; elsewhere when their call returns).
     """
 
     def __init__(self, functions: Sequence[tuple[str, RewardFunction]], count: int, limit: float | None) -> None:
         self.count, self.limit = count, limit
         self._functions = [(name, _pickled(name, function)) for name, function in functions]
         if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # The script runs again, in a worker that starts: the process that waits for it tells the user.
+            # A starting worker imports the user's script, and the script came here. The process that waits for the
+            # worker tells the user.
             raise SystemExit(1)
         self._context: Any = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__, "transformers.trainer_callback"])
         self._workers: list[Worker] = []
-        # Also at exit, before multiprocessing waits there for its processes.
+        # At exit too, and before multiprocessing joins its processes.
         util.Finalize(self, _kill, args=(self._workers,), exitpriority=100)
         try:
             self._fill()
@@ -125,11 +131,12 @@ class WorkerPool:
             raise
 
     def close(self) -> None:
-        """Kills them. A later call starts new ones."""
+        """Kills the workers. A later call starts new ones."""
         _kill(self._workers)
 
     def run(self, calls: Sequence[tuple[int, dict[str, list], dict[str, Any]]]) -> list[Result]:
-        """What comes of calls of (number of a function, rows, shared), as many at once as there are workers."""
+        """Results of calls, each given as (number of the function, rows, shared). As many run at once as there are
+        workers."""
         results: list[Any] = [None] * len(calls)
         waiting = deque(range(len(calls)))
         try:
@@ -151,7 +158,7 @@ class WorkerPool:
             process = self._context.Process(target=_serve, args=(theirs, self._functions), name="reward_worker")
             os.set_blocking(ours.fileno(), False)
             worker = Worker(process, ours, time.monotonic() + START_LIMIT)
-            # Before it starts, so that none is left after an interrupt, which multiprocessing would wait for at exit.
+            # Listed before it starts: after an interrupt here, multiprocessing would wait at exit for an unlisted one.
             self._workers.append(worker)
             try:
                 with _uninterrupted_start():
@@ -172,11 +179,11 @@ class WorkerPool:
         try:
             message = pickle.dumps(calls[task])
         except Exception as error:
-            results[task] = _ungiven(error)
+            results[task] = _arguments_failed(error)
             return
         try:
             worker.send(message)
-        except OSError:  # it ended while there was nothing to do
+        except OSError:  # the worker ended while it was idle
             self._drop(worker)
             waiting.appendleft(task)
             return
@@ -184,7 +191,7 @@ class WorkerPool:
         worker.deadline = time.monotonic() + (self.limit or math.inf)
 
     def _receive(self, results: list) -> None:
-        """Waits for a worker to take or to say something, to end or to be late."""
+        """Waits until a worker reads, answers, ends or exceeds its time limit, and handles each that did."""
         active = [worker for worker in self._workers if not worker.is_idle]
         if not active:
             return
@@ -201,7 +208,8 @@ class WorkerPool:
             self._take(worker, events[worker], results)
 
     def _take(self, worker: Worker, events: int, results: list) -> None:
-        """What came of a worker's call, if that is known now; if not by an answer, the worker is of no more use."""
+        """Stores the result of a worker's call if it is known now. A worker that ended, wrote something that is no
+        answer, or is late is dropped."""
         failure = None
         try:
             result = worker.exchange(events)
@@ -260,9 +268,9 @@ def _unsendable(name: str, error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _uninterrupted_start() -> Iterator[None]:
-    """Ctrl-C goes to every process in the terminal: it must not reach those that are being started, which it would end
-    in a traceback each."""
-    resource_tracker.ensure_running()  # its start, else part of the first, lets signals through again
+    """Keeps Ctrl-C, which the terminal sends to every process, from workers that are starting: each would print a
+    traceback."""
+    resource_tracker.ensure_running()  # starting the first worker would start it, and that unblocks signals
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -276,7 +284,7 @@ def _uninterrupted_start() -> Iterator[None]:
 def _serve(pipe: connection.Connection, pickled: Sequence[tuple[str, bytes]]) -> None:
     os.setpgid(0, 0)
     _end_with_parent()
-    # A Ctrl-C from before there was a group of its own is forgotten.
+    # Discards a Ctrl-C that came before this process had its own group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -286,34 +294,34 @@ def _serve(pipe: connection.Connection, pickled: Sequence[tuple[str, bytes]]) ->
             try:
                 functions.append(pickle.loads(content))
             except BaseException as error:
-                _say(answers, 0, _told(Failure(_unsendable(name, error))))
+                _write(answers, 0, _as_json(Failure(_unsendable(name, error))))
                 return
-        _say(answers, 0, _told(Outcome([], {}, {}, [])))
+        _write(answers, 0, _as_json(Outcome([], {}, {}, [])))
         while header := questions.read(HEADER.size):
             number, length = HEADER.unpack(header)
             answer = _answer(functions, questions.read(length))
             with contextlib.suppress(Exception):
-                sys.stdout.flush()  # it may be killed later
-            _say(answers, number, answer)
+                sys.stdout.flush()  # what the function printed would be lost if this process were killed later
+            _write(answers, number, answer)
 
 
-def _say(answers: BinaryIO, number: int, answer: dict) -> None:
+def _write(answers: BinaryIO, number: int, answer: dict) -> None:
     message = json.dumps(answer).encode()
     if len(message) > LONGEST:
-        message = json.dumps(_told(Failure(f"logged more than {LONGEST} bytes"))).encode()
+        message = json.dumps(_as_json(Failure(f"logged more than {LONGEST} bytes"))).encode()
     answers.write(HEADER.pack(number, len(message)) + message)
     answers.flush()
 
 
 def _end_with_parent() -> None:
-    """The kernel kills the group when the parent is gone and so its end of this pipe: no thread of ours could, while a
-    function in C keeps the interpreter to itself."""
+    """Makes the kernel kill this process group when the parent ends, which closes its end of the sentinel pipe. A
+    thread could not do it while C code holds the interpreter lock."""
     sentinel = multiprocessing.parent_process().sentinel
     if hasattr(fcntl, "F_SETSIG"):
         fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(sentinel, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
-    if connection.wait([sentinel], 0):  # gone before that
+    if connection.wait([sentinel], 0):  # the parent had ended before
         os._exit(1)
 
 
@@ -321,16 +329,16 @@ def _answer(functions: Sequence[RewardFunction], message: bytes) -> dict:
     try:
         index, rows, shared = pickle.loads(message)
     except BaseException as error:
-        return _told(_ungiven(error))
+        return _as_json(_arguments_failed(error))
     try:
         with restored():
-            return _told(run(Call(functions[index], rows, shared)))
-    except BaseException as error:  # a KeyboardInterrupt: nobody's here
-        return _told(failed(error))
+            return _as_json(run(Call(functions[index], rows, shared)))
+    except BaseException as error:  # KeyboardInterrupt, which no user meant for this process
+        return _as_json(failed(error))
 
 
-def _told(result: Result) -> dict:
-    """As JSON: what is unpickled may do anything. An exception is what is to be read of it."""
+def _as_json(result: Result) -> dict:
+    """The result as JSON values. An exception becomes its traceback's text."""
     if isinstance(result, Outcome):
         return vars(result)
     error = result.error
@@ -339,7 +347,7 @@ def _told(result: Result) -> dict:
 
 
 def _result(answer: dict, size: int) -> Result:
-    """What `_told` was given. Raises one of the exceptions of a wrong value if it was not that which has written it."""
+    """The inverse of `_as_json`. Raises one of NO_ANSWER if something else wrote the answer."""
     if "reason" in answer:
         trace = answer["trace"]
         error = None if trace is None else RuntimeError(f"in a worker process:\n{trace}")
@@ -353,5 +361,5 @@ def _result(answer: dict, size: int) -> Result:
     return Outcome(rewards, wrong, extra, metrics)
 
 
-def _ungiven(error: BaseException) -> Failure:
+def _arguments_failed(error: BaseException) -> Failure:
     return Failure(f"could not be given its arguments in a worker process: {failed(error).reason}", error)
