@@ -1,6 +1,6 @@
 """Direct preference optimization (arXiv 2305.18290) and its relatives: learning from pairs of completions."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .base.saving import reads
 from .base.sharding import refuse_zero3, reshard
 from .base.trainer import BaseTrainer
 from .batch import scoring
-from .batch.batch import IGNORE, shift
+from .batch.batch import IGNORE, Batch, shift
 from .batch.packing import fill, prepare_packing
 from .data import check_rows, preference_pair, prepare, sequences_of
 
@@ -187,6 +187,24 @@ METRICS = (
 REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DPOBatch(Batch):
+    """The chosen completions of P pairs, then the rejected ones: S = 2 P sequences.
+
+    lengths     int64 [S]: the tokens of each completion
+    weights     float32 [N]: the weight of each token's log-probability in its completion's (ld_alpha); None: 1
+    reference   float32 [S]: the reference's log-probability of each completion; None where it is not precomputed
+    """
+
+    lengths: Tensor
+    weights: Tensor | None = None
+    reference: Tensor | None = None
+
+    def log_probs(self, logprobs: Tensor) -> Tensor:
+        """[S]: the log-probability of each completion, given those of the tokens [N]."""
+        return self.sequence_sums(logprobs if self.weights is None else logprobs * self.weights)
+
+
 class DPOTrainer(BaseTrainer):
     """Trains a causal language model on pairs of completions, of which one was preferred.
 
@@ -308,7 +326,7 @@ class DPOTrainer(BaseTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["_row_id", "sequences", "num_tokens", *REFERENCE_LOGPS]
 
-    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         if self.model.training:
             self.add_tokens_seen(sum(row["num_tokens"] for row in inputs))
         parts = []
@@ -319,47 +337,40 @@ class DPOTrainer(BaseTrainer):
                 size = self.args.per_device_train_batch_size if self.model.training else len(rows)
                 chunks = fill([1] * len(rows), size)
             parts.append([self._pairs([rows[index] for index in chunk]) for chunk in chunks])
-        return self.even_out([{**batch, "normalizer": len(inputs)} for batch in self.joined(parts)])
+        return self.even_out([replace(batch, normalizer=len(inputs)) for batch in self.joined(parts)])
 
-    def _pairs(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """One batch: the chosen completions of all pairs, then the rejected ones."""
+    def _pairs(self, rows: list[dict[str, Any]]) -> DPOBatch:
         device, alpha = self.accelerator.device, self.args.ld_alpha
         pairs = [sequences_of(row) for row in rows]
         sequences = [sequence for side in zip(*pairs, strict=True) for sequence in side]
-        batch = self.lay_out(sequences)
         counts = [sum(label != IGNORE for label in sequence.labels[1:]) for sequence in sequences]
-        batch["lengths"] = torch.tensor(counts, device=device)
+        weights = reference = None
         if alpha is not None:
             shared = list(map(min, counts[: len(pairs)], counts[len(pairs) :])) * 2
             beyond = [count - least for count, least in zip(counts, shared, strict=True)]
             each = zip(sequences, beyond, strict=True)
-            batch["weights"] = shift([[1.0] * (len(one) - tail) + [alpha] * tail for one, tail in each], device)
+            weights = shift([[1.0] * (len(one) - tail) + [alpha] * tail for one, tail in each], device)
         if REFERENCE_LOGPS[0] in rows[0]:
             known = [row[column] for column in REFERENCE_LOGPS for row in rows]
-            batch["reference"] = torch.tensor(known, dtype=torch.float32, device=device)
-        return batch
+            reference = torch.tensor(known, dtype=torch.float32, device=device)
+        lengths = torch.tensor(counts, device=device)
+        return self.lay_out(sequences, DPOBatch, lengths=lengths, weights=weights, reference=reference)
 
     # The loss
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    def compute_loss(self, model: nn.Module, batch: DPOBatch) -> Tensor:
         """The mean over the pairs of the micro-batch, times their share of the step's."""
-        lengths, pairs = inputs["lengths"], len(inputs["lengths"]) // 2
-        reference = inputs.get("reference")
+        lengths, pairs = batch.lengths, len(batch.lengths) // 2
+        reference = batch.reference
         if reference is None and self.has_reference:
             # Before the model's own pass, whose activations wait for the backward pass.
             with self.reference() as frozen:
-                reference = self._logps(scoring.token_logprobs(frozen, inputs, fused=self.fused), inputs)
+                reference = batch.log_probs(scoring.token_logprobs(frozen, batch, fused=self.fused))
         wanted: dict[str, Any] = {"outputs": ("log_sum_sq_probs",)} if self.args.use_weighting else {}
         logprobs, entropy, *others = scoring.token_logprobs(
-            model, inputs, fused=self.fused, return_entropy=True, **wanted
+            model, batch, fused=self.fused, return_entropy=True, **wanted
         )
-        logps = self._logps(logprobs, inputs)
+        logps = batch.log_probs(logprobs)
         vectors = {
             "policy_chosen": logps[:pairs],
             "policy_rejected": logps[pairs:],
@@ -370,18 +381,14 @@ class DPOTrainer(BaseTrainer):
         }
         weights = None
         if self.args.use_weighting:
-            likelihoods = scoring.sequence_sums(logprobs.detach() - others[0], inputs) / lengths
+            likelihoods = batch.sequence_sums(logprobs.detach() - others[0]) / lengths
             weights = (likelihoods[:pairs] + likelihoods[pairs:]).exp()
         terms = [self._term(loss, vectors, weights) for loss in self.args.loss_type]
-        total = sum(weight * loss for weight, (loss, _) in zip(self.loss_weights, terms, strict=True))
+        total: Any = sum(weight * loss for weight, (loss, _) in zip(self.loss_weights, terms, strict=True))
         for name, value in zip(METRICS, terms[0][1].unbind(), strict=True):
             self.metrics.add(name, value, pairs)
-        self.metrics.add("entropy", entropy.detach().sum() / max(inputs["num_scored"], 1), inputs["num_scored"])
-        return total * (pairs / inputs["normalizer"])
-
-    def _logps(self, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Of whole completions, [2 x pairs]."""
-        return scoring.sequence_sums(logprobs * batch["weights"] if "weights" in batch else logprobs, batch)
+        self.metrics.add("entropy", entropy.detach().sum() / max(batch.num_scored, 1), batch.num_scored)
+        return total * (pairs / batch.normalizer)
 
     def _term(self, loss: str, vectors: dict[str, Any], weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """One of the losses, its pairs weighted, and its metrics."""
@@ -421,7 +428,7 @@ class DPOTrainer(BaseTrainer):
             for chunk in logging.tqdm(chunks, desc=f"Reference of {name}", disable=self.args.disable_tqdm):
                 indices = [order[index] for index in chunk]
                 batch = self._pairs([rows[index] for index in indices])
-                logps = self._logps(scoring.token_logprobs(reference, batch, fused=self.fused), batch)
+                logps = batch.log_probs(scoring.token_logprobs(reference, batch, fused=self.fused))
                 parts.append((indices, logps.view(2, -1).cpu().numpy()))
         self.reference_model = None
         values = np.empty((2, len(rows)), np.float32)

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .base.contexts import evaluating
 from .base.loading import refuse_prompt_learning
 from .base.rows import GroupSampler, NumberedRows, check_columns
 from .batch import scoring
-from .batch.batch import IGNORE, Sequence, split
+from .batch.batch import IGNORE, Batch, Sequence
 from .batch.packing import fill_by_length
 from .losses import advantages, objectives
 from .losses.objectives import OBJECTIVES
@@ -240,8 +240,8 @@ class GRPOConfig(OnlineConfig):
 
 @dataclass
 class Rollouts:
-    """This process's completions of one generation batch, a list entry per row. What is per token is laid out and
-    shifted as in `packing.lay_out`."""
+    """This process's completions of one generation batch, a list entry per row. Values per token are shifted, as in
+    `Batch`."""
 
     input_ids: list[list[int]]
     labels: list[list[int]]
@@ -260,6 +260,25 @@ class Rollouts:
 
     def scored(self, row: int) -> int:
         return sum(label != IGNORE for label in self.labels[row])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GRPOBatch(Batch):
+    """Completions with what their loss takes:
+
+    advantages         float32 [S], or [N] if each token has its own
+    old_logprobs       float32 [N]: the log-probabilities under the policy that the first step on these completions
+                       started with; None: that is the policy of now
+    ref_logprobs       float32 [N]: the reference's log-probabilities; None if there is no KL penalty in the loss
+    sampler_logprobs   float32 [N]: the engine's log-probabilities; None if they are not corrected for
+    top_entropy        bool [N]: the tokens that the policy loss is limited to; None: all
+    """
+
+    advantages: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
+    top_entropy: Tensor | None = None
 
 
 class GRPOTrainer(OnlineTrainer):
@@ -440,19 +459,19 @@ class GRPOTrainer(OnlineTrainer):
             rollouts.advantages = advantages.grpo(rewards, weights, args)[own].tolist()
             return
         batch = self._lay_out(rollouts, range(count))
-        nothing = torch.zeros(len(batch["mask"]), device=rewards.device)
-        old, ref = (batch.get(name, nothing) for name in ("old_logprobs", "ref_logprobs"))
+        nothing = torch.zeros(len(batch.mask), device=rewards.device)
+        old, ref = (nothing if each is None else each for each in (batch.old_logprobs, batch.ref_logprobs))
         scores = advantages.scores(rewards, weights)
         if args.advantage == "rloo":
-            kl = self.accelerator.gather(scoring.sequence_sums(old - ref, batch))
+            kl = self.accelerator.gather(batch.sequence_sums(old - ref))
             rollouts.advantages = advantages.rloo(scores, kl, args.beta, args.num_generations)[own].tolist()
         else:
             counted = torch.tensor(rollouts.in_loss, device=rewards.device) & ~scores[own].isnan()
-            batch["mask"] &= scoring.spread(counted, batch)
+            batch = replace(batch, mask=batch.mask & batch.spread(counted))
             group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
             values = advantages.reinforce_plus_plus(scores[own], old, ref, batch, args.beta, group)
-            rollouts.advantages = scoring.sequence_means(values, batch).tolist()
-            rollouts.token_advantages = [part.clone() for part in split(values.cpu(), batch)]
+            rollouts.advantages = batch.sequence_means(values).tolist()
+            rollouts.token_advantages = [part.clone() for part in batch.split(values.cpu())]
         if args.kl_in_reward:
             tokens = max(rollouts.num_tokens, 1)
             self.metrics.add("kl", (old - ref).sum() / tokens, tokens)
@@ -475,8 +494,8 @@ class GRPOTrainer(OnlineTrainer):
                     model, batch, fused=self.fused, temperature=self.args.temperature, return_entropy=entropy
                 )
             if entropy:
-                scored = scored[1].masked_fill(~batch["mask"], math.nan)
-            for row, values in zip(chunk, split(scored, batch), strict=True):
+                scored = scored[1].masked_fill(~batch.mask, math.nan)
+            for row, values in zip(chunk, batch.split(scored), strict=True):
                 scores[row] = values.clone() if wanted[row] else None
         return scores
 
@@ -485,7 +504,7 @@ class GRPOTrainer(OnlineTrainer):
 
     # The optimizer step
 
-    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         rollouts, step = self.current_rollouts(inputs)
         size = self.args.per_device_train_batch_size
         first = step * self.accumulation_steps % self.args.steps_per_generation * size
@@ -498,19 +517,17 @@ class GRPOTrainer(OnlineTrainer):
             wanted = [row in rows and counts for row, counts in enumerate(rollouts.in_loss)]
             entropies = self._score(self.model_wrapped, rollouts, wanted, entropy=True)
             kept = objectives.top_entropy(entropies, self.args.top_entropy_quantile, self.accelerator)
-        parts: list[list[dict[str, Any]]] = []
+        parts: list[list[Batch]] = []
         for start in range(rows.start, rows.stop, width):
             part = range(start, start + width)
             normalizer = self._normalizer(rollouts, part if is_bnpo else rows)
             parts.append([])
             for chunk in self._fill(rollouts, [row for row in part if self._is_run(rollouts, row)]):
-                batch = {**self._lay_out(rollouts, chunk), "normalizer": normalizer}
-                if kept is not None:
-                    batch["top_entropy"] = torch.cat([kept[row] for row in chunk])
-                parts[-1].append(batch)
+                top_entropy = None if kept is None else torch.cat([kept[row] for row in chunk])
+                parts[-1].append(self._lay_out(rollouts, chunk, normalizer=normalizer, top_entropy=top_entropy))
         if not any(parts):
             # Gradients must be zero, not missing.
-            parts = [[{**self._lay_out(rollouts, [rows.start]), "normalizer": 1.0, "is_filler": True}]]
+            parts = [[self._lay_out(rollouts, [rows.start], is_filler=True)]]
         return self.even_out(self.joined(parts))
 
     def _is_run(self, rollouts: Rollouts, row: int) -> bool:
@@ -528,29 +545,24 @@ class GRPOTrainer(OnlineTrainer):
             return max(sum(rollouts.scored(row) for row in rows if rollouts.in_loss[row]), 1) * steps
         return max(rollouts.num_tokens, 1) * steps / self.args.steps_per_generation
 
-    def _lay_out(self, rollouts: Rollouts, rows: Iterable[int]) -> dict[str, Any]:
+    def _lay_out(self, rollouts: Rollouts, rows: Iterable[int], **fields: Any) -> GRPOBatch:
         device = self.accelerator.device
-        batch = self.lay_out([Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows])
+        sequences = [Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows]
         if rollouts.token_advantages is None:
-            batch["advantages"] = torch.tensor([rollouts.advantages[row] for row in rows], device=device)
+            fields["advantages"] = torch.tensor([rollouts.advantages[row] for row in rows], device=device)
         else:
-            batch["advantages"] = torch.cat([rollouts.token_advantages[row].to(device) for row in rows])
+            fields["advantages"] = torch.cat([rollouts.token_advantages[row].to(device) for row in rows])
         for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs"):
             known = getattr(rollouts, name)
             if known is not None:
-                unknown = [torch.zeros(len(rollouts.input_ids[row])) for row in rows]
-                parts = [unknown[i] if known[row] is None else known[row] for i, row in enumerate(rows)]
-                batch[name] = torch.cat([part.to(device) for part in parts])
-        return batch
+                parts = [
+                    torch.zeros(len(rollouts.input_ids[row])) if known[row] is None else known[row] for row in rows
+                ]
+                fields[name] = torch.cat([part.to(device) for part in parts])
+        return self.lay_out(sequences, GRPOBatch, **fields)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        loss, values = objectives.policy_loss(model, inputs, self.args, fused=self.fused)
+    def compute_loss(self, model: nn.Module, batch: GRPOBatch) -> Tensor:
+        loss, values = objectives.policy_loss(model, batch, self.args, fused=self.fused)
         names = rlkernels.policy_loss.metrics  # type: ignore[attr-defined]
         self._record_loss(dict(zip(names, values.unbind(), strict=True)))
         return loss

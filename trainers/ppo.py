@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .base.rows import GroupSampler, check_columns
 from .base.saving import reads
 from .base.sharding import refuse_zero3
 from .batch import scoring
-from .batch.batch import IGNORE, Sequence, split
+from .batch.batch import IGNORE, Batch, Sequence
 from .batch.packing import fill_by_length, prepare_packing
 from .losses import objectives
 from .rewards.functions import RewardSource
@@ -125,8 +125,7 @@ KL_COEF, VALUE = "kl_coef.json", "value"
 
 @dataclass
 class Rollouts:
-    """This process's completions of one batch, a list entry per row. What is per token is shifted, as in
-    `packing.lay_out`."""
+    """This process's completions of one batch, a list entry per row. Values per token are shifted, as in `Batch`."""
 
     input_ids: list[list[int]]
     labels: list[list[int]]
@@ -140,6 +139,29 @@ class Rollouts:
 
 
 PER_TOKEN = ("old_logprobs", "old_values", "advantages", "returns", "has_value", "sampler_logprobs")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PPOBatch(Batch):
+    """Completions of the rollout with what their losses take, each [N]:
+
+    old_logprobs       float32: the log-probabilities under the policy of the rollout
+    old_values         float32: the values of the rollout
+    advantages         float32
+    returns            float32: what the values learn
+    has_value          bool: where a value is learned
+    sampler_logprobs   float32: the engine's log-probabilities; None if they are not corrected for
+
+    value_normalizer   what the sum of the step's value losses is divided by, a 0-d tensor
+    """
+
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    has_value: Tensor
+    sampler_logprobs: Tensor | None = None
+    value_normalizer: float | Tensor = 1.0
 
 
 class PPOTrainer(OnlineTrainer):
@@ -272,8 +294,8 @@ class PPOTrainer(OnlineTrainer):
         sequences = [rollout.sequence() for rollout in samples.rollouts]
         for row in (~is_scored).nonzero().flatten().tolist():
             sequences[row].labels = [IGNORE] * len(sequences[row])
-        batch = self.lay_out(sequences)
-        mask, cu_seqlens = batch["mask"], batch["cu_seqlens"]
+        batch = self.lay_out(sequences, Batch)
+        mask, cu_seqlens = batch.mask, batch.cu_seqlens
         logprobs, values, ref_logprobs = self._score(sequences)
         # Beyond the last token, where there is room for one, is a state of its own, whose reward is the score.
         has_value = mask.clone()
@@ -298,17 +320,17 @@ class PPOTrainer(OnlineTrainer):
         advantages = rlkernels.masked_whiten(advantages, mask, group=group)
         self._record_rollouts(scores[is_scored], logprobs, ref_logprobs)
         self.metrics.add("val/explained_variance", self._explained_variance(values, returns, has_value))
-        counts = scoring.sequence_sums(mask.float(), batch).clamp(min=1)
-        self.completions = self.table(samples, (scoring.sequence_sums(advantages, batch) / counts).tolist())
+        counts = batch.sequence_sums(mask.float()).clamp(min=1)
+        self.completions = self.table(samples, (batch.sequence_sums(advantages) / counts).tolist())
         return Rollouts(
             input_ids=[sequence.input_ids for sequence in sequences],
             labels=[sequence.labels for sequence in sequences],
             order=[self._draw_order(len(sequences), epoch) for epoch in range(self.args.num_ppo_epochs)],
-            old_logprobs=split(logprobs, batch),
-            old_values=split(values, batch),
-            advantages=split(advantages, batch),
-            returns=split(returns, batch),
-            has_value=split(has_value, batch),
+            old_logprobs=batch.split(logprobs),
+            old_values=batch.split(values),
+            advantages=batch.split(advantages),
+            returns=batch.split(returns),
+            has_value=batch.split(has_value),
             sampler_logprobs=self.sampler_logprobs(samples.rollouts) if corrects else None,
         )
 
@@ -321,7 +343,7 @@ class PPOTrainer(OnlineTrainer):
         # A sharded model must run equally often on every process.
         chunks += chunks[:1] * (self.most_on_any_process(len(chunks)) - len(chunks))
         for chunk in chunks:
-            batch = self.lay_out([sequences[row] for row in chunk])
+            batch = self.lay_out([sequences[row] for row in chunk], Batch)
             logprobs, values = self.model_wrapped(scoring.token_logprobs, batch, **options)
             ref_logprobs = logprobs
             if self.has_reference:
@@ -330,7 +352,7 @@ class PPOTrainer(OnlineTrainer):
                         ref_logprobs, _ = reference(scoring.token_logprobs, batch, **options)
                     else:
                         ref_logprobs = scoring.token_logprobs(reference, batch, **options)
-            parts = (split(each, batch) for each in (logprobs, values, ref_logprobs))
+            parts = (batch.split(each) for each in (logprobs, values, ref_logprobs))
             for row, *each in zip(chunk, *parts, strict=True):
                 found[row] = each
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
@@ -373,7 +395,7 @@ class PPOTrainer(OnlineTrainer):
 
     # The optimizer step
 
-    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         rollouts, step = self.current_rollouts(inputs)
         epoch, part = divmod(step, self.args.num_mini_batches)
         size = len(rollouts.input_ids) // self.args.num_mini_batches
@@ -381,52 +403,48 @@ class PPOTrainer(OnlineTrainer):
         lengths = [len(ids) for ids in rollouts.input_ids]
         chunks = [fill_by_length(lengths, self.args.token_budget, part) for part in self.parts(rows)]
         batches = self.joined([[self._lay_out(rollouts, chunk) for chunk in part] for part in chunks])
-        counts = torch.stack([batch[name].sum() for batch in batches for name in ("mask", "has_value")])
+        counts = torch.stack([places.sum() for batch in batches for places in (batch.mask, batch.has_value)])
         # Losses are means over the tokens of all processes, whose gradients are averaged.
         counts = self.accelerator.reduce(counts.view(-1, 2).sum(0)) / self.accelerator.num_processes
         normalizer, value_normalizer = counts.clamp(min=1).unbind()
-        normalizers = {"normalizer": normalizer, "value_normalizer": value_normalizer}
-        return self.even_out([{**batch, **normalizers} for batch in batches])
+        return self.even_out(
+            [replace(batch, normalizer=normalizer, value_normalizer=value_normalizer) for batch in batches]
+        )
 
-    def _lay_out(self, rollouts: Rollouts, rows: list[int]) -> dict[str, Any]:
+    def _lay_out(self, rollouts: Rollouts, rows: list[int]) -> PPOBatch:
         device = self.accelerator.device
-        batch = self.lay_out([Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows])
-        per_token = {name: known for name in PER_TOKEN if (known := getattr(rollouts, name)) is not None}
-        return batch | {name: torch.cat([parts[row] for row in rows]).to(device) for name, parts in per_token.items()}
+        sequences = [Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows]
+        known = {name: parts for name in PER_TOKEN if (parts := getattr(rollouts, name)) is not None}
+        per_token = {name: torch.cat([parts[row] for row in rows]).to(device) for name, parts in known.items()}
+        return self.lay_out(sequences, PPOBatch, **per_token)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    def compute_loss(self, model: nn.Module, batch: PPOBatch) -> Tensor:
         args = self.args
         (policy_loss, policy), values = model(
             scoring.policy_loss,
-            inputs,
-            inputs["old_logprobs"],
-            inputs["advantages"],
+            batch,
+            batch.old_logprobs,
+            batch.advantages,
             fused=self.fused,
             temperature=args.temperature,
             clip_low=args.cliprange,
             clip_high=args.cliprange,
-            normalizer=inputs["normalizer"],
-            **objectives.correction(inputs, args),
+            normalizer=batch.normalizer,
+            **objectives.correction(batch.sampler_logprobs, args),
         )
         value_loss, value = rlkernels.value_loss(
             values,
-            inputs["old_values"],
-            inputs["returns"],
-            inputs["has_value"],
+            batch.old_values,
+            batch.returns,
+            batch.has_value,
             clip=args.cliprange_value,
-            cu_seqlens=inputs["cu_seqlens"],
-            normalizer=inputs["value_normalizer"],
+            cu_seqlens=batch.cu_seqlens,
+            normalizer=batch.value_normalizer,
         )
         self._record_losses(
-            policy_loss.detach() * inputs["normalizer"],
+            policy_loss.detach() * batch.normalizer,
             dict(zip(rlkernels.policy_loss.metrics, policy.unbind(), strict=True)),  # type: ignore[attr-defined]
-            value_loss.detach() * inputs["value_normalizer"],
+            value_loss.detach() * batch.value_normalizer,
             dict(zip(rlkernels.value_loss.metrics, value.unbind(), strict=True)),  # type: ignore[attr-defined]
         )
         return policy_loss + args.vf_coef * value_loss

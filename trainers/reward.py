@@ -23,8 +23,9 @@ from .base.limits import Limits
 from .base.loading import disable_dropout, load_model, load_tokenizer, refuse_prompt_learning
 from .base.rows import each_part
 from .base.trainer import BaseTrainer
+from .batch.batch import Batch
 from .batch.packing import fill
-from .batch.scoring import last_scores, score_head, token_scores
+from .batch.scoring import score_head, token_scores
 from .data import prepare, reward_pair, sequences_of
 
 
@@ -51,6 +52,16 @@ class RewardConfig(BaseConfig):
         super().__post_init__()
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1; got {self.max_length}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RewardBatch(Batch):
+    """The chosen sequences of P pairs, then the rejected ones.
+
+    margin   float32 [P]: by how much each chosen sequence is known to be better
+    """
+
+    margin: Tensor
 
 
 class RewardTrainer(BaseTrainer):
@@ -140,30 +151,23 @@ class RewardTrainer(BaseTrainer):
             eval_dataset = self.prepared("eval_dataset", eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
-    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         lengths = [row["num_tokens"] for row in inputs]
         if self.model.training:
             self.add_tokens_seen(sum(lengths))
         chunks = [[inputs[index] for index in chunk] for chunk in fill(lengths, self.args.token_budget)]
-        return self.even_out([{**self._pairs(rows), "normalizer": len(inputs)} for rows in chunks])
+        return self.even_out([self._pairs(rows, normalizer=len(inputs)) for rows in chunks])
 
-    def _pairs(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """One batch: the chosen sequences of all pairs, then the rejected ones."""
+    def _pairs(self, rows: list[dict[str, Any]], normalizer: int) -> RewardBatch:
         pairs = [sequences_of(row) for row in rows]
-        batch = self.lay_out([sequence for side in zip(*pairs, strict=True) for sequence in side])
-        margin = [row["margin"] or 0.0 for row in rows]
-        return {**batch, "margin": torch.tensor(margin, dtype=torch.float32, device=self.accelerator.device)}
+        sequences = [sequence for side in zip(*pairs, strict=True) for sequence in side]
+        margin = torch.tensor([row["margin"] or 0.0 for row in rows], dtype=torch.float32)
+        return self.lay_out(sequences, RewardBatch, margin=margin.to(self.accelerator.device), normalizer=normalizer)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        scores = last_scores(token_scores(model, inputs), inputs).float()
+    def compute_loss(self, model: nn.Module, batch: RewardBatch) -> Tensor:
+        scores = batch.last(token_scores(model, batch)).float()
         chosen, rejected = scores.chunk(2)
-        loss, values = rlkernels.reward_pair_loss(chosen, rejected, inputs["margin"])
+        loss, values = rlkernels.reward_pair_loss(chosen, rejected, batch.margin)
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * (chosen + rejected).square().mean()
         scores = scores.detach()
@@ -171,4 +175,4 @@ class RewardTrainer(BaseTrainer):
         for name, value in zip(names, (*values, scores.mean()), strict=True):
             self.metrics.add(name, value, len(chosen))
         self.metrics.add_range("reward", scores)
-        return loss * (len(chosen) / inputs["normalizer"])
+        return loss * (len(chosen) / batch.normalizer)

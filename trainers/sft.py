@@ -1,6 +1,6 @@
 """Supervised fine-tuning: imitation of what is written in a dataset."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from .base.loading import load_tokenizer, refuse_prompt_learning
 from .base.rows import each_part
 from .base.trainer import BaseTrainer
 from .batch import scoring
+from .batch.batch import Batch
 from .batch.packing import fill
 from .data import Packed, prepare, sequences_of, supervised
 
@@ -156,50 +157,44 @@ class SFTTrainer(BaseTrainer):
 
     # The optimizer step
 
-    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         if self.model.training:
             self.add_tokens_seen(sum(row["num_tokens"] for row in inputs))
-        parts = []
+        parts: list[list[Batch]] = []
         for rows in self.parts(inputs):
             # By length: then attention does neighbours together.
             sequences = sorted((sequence for row in rows for sequence in sequences_of(row)), key=len)
             chunks = fill(map(len, sequences), self.args.token_budget)
-            parts.append([self.lay_out([sequences[index] for index in chunk]) for chunk in chunks])
+            parts.append([self.lay_out([sequences[index] for index in chunk], Batch) for chunk in chunks])
         batches = self.joined(parts)
-        normalizer = float(sum(batch["num_scored"] for batch in batches))
+        normalizer = float(sum(batch.num_scored for batch in batches))
         if self.model.training:
             # The mean over the processes, as they average their gradients.
             scored = torch.tensor(normalizer, device=self.accelerator.device)
             normalizer = self.accelerator.reduce(scored, reduction="mean").item()
-        return self.even_out([{**batch, "normalizer": normalizer} for batch in batches])
+        return self.even_out([replace(batch, normalizer=normalizer) for batch in batches])
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        ones = torch.ones(len(inputs["cu_seqlens"]) - 1, device=self.accelerator.device)
+    def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        ones = torch.ones(len(batch.cu_seqlens) - 1, device=self.accelerator.device)
         options: dict[str, Any] = {
             "objective": "reinforce",
             "aggregation": "token_sum",
-            "normalizer": inputs["normalizer"],
+            "normalizer": batch.normalizer,
         }
         old = None
         if self.args.loss_type == "dft":
             # The weight of CISPO, p / p_old, is the probability itself where p_old is 1.
-            old = torch.zeros_like(inputs["token_ids"], dtype=torch.float32)
+            old = torch.zeros_like(batch.token_ids, dtype=torch.float32)
             options |= {"objective": "cispo", "clip_low": 1.0}
         if model.training:
-            loss, values = scoring.policy_loss(model, inputs, old, ones, fused=self.fused, **options)
+            loss, values = scoring.policy_loss(model, batch, old, ones, fused=self.fused, **options)
         else:
             logprobs, entropy, is_top1 = scoring.token_logprobs(
-                model, inputs, fused=self.fused, return_entropy=True, outputs=("is_top1",)
+                model, batch, fused=self.fused, return_entropy=True, outputs=("is_top1",)
             )
-            mask, options = inputs["mask"], {**options, "cu_seqlens": inputs["cu_seqlens"]}
+            mask, options = batch.mask, {**options, "cu_seqlens": batch.cu_seqlens}
             loss, values = rlkernels.policy_loss(logprobs, old, ones, mask, entropy=entropy, **options)
-            self.metrics.add("mean_token_accuracy", is_top1[mask].float().mean(), inputs["num_scored"])
+            self.metrics.add("mean_token_accuracy", is_top1[mask].float().mean(), batch.num_scored)
         found = dict(zip(rlkernels.policy_loss.metrics, values.unbind(), strict=True))  # type: ignore[attr-defined]
         self.metrics.add("entropy", found["entropy"], found["num_tokens"])
         return loss

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .base.loading import disable_dropout
 from .batch import scoring
+from .batch.batch import Batch
 
 
 class ValueHead(nn.Linear):
@@ -38,7 +39,7 @@ class PolicyAndValue(nn.Module):
         self._no_split_modules = list(dict.fromkeys(name for names in parts for name in names))
         disable_dropout(self)  # which would make another policy of the one that sampled
 
-    def forward(self, function: Callable[..., Any], batch: dict[str, Any], *args: Any, **options: Any) -> tuple:
+    def forward(self, function: Callable[..., Any], batch: Batch, *args: Any, **options: Any) -> tuple:
         """What a function of `scoring` makes of the policy, and the values [N], float32: position p has that of the
         tokens up to and with p. A value head sees the hidden states of the same pass."""
         if not isinstance(self.value, ValueHead):
@@ -49,7 +50,7 @@ class PolicyAndValue(nn.Module):
             result = function(self.policy, batch, *args, **options)
         finally:
             handle.remove()
-        return result, self.value(scoring.packed(seen[0], batch)).squeeze(-1)
+        return result, self.value(batch.packed(seen[0])).squeeze(-1)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         self._enable("activation_checkpointing_enable", options)

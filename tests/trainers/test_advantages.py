@@ -1,11 +1,13 @@
 """Advantages of GRPOTrainer against their equations in plain code."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rlkernels.trainers.batch.batch import Batch, Sequence
 from rlkernels.trainers.losses import advantages
 
 NAN = math.nan
@@ -47,7 +49,8 @@ def test_reinforce_plus_plus(beta):
     logprobs, ref = (-torch.rand(9, generator=generator) for _ in range(2))
     mask = torch.tensor([1, 0, 1, 0, 0, 0, 1, 1, 0]).bool()
     scores = torch.tensor([2.0, NAN, -1.0])
-    batch = {"mask": mask, "cu_seqlens": torch.tensor(starts, dtype=torch.int32)}
+    sequences = [Sequence([1] * length, [1] * length) for length in (4, 2, 3)]
+    batch = replace(Batch.lay_out(sequences, torch.device("cpu")), mask=mask)
     got = advantages.reinforce_plus_plus(scores, logprobs, ref, batch, beta)
 
     returns = {}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,7 +189,7 @@ def test_micro_batches_by_token_budget_are_one_step(make_trainer):
         trainer.roll_out = lambda inputs, rollouts=trainer.rollouts: rollouts
         batches = trainer.micro_batches([])
         if budget == 30:
-            batches.insert(0, {**batches[0], "is_filler": True})
+            batches.insert(0, replace(batches[0], is_filler=True))
         trainer.micro_batches = lambda inputs, batches=batches: batches
         loss = trainer.training_step(trainer.model, [])
         gradient = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])

@@ -18,6 +18,7 @@ from rlkernels.trainers.base import reference_cache, reporting
 from rlkernels.trainers.base import trainer as base_trainer
 from rlkernels.trainers.base.reference_cache import hash_model
 from rlkernels.trainers.batch import scoring
+from rlkernels.trainers.batch.batch import Batch
 
 PAIRS = [
     {"prompt": "ab" + "c" * (i % 5) + "d", "chosen": "ae" + "i" * (i % 3), "rejected": "x" * (1 + i % 4) + "y"}
@@ -31,9 +32,9 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "rlkernels"
 
 
-def logps(model, batch: dict, *, fused: bool) -> torch.Tensor:
-    """Of whole completions."""
-    return scoring.sequence_sums(scoring.token_logprobs(model, batch, fused=fused), batch)
+def logps(model, batch: Batch, *, fused: bool) -> torch.Tensor:
+    """The log-probability of each completion."""
+    return batch.sequence_sums(scoring.token_logprobs(model, batch, fused=fused))
 
 
 @pytest.fixture
@@ -230,7 +231,7 @@ def test_losses_over_the_batch_keep_its_micro_batches(make_trainer):
         trainer = make_trainer(loss_type=losses, token_budget=1, per_device_eval_batch_size=3)
         rows = [trainer.train_dataset[index] for index in range(4)]
         trainer.model.train()
-        assert [len(batch["lengths"]) // 2 for batch in trainer.micro_batches(rows)] == sizes
+        assert [len(batch.lengths) // 2 for batch in trainer.micro_batches(rows)] == sizes
         trainer.model.eval()
         assert len(trainer.micro_batches(rows[:3])) == (3 if losses == ["sigmoid"] else 1)
 
@@ -256,7 +257,7 @@ def test_simpo(make_trainer, make_model):
     (batch,) = trainer.micro_batches([trainer.train_dataset[index] for index in range(3)])
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, batch)
-        chosen, rejected = (logps(make_model(), batch, fused=False) / batch["lengths"]).view(2, 3)
+        chosen, rejected = (logps(make_model(), batch, fused=False) / batch.lengths).view(2, 3)
     expected = -torch.nn.functional.logsigmoid(2.0 * (chosen - rejected) - 1.5).mean()
     torch.testing.assert_close(loss, expected)
 
@@ -330,7 +331,7 @@ def test_the_reference_has_no_dropout(make_trainer, make_model):
     (batch,) = trainer.micro_batches([trainer.train_dataset[index] for index in range(3)])
     with torch.no_grad():
         expected = logps(make_model(), batch, fused=False)
-        torch.testing.assert_close(batch["reference"], expected)
+        torch.testing.assert_close(batch.reference, expected)
         assert (logps(model.train(), batch, fused=True) - expected).abs().min() > 1e-3
 
 

@@ -10,7 +10,6 @@ import rlkernels
 from cases import thorough
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, grpo
 from rlkernels.trainers.batch import scoring
-from rlkernels.trainers.batch.batch import split
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(13)]
 
@@ -204,7 +203,7 @@ def rows_run(monkeypatch):
     def counting(original):
         def function(model, batch, *args, **options):
             if torch.is_grad_enabled():
-                counts.append(len(batch["cu_seqlens"]) - 1)
+                counts.append(len(batch.cu_seqlens) - 1)
             return original(model, batch, *args, **options)
 
         return function
@@ -408,7 +407,7 @@ def test_log_probabilities_are_those_of_the_sampler_without_dropout(make_trainer
     trainer = make_trainer(model=model, num_iterations=2, max_steps=1, learning_rate=0.0, beta=0.1)
     trainer.train()
     found, batch = trainer.rollouts.old_logprobs, trainer._lay_out(trainer.rollouts, range(8))
-    expected = split(scoring.token_logprobs(make_model(), batch, fused=False), batch)
+    expected = batch.split(scoring.token_logprobs(make_model(), batch, fused=False))
     for old, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(old, wanted, rtol=1e-4, atol=1e-5)
     assert trainer.model.training

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 from labelled_models import SIZES
 from rlkernels.trainers.batch import packing, scoring
-from rlkernels.trainers.batch.batch import Sequence, lay_out, shift, split
+from rlkernels.trainers.batch.batch import Batch, Sequence, shift
 from rlkernels.trainers.batch.packing import fill
 
 CPU = torch.device("cpu")
@@ -26,31 +26,32 @@ def test_fill():
 
 
 def test_lay_out_packed():
-    batch = lay_out([Sequence([5, 6, 0], [-100, 6, 0]), Sequence([7, 8], [-100, -100])], CPU)
-    inputs = batch["model_inputs"]
+    batch = Batch.lay_out([Sequence([5, 6, 0], [-100, 6, 0]), Sequence([7, 8], [-100, -100])], CPU)
+    inputs = batch.model_inputs
     assert inputs["input_ids"].tolist() == [[5, 6, 0, 7, 8]]
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert "attention_mask" not in inputs and inputs["use_cache"] is False and batch["index"] is None
-    assert batch["token_ids"].tolist() == [6, 0, -100, -100, -100]
-    assert batch["mask"].tolist() == [True, True, False, False, False]
-    assert batch["cu_seqlens"].tolist() == [0, 3, 5] and batch["num_scored"] == 2
+    assert "attention_mask" not in inputs and inputs["use_cache"] is False and batch.index is None
+    assert batch.token_ids.tolist() == [6, 0, -100, -100, -100]
+    assert batch.mask.tolist() == [True, True, False, False, False]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5] and batch.num_scored == 2
 
 
 def test_lay_out_padded():
     """Token 0 at the end of a sequence is real, where the same token as padding is not."""
-    batch = lay_out([Sequence([5, 0], [-100, 0]), Sequence([7, 8, 9], [-100, 8, 9])], CPU, padding_free=False)
-    inputs = batch["model_inputs"]
+    batch = Batch.lay_out([Sequence([5, 0], [-100, 0]), Sequence([7, 8, 9], [-100, 8, 9])], CPU, padding_free=False)
+    inputs = batch.model_inputs
     assert inputs["input_ids"].tolist() == [[5, 0, 0], [7, 8, 9]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch["shift_labels"].tolist() == [[0, -100, -100], [8, 9, -100]]
-    assert batch["index"].tolist() == [0, 1, 3, 4, 5]
-    assert batch["token_ids"].tolist() == [0, -100, 8, 9, -100]
+    assert batch.shift_labels.tolist() == [[0, -100, -100], [8, 9, -100]]
+    assert batch.index.tolist() == [0, 1, 3, 4, 5]
+    assert batch.token_ids.tolist() == [0, -100, 8, 9, -100]
 
 
 def test_shift_and_split():
     values = shift([[9.0, 1.0, 2.0], [9.0, 3.0]], CPU)
     assert values.tolist() == [1.0, 2.0, 0.0, 3.0, 0.0]
-    parts = split(values, {"cu_seqlens": torch.tensor([0, 3, 5])})
+    batch = Batch.lay_out([Sequence([1, 2, 3], [-100, 2, 3]), Sequence([4, 5], [-100, 5])], CPU)
+    parts = batch.split(values)
     assert [part.tolist() for part in parts] == [[1.0, 2.0, 0.0], [3.0, 0.0]]
 
 
@@ -64,7 +65,7 @@ def mistral(**options) -> MistralForCausalLM:
 def results(model, padding_free: bool, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient of a weighted sum of the log-probabilities of ROWS."""
     model.zero_grad()
-    batch = lay_out(ROWS, CPU, padding_free=padding_free)
+    batch = Batch.lay_out(ROWS, CPU, padding_free=padding_free)
     logprobs = scoring.token_logprobs(model, batch, fused=fused)
     loss = (logprobs * torch.linspace(1, 2, len(logprobs))).sum()
     loss.backward()
@@ -98,9 +99,9 @@ def test_packed_is_padded_is_alone(attention, checkpointing, fused, window, monk
             torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
             assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm()
     assert expected is not None
-    parts = split(expected[0], lay_out(ROWS, CPU))
+    parts = Batch.lay_out(ROWS, CPU).split(expected[0])
     for row, part in zip(ROWS, parts, strict=True):
-        alone = scoring.token_logprobs(mistral(sliding_window=window), lay_out([row], CPU), fused=False)
+        alone = scoring.token_logprobs(mistral(sliding_window=window), Batch.lay_out([row], CPU), fused=False)
         torch.testing.assert_close(part, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -119,7 +120,7 @@ def test_sequences_do_not_leak_under_the_mask_of_transformers(make_model, attent
     assert (gradient - padded_gradient).norm() <= 1e-5 * padded_gradient.norm()
     changed = [Sequence([17] * 7 + [0], ROWS[0].labels), *ROWS[1:]]
     for free in (True, False):
-        others = scoring.token_logprobs(model, lay_out(changed, CPU, padding_free=free), fused=False)[8:]
+        others = scoring.token_logprobs(model, Batch.lay_out(changed, CPU, padding_free=free), fused=False)[8:]
         torch.testing.assert_close(others, together[8:], rtol=1e-4, atol=1e-5)
 
 
@@ -199,7 +200,7 @@ def test_sequences_longer_than_windows_and_chunks_are_kept_apart(family):
     sequences = [Sequence(row, row) for row in rows]
     model.eval()
     with torch.no_grad():
-        together = scoring.token_logprobs(model, lay_out(sequences, CPU, padding_free=padding_free), fused=False)
+        together = scoring.token_logprobs(model, Batch.lay_out(sequences, CPU, padding_free=padding_free), fused=False)
         if by_sequence:
             model.set_attn_implementation(own)
         for sequence, part in zip(sequences, together.split([len(row) for row in rows]), strict=True):
@@ -256,8 +257,8 @@ def test_adapters_that_begin_at_tokens_are_padded(make_model, caplog):
             torch.nn.init.normal_(parameter)
     padding_free = packing.prepare_packing(model, CPU)
     assert not padding_free and "aLoRA begins once in each row of tokens: its batches are padded" in caplog.text
-    found = scoring.token_logprobs(model.eval(), lay_out(ROWS, CPU, padding_free=padding_free), fused=False)
-    alone = [scoring.token_logprobs(model, lay_out([row], CPU, padding_free=False), fused=False) for row in ROWS]
+    found = scoring.token_logprobs(model.eval(), Batch.lay_out(ROWS, CPU, padding_free=padding_free), fused=False)
+    alone = [scoring.token_logprobs(model, Batch.lay_out([row], CPU, padding_free=False), fused=False) for row in ROWS]
     torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 

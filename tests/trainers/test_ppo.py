@@ -1,6 +1,7 @@
 """PPOTrainer end to end on a tiny model: learning, resuming, value models and heads, rewards, what is in the loss."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -285,10 +286,9 @@ def test_tokens_of_a_tool(make_trainer, make_model, tokenizer):
         torch.testing.assert_close(rollouts.returns[row][places], torch.tensor(expected))
 
     def loss(change):
-        changed = {**batch, "token_ids": batch["token_ids"].clone()}
-        for name in ("advantages", "returns", "old_values", "old_logprobs"):
-            changed[name] = torch.where(batch["has_value"], batch[name], change)
-        return trainer.compute_loss(trainer.model, changed).item()
+        names = ("advantages", "returns", "old_values", "old_logprobs")
+        changed = {name: torch.where(batch.has_value, getattr(batch, name), change) for name in names}
+        return trainer.compute_loss(trainer.model, replace(batch, **changed)).item()
 
     assert loss(0.0) == loss(3.0) != 0.0
 
@@ -497,7 +497,7 @@ def test_value_head_teaches_the_policy_too(make_trainer):
     policy, head = trainer.model.policy, trainer.model.value
     torch.nn.init.normal_(head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     (batch,) = trainer.micro_batches(PROMPTS[:4])
-    batch["advantages"].zero_()
+    batch.advantages.zero_()
     trainer.compute_loss(trainer.model, batch).backward()
     ours = gradient(trainer)
     trainer.model.zero_grad()

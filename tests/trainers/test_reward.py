@@ -176,7 +176,7 @@ def test_scores_are_those_of_each_sequence_alone(make_trainer, tokenizer):
     batch = trainer.micro_batches([trainer.train_dataset[0]])[0]
     from rlkernels.trainers.batch import scoring
 
-    score = scoring.last_scores(scoring.token_scores(trainer.model, batch), batch)[0]
+    score = batch.last(scoring.token_scores(trainer.model, batch))[0]
     alone = trainer.model.score(trainer.model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0]
     torch.testing.assert_close(score, alone)
 

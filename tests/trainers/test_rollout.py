@@ -12,7 +12,7 @@ import torch
 
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, Rollout, RolloutError
 from rlkernels.trainers.batch import scoring
-from rlkernels.trainers.batch.batch import Sequence, lay_out, split
+from rlkernels.trainers.batch.batch import Batch, Sequence
 from rlkernels.trainers.rollouts import generate, sampling
 from rlkernels.trainers.rollouts.engine import SamplingOptions, check_rollouts, encode, end_tokens
 
@@ -71,10 +71,10 @@ def test_samples_follow_the_trained_distribution(engine, fused, temperature):
     samples = torch.tensor([each.completion_ids for each in rollouts]).view(2, count)
     for prompt, drawn in zip(prompts, samples, strict=True):
         every = [Rollout(prompt, [token], ended=False).sequence() for token in range(vocabulary)]
-        batch = lay_out(every, CPU, padding_free=False)
+        batch = Batch.lay_out(every, CPU, padding_free=False)
         with torch.no_grad():
             logprobs = scoring.token_logprobs(model, batch, fused=fused, temperature=temperature)
-        p = logprobs[batch["mask"]].exp()
+        p = logprobs[batch.mask].exp()
         assert p.sum().item() == pytest.approx(1.0, abs=1e-4)
         seen = torch.bincount(drawn, minlength=vocabulary) / count
         # Each frequency is binomial; five standard deviations, and a count of one for the rarest tokens.
@@ -185,9 +185,9 @@ def test_logprobs_are_those_that_are_trained(engine, temperature, repeated):
     rollouts = engine.complete(prompts, options(12, temperature, logprobs=True))
     lengths = [len(each.completion_ids) for each in rollouts]
     assert min(lengths) <= 2 and max(lengths) == 12 and len(set(lengths)) > 3
-    batch = lay_out([each.sequence() for each in rollouts], CPU, padding_free=False)
+    batch = Batch.lay_out([each.sequence() for each in rollouts], CPU, padding_free=False)
     with torch.no_grad():
-        trained = split(scoring.token_logprobs(engine.model, batch, fused=True, temperature=temperature), batch)
+        trained = batch.split(scoring.token_logprobs(engine.model, batch, fused=True, temperature=temperature))
     for each, values in zip(rollouts, trained, strict=True):
         own = values[len(each.prompt_ids) - 1 : -1]
         torch.testing.assert_close(torch.tensor(each.logprobs), own, rtol=1e-4, atol=1e-5)

@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..batch.batch import Sequence, lay_out
+from ..batch.batch import Batch, Sequence
 from ..batch.packing import prepare_packing, warn_of_batch_dependence
 from ..batch.scoring import needs_no_logits
 from ..losses.router import find_router_loss
@@ -50,6 +51,9 @@ COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "ma
 REFERENCE_ADAPTERS = "reference_adapters.pth"
 SETTINGS = "settings.json"
 REFERENCE = "reference"
+
+
+B = TypeVar("B", bound=Batch)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -177,9 +181,10 @@ class BaseTrainer(SavingTrainer):
             with evaluating(model), model.disable_adapter():
                 yield self.model_wrapped
 
-    def lay_out(self, sequences: list[Sequence]) -> dict[str, Any]:
-        return lay_out(
-            sequences, self.accelerator.device, padding_free=self.padding_free, pad_token_id=self.pad_token_id
+    def lay_out(self, sequences: list[Sequence], kind: type[B], **fields: Any) -> B:
+        """A batch of this kind, with these further fields, on the device of training."""
+        return kind.lay_out(
+            sequences, self.accelerator.device, padding_free=self.padding_free, pad_token_id=self.pad_token_id, **fields
         )
 
     # Data: a batch of the dataloader is what one optimizer step learns from.
@@ -212,9 +217,13 @@ class BaseTrainer(SavingTrainer):
 
     # The optimizer step
 
-    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The micro-batches of one optimizer step, at least one and equally many on every process (`even_out`); each
-        has a `normalizer`, what the losses of the step are divided by."""
+    def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
+        """The micro-batches of one optimizer step, at least one, and as many on every process (`even_out`). Each has
+        the step's `normalizer`."""
+        raise NotImplementedError
+
+    def compute_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The micro-batch's share of the step's loss."""
         raise NotImplementedError
 
     def parts(self, rows: Any) -> list:
@@ -225,21 +234,22 @@ class BaseTrainer(SavingTrainer):
             return [rows]
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def joined(self, parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """The micro-batches of all parts, each with the share of its router loss in the step's: parts have equal
-        shares, as in TRL, and of one that token_budget split, its tokens do."""
-        if self.router is not None:
-            for part in parts:
-                counts = [len(batch["token_ids"]) for batch in part]
-                for batch, count in zip(part, counts, strict=True):
-                    batch["router_share"] = count / sum(counts) / len(parts)
-        return [batch for part in parts for batch in part]
+    def joined(self, parts: list[list[B]]) -> list[B]:
+        """The micro-batches of all parts, with their `router_share`. All parts have the same share, as in TRL; a part
+        that token_budget split shares it among its micro-batches by their number of tokens."""
+        joined = []
+        for part in parts:
+            tokens = sum(len(batch.token_ids) for batch in part)
+            for batch in part:
+                share = len(batch.token_ids) / tokens / len(parts)
+                joined.append(dataclasses.replace(batch, router_share=share))
+        return joined
 
-    def even_out(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """So that every process takes part in each forward and backward pass, one with fewer runs its first again,
-        whose loss then counts for nothing."""
+    def even_out(self, batches: list[B]) -> list[B]:
+        """Repeats the first micro-batch as a filler, where another process has more: every process must take part in
+        each forward and backward pass."""
         missing = self.most_on_any_process(len(batches)) - len(batches)
-        return [{**batches[0], "is_filler": True}] * missing + batches
+        return [dataclasses.replace(batches[0], is_filler=True)] * missing + batches
 
     def most_on_any_process(self, count: int) -> int:
         if self.accelerator.num_processes == 1:
@@ -283,19 +293,19 @@ class BaseTrainer(SavingTrainer):
 
         return restore
 
-    def _counted_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        if not batch.get("is_filler"):
+    def _counted_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        if not batch.is_filler:
             return self._whole_loss(model, batch)
         with self.metrics_into(Metrics(self.accelerator.device)):
             return self._whole_loss(model, batch) * 0.0
 
-    def _whole_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def _whole_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.router is None:
             return self.compute_loss(model, batch)
         with self.router.watching() as seen:
             loss = self.compute_loss(model, batch)
         # The last pass is the model's own: one before it was that of the reference, the model without its adapters.
-        router_loss, share = seen[-1].to(loss.device), batch["router_share"]
+        router_loss, share = seen[-1].to(loss.device), batch.router_share
         self.metrics.add("aux_loss", router_loss.detach(), share)
         return loss + self.router.coef * share * router_loss
 
@@ -339,9 +349,9 @@ class BaseTrainer(SavingTrainer):
                 own = self._own_rows(inputs)
                 with self.accelerator.autocast():
                     batches = self.micro_batches(own or inputs[:1])
-                    batches = [batch if own else {**batch, "is_filler": True} for batch in batches]
+                    batches = [batch if own else dataclasses.replace(batch, is_filler=True) for batch in batches]
                     total = sum((self._counted_loss(self.model, batch).detach() for batch in batches), torch.zeros(()))
-                metrics.add("loss", total, batches[-1]["normalizer"] if own else 0.0)
+                metrics.add("loss", total, batches[-1].normalizer if own else 0.0)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
         count = len(dataloader.dataset)  # type: ignore[arg-type]

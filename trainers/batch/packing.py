@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import by_sequence
-from .batch import Sequence, lay_out
+from .batch import Batch, Sequence
 
 logger = transformers.utils.logging.get_logger(__name__)
 
@@ -155,7 +155,7 @@ def probe(model: Any, packed: bool) -> Tensor | None:
         # Rows alone, because classifiers without a padding token refuse several.
         inputs: list[dict[str, Any]] = [{"input_ids": part[None]} for part in parts]
         if packed:
-            inputs = [lay_out([Sequence(part.tolist(), []) for part in parts], parts[0].device)["model_inputs"]]
+            inputs = [Batch.lay_out([Sequence(part.tolist(), []) for part in parts], parts[0].device).model_inputs]
         with probing(model):
             return torch.cat([_hidden_states(model, each) for each in inputs], -2)
     except Exception:  # whatever a model raises that cannot do this

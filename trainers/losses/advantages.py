@@ -8,6 +8,8 @@ from torch import Tensor
 
 import rlkernels
 
+from ..batch.batch import Batch
+
 if TYPE_CHECKING:
     from ..grpo import GRPOConfig
 
@@ -61,7 +63,7 @@ def rloo(scores: Tensor, kl: Tensor, beta: float, group_size: int) -> Tensor:
 
 
 def reinforce_plus_plus(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, batch: dict[str, Any], beta: float, group: Any = None
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, batch: Batch, beta: float, group: Any = None
 ) -> Tensor:
     """The return of each token, whitened over the tokens of all completions and processes (arXiv 2501.03262).
 
@@ -71,9 +73,14 @@ def reinforce_plus_plus(
     [N] packed, of S completions with a score each; 0 where the batch's mask is. As in the authors' OpenRLHF the
     standard deviation is that of all tokens (ddof 0).
     """
-    mask, layout = batch["mask"], {"cu_seqlens": batch["cu_seqlens"]}
     rewards = rlkernels.shaped_rewards(
-        scores.nan_to_num(0.0), logprobs, ref_logprobs, mask, kl_coef=beta, estimator="k1", **layout
+        scores.nan_to_num(0.0),
+        logprobs,
+        ref_logprobs,
+        batch.mask,
+        kl_coef=beta,
+        estimator="k1",
+        cu_seqlens=batch.cu_seqlens,
     )
-    returns = rlkernels.discounted_returns(rewards, mask, **layout)
-    return rlkernels.masked_whiten(returns, mask, unbiased=False, eps_floor=True, group=group)
+    returns = rlkernels.discounted_returns(rewards, batch.mask, cu_seqlens=batch.cu_seqlens)
+    return rlkernels.masked_whiten(returns, batch.mask, unbiased=False, eps_floor=True, group=group)

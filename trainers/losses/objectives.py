@@ -12,7 +12,7 @@ import rlkernels
 from ..batch import scoring
 
 if TYPE_CHECKING:
-    from ..grpo import GRPOConfig
+    from ..grpo import GRPOBatch, GRPOConfig
     from ..rollouts.config import OnlineConfig
 
 # The objective and the aggregation of `rlkernels.policy_loss` that each loss_type of GRPO stands for.
@@ -32,50 +32,51 @@ OBJECTIVES = {
 }
 
 
-def policy_loss(model: nn.Module, batch: dict[str, Any], args: "GRPOConfig", *, fused: bool) -> tuple[Tensor, Tensor]:
+def policy_loss(model: nn.Module, batch: "GRPOBatch", args: "GRPOConfig", *, fused: bool) -> tuple[Tensor, Tensor]:
     """Loss and metrics of one micro-batch, whose sum is divided by its `normalizer`."""
-    old, ref = batch.get("old_logprobs"), batch.get("ref_logprobs")
+    old, ref = batch.old_logprobs, batch.ref_logprobs
     objective, aggregation = OBJECTIVES[args.loss_type]
     by_sequence = args.importance_sampling_level == "sequence"
     # ratio x k3 has the gradient ratio x k2's, so that where the ratio is 1 it is the straight-through k3.
     apart = ref is not None and args.use_bias_correction_kl and (old is not None or by_sequence)
-    aggregate: dict[str, Any] = {"aggregation": aggregation, "normalizer": batch["normalizer"]}
+    aggregate: dict[str, Any] = {"aggregation": aggregation, "normalizer": batch.normalizer}
     options: dict[str, Any] = {
         "objective": "gspo" if by_sequence else objective,
         **clipping(args),
         **{name: getattr(args, name) for name in vars(args) if name.startswith(("sapo_", "vespo_"))},
         "delta": args.delta,
-        **correction(batch, args),
+        **correction(batch.sampler_logprobs, args),
         "ref_logprobs": ref,
         "kl_coef": 0.0 if apart or ref is None else args.beta,
         "kl_estimator": "k3+" if args.use_bias_correction_kl else "k3",
         **aggregate,
     }
-    advantages, temperature = batch["advantages"], args.temperature
-    if "top_entropy" in batch:
+    advantages, temperature = batch.advantages, args.temperature
+    if batch.top_entropy is not None:
         # A token without an advantage has no share in the policy loss, but counts in what this is divided by.
-        by_token = len(advantages) == len(batch["mask"])
-        advantages = (advantages if by_token else scoring.spread(advantages, batch)) * batch["top_entropy"]
+        by_token = len(advantages) == len(batch.mask)
+        advantages = (advantages if by_token else batch.spread(advantages)) * batch.top_entropy
     if not apart:
         return scoring.policy_loss(model, batch, old, advantages, fused=fused, temperature=temperature, **options)
     logprobs, entropy = scoring.token_logprobs(model, batch, fused=fused, temperature=temperature, return_entropy=True)
-    mask, layout = batch["mask"], {"cu_seqlens": batch["cu_seqlens"]}
-    options |= {"entropy": entropy.detach(), **layout}
-    loss, metrics = rlkernels.policy_loss(logprobs, old, advantages, mask, **options)
+    options |= {"entropy": entropy.detach(), "cu_seqlens": batch.cu_seqlens}
+    loss, metrics = rlkernels.policy_loss(logprobs, old, advantages, batch.mask, **options)
     log_ratio = logprobs - (logprobs.detach() if old is None else old)
     if by_sequence:
-        log_ratio = scoring.spread(scoring.sequence_means(log_ratio, batch), batch)
+        log_ratio = batch.spread(batch.sequence_means(log_ratio))
     penalty = log_ratio.exp() * rlkernels.kl_penalty(logprobs, ref, estimator="k3")
     # With advantage -1, reinforce is the plain mean of what stands in the place of the log-probabilities.
     minus_one = -torch.ones_like(logprobs)
-    kl, _ = rlkernels.policy_loss(penalty, None, minus_one, mask, objective="reinforce", **layout, **aggregate)
+    kl, _ = rlkernels.policy_loss(
+        penalty, None, minus_one, batch.mask, objective="reinforce", cu_seqlens=batch.cu_seqlens, **aggregate
+    )
     return loss + args.beta * kl, metrics
 
 
-def correction(batch: dict[str, Any], args: "OnlineConfig") -> dict[str, Any]:
+def correction(sampler_logprobs: Tensor | None, args: "OnlineConfig") -> dict[str, Any]:
     """For how the weights that the engine sampled by differ from those of now."""
     return {
-        "sampler_logprobs": batch.get("sampler_logprobs"),
+        "sampler_logprobs": sampler_logprobs,
         "sampler_correction": args.importance_sampling_mode,
         "sampler_cap": args.importance_sampling_cap,
     }

@@ -9,7 +9,7 @@ from ..base.chat import apply_chat_template, is_chat
 from ..base.limits import Limits
 from ..base.loading import load_tokenizer, model_folder
 from ..batch import scoring
-from ..batch.batch import Sequence, lay_out
+from ..batch.batch import Batch, Sequence
 from ..batch.packing import fill_by_length, prepare_packing
 from ..rollouts.config import OnlineConfig
 from ..rollouts.engine import encode
@@ -58,9 +58,9 @@ class RewardModel:
         scores = [0.0] * len(rows)
         for chunk in fill_by_length([len(ids) for ids in rows], self.args.token_budget):
             sequences = [Sequence(rows[row], rows[row]) for row in chunk]
-            batch = lay_out(sequences, self.accelerator.device, padding_free=self.padding_free)
+            batch = Batch.lay_out(sequences, self.accelerator.device, padding_free=self.padding_free)
             with self.accelerator.autocast():
-                last = scoring.last_scores(scoring.token_scores(self.model, batch), batch)
+                last = batch.last(scoring.token_scores(self.model, batch))
             for row, score in zip(chunk, last.tolist(), strict=True):
                 scores[row] = score
         return scores
