@@ -27,7 +27,8 @@ from .base.sharding import refuse_zero3, reshard
 from .base.trainer import BaseTrainer
 from .batch import scoring
 from .batch.batch import IGNORE, Batch, shift
-from .batch.packing import fill, prepare_packing
+from .batch.packing import fill
+from .batch.probe import prepare_packing
 from .data import check_rows, preference_pair, prepare, sequences_of
 
 # Losses of pairs that label_smoothing changes.

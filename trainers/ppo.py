@@ -22,7 +22,8 @@ from .base.saving import reads
 from .base.sharding import refuse_zero3
 from .batch import scoring
 from .batch.batch import IGNORE, Batch, Sequence
-from .batch.packing import fill_by_length, prepare_packing
+from .batch.packing import fill_by_length
+from .batch.probe import prepare_packing
 from .losses import objectives
 from .rewards.functions import RewardSource
 from .rollouts.config import OnlineConfig

@@ -9,7 +9,7 @@ from packaging.version import Version
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from labelled_models import SIZES
-from rlkernels.trainers.batch import packing, scoring
+from rlkernels.trainers.batch import probe, scoring
 from rlkernels.trainers.batch.batch import Batch, Sequence, shift
 from rlkernels.trainers.batch.packing import fill
 
@@ -88,7 +88,7 @@ def test_packed_is_padded_is_alone(attention, checkpointing, fused, window, monk
         monkeypatch.setattr("rlkernels.trainers.batch.attention.STORED_SCORES", stored)
         for padding_free in (False, True):
             model = mistral(sliding_window=window, attn_implementation=attention)
-            assert packing.prepare_packing(model, CPU) and model.config._attn_implementation.startswith("rlkernels")
+            assert probe.prepare_packing(model, CPU) and model.config._attn_implementation.startswith("rlkernels")
             if checkpointing:
                 checkpoint_activations(model)
             model.train()
@@ -126,13 +126,13 @@ def test_sequences_do_not_leak_under_the_mask_of_transformers(make_model, attent
 
 def test_models_that_do_not_keep_sequences_apart_are_padded(caplog):
     model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
-    assert not packing.prepare_packing(model, CPU)
+    assert not probe.prepare_packing(model, CPU)
     assert "MambaForCausalLM does not keep packed sequences apart" in caplog.text
 
 
 def test_models_of_learned_positions_are_packed():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32))
-    assert packing.prepare_packing(model, CPU)
+    assert probe.prepare_packing(model, CPU)
     torch.testing.assert_close(*(results(model.eval(), free, fused=False)[0] for free in (True, False)))
 
 
@@ -187,7 +187,7 @@ def test_sequences_longer_than_windows_and_chunks_are_kept_apart(family):
     model = tiny(family, options).train()
     own, config, random = model.config._attn_implementation, str(model.config.to_dict()), torch.get_rng_state()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    padding_free = packing.prepare_packing(model, CPU)
+    padding_free = probe.prepare_packing(model, CPU)
     by_sequence = model.config._attn_implementation.startswith("rlkernels")
     found = "by sequence" if by_sequence else "its own" if padding_free else "padded"
     assert found == way or (IS_OLDER and (way, found) == ("its own", "padded"))
@@ -214,9 +214,9 @@ def test_sequences_longer_than_windows_and_chunks_are_kept_apart(family):
 )
 def test_masks_of_another_kind_are_not_done_by_sequence_whatever_they_are_called(family, name, monkeypatch):
     """And however far they reach: they are not narrowed here, and longer than what the model is tried on."""
-    monkeypatch.setattr(packing, "WIDTH", re.compile("(?!)"))
+    monkeypatch.setattr(probe, "WIDTH", re.compile("(?!)"))
     model = tiny(family, FAMILIES[family][1] | {name: 5000})
-    assert packing.prepare_packing(model, CPU) or IS_OLDER
+    assert probe.prepare_packing(model, CPU) or IS_OLDER
     assert not model.config._attn_implementation.startswith("rlkernels")
 
 
@@ -226,14 +226,14 @@ def test_rope_that_depends_on_the_batch_is_told_and_as_it_was(kind, caplog):
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     model = mistral(rope_parameters=rope, max_position_embeddings=24)
-    packing.warn_of_batch_dependence(model)
+    probe.warn_of_batch_dependence(model)
     assert f"MistralForCausalLM: its RoPE is '{kind}', which changes for the whole batch" in caplog.text
     assert "longer than 6 tokens" in caplog.text
     rotary = model.model.rotary_emb
     with torch.no_grad():
         model(torch.arange(5, 20)[None])
     numbers, frequencies = (rotary.max_seq_len_cached, rotary.attention_scaling), rotary.inv_freq.clone()
-    packing.prepare_packing(model, CPU)
+    probe.prepare_packing(model, CPU)
     assert (rotary.max_seq_len_cached, rotary.attention_scaling) == numbers
     assert rotary.inv_freq.equal(frequencies)
 
@@ -244,7 +244,7 @@ def test_classifiers_are_packed(make_model, padding):
     config = make_model().config
     config.pad_token_id, config.num_labels = padding, 1
     model = transformers.LlamaForSequenceClassification(config)
-    assert packing.prepare_packing(model, CPU) and model.config._attn_implementation.startswith("rlkernels")
+    assert probe.prepare_packing(model, CPU) and model.config._attn_implementation.startswith("rlkernels")
 
 
 def test_adapters_that_begin_at_tokens_are_padded(make_model, caplog):
@@ -255,7 +255,7 @@ def test_adapters_that_begin_at_tokens_are_padded(make_model, caplog):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    padding_free = packing.prepare_packing(model, CPU)
+    padding_free = probe.prepare_packing(model, CPU)
     assert not padding_free and "aLoRA begins once in each row of tokens: its batches are padded" in caplog.text
     found = scoring.token_logprobs(model.eval(), Batch.lay_out(ROWS, CPU, padding_free=padding_free), fused=False)
     alone = [scoring.token_logprobs(model, Batch.lay_out([row], CPU, padding_free=False), fused=False) for row in ROWS]
@@ -265,7 +265,7 @@ def test_adapters_that_begin_at_tokens_are_padded(make_model, caplog):
 def test_attention_is_not_saved_and_serves_generation(make_model, tmp_path):
     model = make_model()
     expected = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False)
-    assert packing.prepare_packing(model, CPU)
+    assert probe.prepare_packing(model, CPU)
     assert model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False).equal(expected)
     model.save_pretrained(tmp_path)
     assert "rlkernels" not in (tmp_path / "config.json").read_text()

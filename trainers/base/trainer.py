@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..batch.batch import Batch, Sequence
-from ..batch.packing import prepare_packing, warn_of_batch_dependence
+from ..batch.probe import prepare_packing, warn_of_batch_dependence
 from ..batch.scoring import needs_no_logits
 from ..losses.router import find_router_loss
 from .checkpoints import BadCheckpoint, processes

@@ -1,4 +1,8 @@
-"""One micro-batch: sequences laid end to end, or padded, as the model and the losses take them."""
+"""One micro-batch: sequences laid end to end, or padded, as the model and the losses take them.
+
+Where a sequence starts and ends is known from its length, never from token ids: the padding token may be the
+end-of-sequence token, and either may be sampled.
+"""
 
 import itertools
 from collections.abc import Iterable

@@ -10,7 +10,8 @@ from ..base.limits import Limits
 from ..base.loading import load_tokenizer, model_folder
 from ..batch import scoring
 from ..batch.batch import Batch, Sequence
-from ..batch.packing import fill_by_length, prepare_packing
+from ..batch.packing import fill_by_length
+from ..batch.probe import prepare_packing
 from ..rollouts.config import OnlineConfig
 from ..rollouts.engine import encode
 

@@ -1,0 +1,220 @@
+"""Whether a model keeps sequences apart that are laid end to end."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import by_sequence
+from .batch import Batch, Sequence
+
+logger = transformers.utils.logging.get_logger(__name__)
+
+
+# Lengths of the sequences that a model is tried on, and how many tokens its windows and chunks then have.
+PROBE, NARROW = (11, 7, 7), 2
+# What they are called, in modules and configs.
+WIDTH = re.compile(
+    r"(?!.*(pattern|layers|type|ids|index(es)?$|indices))"
+    r".*(window|(attention|attn)_chunk|local_att|compress|budget|(index|block)_topk|topk_blocks|block_size)"
+)
+# A position that no window reaches back from to the first.
+FAR = 2**20
+
+
+def prepare_packing(model: Any, device: torch.device) -> bool:
+    """Whether the model keeps packed sequences apart, found by running it on some; on a CPU its attention goes sequence
+    by sequence from now on, where that gives the same. `device` is that of training."""
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+        logger.warning(f"{type(model).__name__}: aLoRA begins once in each row of tokens: its batches are padded.")
+        return False
+    model = _base_model(model)
+    own = model.config._attn_implementation
+    if own.startswith("flash") and model.device != device:
+        return True  # it cannot run before FSDP places it; flash attention is told where sequences start
+    alone = probe(model, packed=False)
+    # A model's own eager attention is not among transformers' functions; sdpa then serves what is not packed.
+    if device.type == "cpu" and own in ("sdpa", "eager"):
+        with contextlib.suppress(ValueError):  # of a model without such attention
+            if has_plain_masks(model, "sdpa", alone):
+                model.set_attn_implementation(by_sequence("sdpa"))
+                if _same(probe(model, packed=True), alone):
+                    return True
+        if model.config._attn_implementation != own:
+            model.set_attn_implementation(own)
+    if _same(probe(model, packed=True), alone):
+        return True
+    logger.warning(f"{type(model).__name__} does not keep packed sequences apart: its batches are padded.")
+    return False
+
+
+def _base_model(model: Any) -> Any:
+    while hasattr(model, "get_base_model"):  # of PEFT
+        model = model.get_base_model()
+    return model
+
+
+def warn_of_batch_dependence(model: Any) -> None:
+    """Where the model's positions change for all sequences of a batch, packed or padded, once one of them is long."""
+    for module in _base_model(model).modules():
+        kinds = getattr(module, "rope_type", None)  # one, or one of each type of layer
+        for layers, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind in ("dynamic", "longrope"):
+                options = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+                options = options if layers is None else options[layers]
+                own = getattr(module, "original_max_seq_len", "a certain number of")
+                length = options.get("original_max_position_embeddings") or own
+                logger.warning_once(
+                    f"{type(model).__name__}: its RoPE is '{kind}', which changes for the whole batch where a sequence "
+                    f"is longer than {length} tokens: what it says of the others then depends on that."
+                )
+
+
+def has_plain_masks(model: Any, other: str, alone: Tensor | None) -> bool:
+    """Whether the attention of each layer is causal in the window that its function is told, whatever the length: what
+    `attend` computes. Found by the masks that the model asks for, and uses, when its attention is `other` by another
+    name, which must not change what `probe` gives of each sequence alone."""
+    asked: set[int | None] = set()
+    told: set[int | None] = set()
+    made: list[Tensor | None] = []
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        asked.add(_window_of(kwargs["mask_function"]))
+        made.append(ALL_MASK_ATTENTION_FUNCTIONS[other](*args, **kwargs))
+        return made[-1]
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        if not any(_equal(attention_mask, each) for each in made):
+            raise NotImplementedError("a mask that the model changed")
+        window = kwargs.get("sliding_window")
+        told.add(None if window is None or window >= FAR else window)
+        return ALL_ATTENTION_FUNCTIONS[other](module, query, key, value, attention_mask, **kwargs)
+
+    name = f"rlkernels_masks_of_{other}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    model.set_attn_implementation(name)
+    return _same(probe(model, packed=False), alone) and told <= asked and len(told) > 0
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and one.equal(other))
+
+
+def _window_of(mask_function: Any) -> int | None:
+    """How many tokens, with itself, a position attends to; None if to all before it."""
+    keys = torch.arange(FAR + 1)
+    first, last = (mask_function(keys[0], keys[0], keys[query], keys) for query in (-2, -1))
+    window = int(last.sum())
+    for query, seen in ((FAR - 1, first), (FAR, last)):
+        if not seen.equal((keys <= query) & (keys > query - window)):
+            raise NotImplementedError("a mask that is neither causal nor sliding")
+    return None if window > FAR else window
+
+
+def probe(model: Any, packed: bool) -> Tensor | None:
+    """The last hidden states, [..., N, H], of some sequences laid end to end or each alone, longer than every
+    window and chunk; None if the model cannot do that."""
+    try:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+        lengths = [min(length, limit) if limit > 0 else length for length in PROBE]
+        parts = torch.tensor(_plain_tokens(model, sum(lengths)), device=_device(model)).split(lengths)
+        # Rows alone, because classifiers without a padding token refuse several.
+        inputs: list[dict[str, Any]] = [{"input_ids": part[None]} for part in parts]
+        if packed:
+            inputs = [Batch.lay_out([Sequence(part.tolist(), []) for part in parts], parts[0].device).model_inputs]
+        with probing(model):
+            return torch.cat([_hidden_states(model, each) for each in inputs], -2)
+    except Exception:  # whatever a model raises that cannot do this
+        return None
+
+
+def _same(found: Tensor | None, expected: Tensor | None) -> bool:
+    """At each position, but for rounding."""
+    if found is None or expected is None:
+        return False
+    error = (found.float() - expected.float()).norm(dim=-1)
+    return bool((error <= (1e-3 if found.dtype == torch.float32 else 0.1) * expected.float().norm(dim=-1)).all())
+
+
+@torch.no_grad()
+def _hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
+    flash = model.config._attn_implementation.startswith("flash")  # which has no float32
+    with torch.autocast(_device(model).type, torch.bfloat16, enabled=flash):
+        output = model(**inputs | {"use_cache": False, "output_hidden_states": True})
+    hidden = output.hidden_states[-1].flatten(-3, -2)
+    return hidden.bfloat16() if flash else hidden
+
+
+def _device(model: Any) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+def _plain_tokens(model: Any, count: int) -> list[int]:
+    """Tokens that mean nothing to the model's config."""
+    config = model.config.to_dict() | model.config.get_text_config().to_dict()
+    special = {value for name, value in config.items() if "token" in name and isinstance(value, int)}
+    plain = [token for token in range(min(len(model.get_input_embeddings().weight), 1000)) if token not in special]
+    # Neighbours are not those of another sequence.
+    return [plain[(5 + index * index) % len(plain)] for index in range(count)]
+
+
+@contextlib.contextmanager
+def probing(model: Any) -> Iterator[None]:
+    """In evaluation mode, with windows and chunks of NARROW tokens, so that short sequences go past them; and the masks
+    that the model stores are as large as one of these, not as all end to end.
+
+    What this and the calls inside change is put back: numbers in modules and configs, buffers, random numbers."""
+
+    def kept(name: str, value: Any) -> bool:
+        return type(value) in (int, float) or name == "training" or WIDTH.match(name) is not None
+
+    modules = list(model.modules())
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    numbers = [
+        (holder, {name: value for name, value in vars(holder).items() if kept(name, value)})
+        for holder in [*modules, *configs.values()]
+    ]
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+    contents = [(buffer, buffer.clone()) for _, named in buffers for buffer in named.values() if buffer is not None]
+    device = _device(model)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for holder, values in numbers:
+                vars(holder).update({name: _narrow(value) for name, value in values.items() if WIDTH.match(name)})
+            for module in modules:
+                module.training = False
+            for own, named in buffers:
+                own.update({name: _cut(buffer) for name, buffer in named.items()})
+            yield
+    finally:
+        for holder, values in numbers:
+            vars(holder).update(values)
+        for own, named in buffers:
+            own.update(named)
+        for buffer, content in contents:
+            buffer.copy_(content)
+
+
+def _cut(buffer: Tensor | None) -> Tensor | None:
+    if buffer is None or buffer.dtype not in (torch.bool, torch.uint8) or buffer.dim() < 2:
+        return buffer
+    return buffer[..., : max(PROBE), : max(PROBE)] if buffer.shape[-2] == buffer.shape[-1] else buffer
+
+
+def _narrow(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _narrow(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_narrow, value))
+    return min(value, NARROW) if type(value) is int else value
