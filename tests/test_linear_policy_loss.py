@@ -14,7 +14,7 @@ from tolerance import assert_as_accurate_as_torch
 pytestmark = [pytest.mark.only("reference", *_backends.BACKENDS_OF["linear_policy_loss"]), THOROUGH_EMULATED]
 kernels_only = pytest.mark.only("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OBJECTIVES = ("ppo", "reinforce", "gpg", "gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo")
+OBJECTIVES = ("ppo", "reinforce", "gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo")
 AGGREGATIONS = ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum")
 TILE = (8, 64)
 WIDTH = 24

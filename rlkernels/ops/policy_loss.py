@@ -7,10 +7,9 @@ from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts
 from rlkernels.ops.kl import ESTIMATORS, STRAIGHT_THROUGH, clamp_limit
 from rlkernels.reference import policy_loss as reference
 
-CODES = ("ppo", "reinforce", "gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo")
+OBJECTIVES = ("ppo", "reinforce", "gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 """Both in the order of the kernels' codes."""
-OBJECTIVES = (*CODES, "gpg")
 METRICS = (
     *("ratio_mean", "clip_fraction_low", "clip_fraction_high", "approx_kl", "ref_kl"),
     *("entropy", "sampler_weight", "sampler_capped", "num_tokens"),
@@ -54,7 +53,7 @@ def policy_loss(
 
         ppo        l = -min(min(r, delta) A, clip(r) A);  with dual_clip, where A < 0:  l = min(l, -dual_clip A)
         gspo       as ppo, with r = exp(clamp(mean of x over the sequence)) for each of its tokens
-        reinforce  l = -A logprobs, also called gpg
+        reinforce  l = -A logprobs, GPG's loss too
         cispo      l = -sg(clip(r)) A logprobs
         sapo       l = -(4 / tau) sigmoid(tau (r - 1)) A,  tau = temperature_pos where A > 0, else temperature_neg
         gmpo       l = -R A,  R = exp(clamp(mean of c over the sequence)),  A the sequence's mean;
@@ -156,8 +155,6 @@ def policy_loss(
     _checks.choice("aggregation", aggregation, AGGREGATIONS)
     _checks.choice("kl_estimator", kl_estimator, (*ESTIMATORS, *STRAIGHT_THROUGH))
     _checks.choice("sampler_correction", sampler_correction, CORRECTIONS)
-    if objective == "gpg":
-        objective = "reinforce"
     clip_low = _checks.number("clip_low", clip_low, at_least=0.0)
     clip_high = _checks.number("clip_high", clip_high, at_least=0.0)
     dual_limit = float("inf") if dual_clip is None else _checks.number("dual_clip", dual_clip, above=1.0)
@@ -223,7 +220,7 @@ def policy_loss(
             normalizer,
             normalizer_value,
             AGGREGATIONS.index(aggregation),
-            CODES.index(objective),
+            OBJECTIVES.index(objective),
             clip_low,
             clip_high,
             dual_limit,

@@ -66,7 +66,7 @@ CASES = {
     "vanilla": (*CLIPS, dict(objective="ppo", dual_clip=3.0, log_ratio_clamp=20.0)),
     "gspo": (*CLIPS, dict(objective="gspo")),
     "sapo": ({}, {}, dict(objective="sapo", log_ratio_clamp=20.0)),
-    "gpg": ({}, {}, dict(objective="gpg")),
+    "gpg": ({}, {}, dict(objective="reinforce")),
     "cispo": (*CLIPS, dict(objective="cispo", log_ratio_clamp=20.0)),
     "dppo_tv": (
         dict(clip_ratio_low=0.05, clip_ratio_high=0.06, clip_ratio_c=1.2),
