@@ -30,6 +30,7 @@ from triton.runtime import interpreter
 import head_traffic
 import rlkernels
 from rlkernels import _registry
+from rlkernels._codes import DIVERGENCES
 
 MOST = 1.05
 SHARED = 1024
@@ -193,7 +194,7 @@ def kl_divergence() -> Iterator[Line]:
     tiles, gradient = numbers(2, rows, vocab_size), torch.empty(rows, vocab_size, dtype=torch.bfloat16)
     stats, upstream = numbers(2, 2, rows), numbers(2, rows)
     shape = f"[rows, {vocab_size}] float32, bfloat16"
-    for number, kind in enumerate(("forward", "reverse", "js")):
+    for number, kind in enumerate(DIVERGENCES):
         options = (number, 0.3, 1.0, 1.0, 0.0, 0.0)
         with counting() as traffic:
             parts = _registry.op("kl_divergence_part", "triton")(*tiles, *stats, *options)

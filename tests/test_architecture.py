@@ -22,11 +22,15 @@ OPS = sorted(path.stem for path in (ROOT / "rlkernels" / "ops").glob("[!_]*.py")
 
 # Each part of the package and the modules of rlkernels it may import from; all else in rlkernels is above it.
 MAY_IMPORT = {
+    "rlkernels/_codes.py": set(),
     "rlkernels/_backends.py": set(),
     "rlkernels/_registry.py": {"rlkernels._backends"},
     "rlkernels/reference/*.py": {"rlkernels.reference"},
-    "rlkernels/triton/*.py": {"rlkernels.triton", "rlkernels._registry"},
-    "rlkernels/ops/**/*.py": {"rlkernels.ops", "rlkernels.reference", "rlkernels._backends", "rlkernels._registry"},
+    "rlkernels/triton/*.py": {"rlkernels.triton", "rlkernels._codes", "rlkernels._registry"},
+    "rlkernels/ops/**/*.py": {
+        *("rlkernels.ops", "rlkernels.reference"),
+        *("rlkernels._backends", "rlkernels._codes", "rlkernels._registry"),
+    },
     "rlkernels/causal_lm.py": set(),
     "rlkernels/lm_head.py": {"rlkernels.ops", "rlkernels.causal_lm"},
     "rlkernels/__init__.py": {"rlkernels.ops", "rlkernels.lm_head", "rlkernels._backends"},

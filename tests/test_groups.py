@@ -9,12 +9,11 @@ import rlkernels
 from cases import COMPILERS, THOROUGH_EMULATED
 from op_calls import check_ops
 from rlkernels import group_advantages
+from rlkernels._codes import BASELINES, SCALES
 from tolerance import assert_as_accurate_as_torch
 
 NAN = float("nan")
 INF = float("inf")
-BASELINES = ("mean", "leave_one_out", "none")
-SCALES = ("group", "batch", "none")
 
 
 def brute_force(

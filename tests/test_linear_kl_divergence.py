@@ -10,9 +10,10 @@ from cases import ALSO_EMULATED, COMPILERS, THOROUGH_EMULATED, thorough, thoroug
 from head_problems import rows_under_a_cap
 from op_calls import OpCalls
 from rlkernels import _backends, linear_kl_divergence
+from rlkernels._codes import DIVERGENCES
 from rlkernels.ops.kl_divergence import divergence_and_centre
 from rlkernels.ops.lm_head.tiles import POOL, tile_size
-from rlkernels.reference.kl_divergence import KINDS, kl_divergence
+from rlkernels.reference.kl_divergence import kl_divergence
 from tolerance import assert_as_accurate_as_torch
 
 INF = float("inf")
@@ -62,7 +63,7 @@ def by_kernel(backend, student, teacher, upstream, *, kind, beta, inplace=False,
         row_stats(backend, logits, t, c)
         for logits, t, c in zip((student, teacher), temperatures, softcaps, strict=True)
     ]
-    given = (*stats, KINDS.index(kind), beta, *temperatures, *softcaps)
+    given = (*stats, DIVERGENCES.index(kind), beta, *temperatures, *softcaps)
     gradient = student.clone() if inplace else torch.full_like(student, NAN)
     vocab_size = student.shape[1]
     tiles = [slice(0, vocab_size)] if cut is None else [slice(0, cut), slice(cut, vocab_size)]
@@ -171,7 +172,7 @@ def assert_rows_match(backend, student, teacher, options, cut=None):
     whats=st.lists(st.sampled_from(FINITE + UNDEFINED), min_size=6, max_size=6),
     vocab_size=st.sampled_from([1, 2, 63, 129, 1000]) | st.integers(1, 300),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(DIVERGENCES),
     beta=st.sampled_from([0.5, 0.1, 0.999]),
     temperatures=st.sampled_from([(1.0, 1.0), (0.7, 0.7), (3.0, 1.4)]),
     softcaps=st.sampled_from([(0.0, 0.0), (30.0, 0.0), (0.0, 2.0), (30.0, 30.0)]),
@@ -188,7 +189,7 @@ def test_rows_match_reference(
 @kernels_only
 @ALSO_EMULATED
 @pytest.mark.parametrize("dtype", [DTYPES[0], *map(thorough_emulated, DTYPES[1:])], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("wide", [False, thorough(True)], ids=["", "wide"])
 def test_every_pair_of_rows(backend, device, emulated, quick, kind, dtype, wide):
     """Each by itself, so that none hides behind another; emulated, where that takes too long, together."""
@@ -203,7 +204,7 @@ def test_every_pair_of_rows(backend, device, emulated, quick, kind, dtype, wide)
 
 @kernels_only
 @ALSO_EMULATED
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [0.01, thorough_emulated(0.05)])
 def test_softcap_at_a_low_temperature(backend, device, emulated, temperature, kind):
     student, teacher = (rows_under_a_cap(40 if emulated else 600, 37, 50.0, seed=s)[0].to(device) for s in (0, 1))
@@ -212,7 +213,7 @@ def test_softcap_at_a_low_temperature(backend, device, emulated, temperature, ki
 
 @kernels_only
 @ALSO_EMULATED
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("what", UNDEFINED)
 def test_undefined_rows_give_nan(backend, device, what, kind):
     student, teacher = (rows.to(device) for rows in random_pairs([what, "plain"], 63, seed=0))
@@ -226,7 +227,7 @@ def test_undefined_rows_give_nan(backend, device, what, kind):
 
 @kernels_only
 @pytest.mark.parametrize("beta", [1e-6, 0.1, 0.5, 0.9, 1 - 1e-6])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_nearly_equal_distributions_keep_their_digits(backend, device, emulated, distance, kind, beta):
     """Divergences down to 1e-9, and of beta near 0 or 1 to 1e-15: sum p (log p - log q) is a multiple of 1e-7 here."""
@@ -245,7 +246,7 @@ def test_nearly_equal_distributions_keep_their_digits(backend, device, emulated,
 
 @kernels_only
 @pytest.mark.parametrize("dtype", [*DTYPES[:2], thorough_emulated(DTYPES[2])], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_equal_distributions_do_not_diverge(backend, device, kind, dtype):
     student = random_pairs(["plain", "masked vocabulary", "huge", "confident"], 129, 0)[0].to(device, dtype)
     for options in (options_of(kind), options_of(kind, 0.1, 0.7, 0.7, 30.0, 30.0)):
@@ -264,7 +265,7 @@ def test_what_one_of_them_excludes(backend, device):
         logits[0 if excluding is student else 1][:, 2] = -INF
         # Far below exp's range, but not -inf.
         finite = [rows.clamp(min=-1e4) for rows in logits]
-        for kind in KINDS:
+        for kind in DIVERGENCES:
             value, gradient = by_kernel(backend, *logits, upstream, **options_of(kind))
             if kind == infinite:
                 assert (value == INF).all()
@@ -287,7 +288,7 @@ def test_what_one_of_them_excludes(backend, device):
 def test_gradient_may_take_the_place_of_the_logits(backend, device, emulated, quick, dtype):
     kinds = FINITE[::3] if emulated and quick else FINITE
     student, teacher = (rows.to(device, dtype) for rows in random_pairs(kinds, 129, seed=0))
-    for kind in KINDS:
+    for kind in DIVERGENCES:
         given = (backend, student, teacher, upstream_for(student))
         wanted = by_kernel(*given, **options_of(kind, softcap=30.0, teacher_softcap=30.0), cut=50)
         got = by_kernel(*given, **options_of(kind, softcap=30.0, teacher_softcap=30.0), cut=50, inplace=True)
@@ -296,7 +297,7 @@ def test_gradient_may_take_the_place_of_the_logits(backend, device, emulated, qu
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.1])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("what", FINITE)
 def test_reference_is_the_formula(what, kind, beta):
     student, teacher = (rows.double() for rows in random_pairs([what] * 4, 63, seed=3))
@@ -315,7 +316,7 @@ def test_reference_is_the_formula(what, kind, beta):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("what", ["plain", "near", "masked vocabulary", "of another mind"])
 def test_reference_gradcheck(what, kind):
     student, teacher = (rows.double() for rows in random_pairs([what] * 2, 5, seed=0))
@@ -413,7 +414,7 @@ MODELS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_matches_reference(backend, device, emulated, kind, tiles, model, dtype):
     inputs = plain(device, dtype, (3, 9) if emulated else (5, 31))
     options = dict(kind=kind, beta=0.3) | TILES[tiles] | MODELS[model]
@@ -444,7 +445,7 @@ def test_float64_is_computed_in_float64(backend, device):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_a_model_does_not_diverge_from_itself(backend, device, kind):
     inputs = plain(device)
     inputs |= {f"teacher_{name}": inputs[name] for name in LEAVES}
@@ -491,7 +492,7 @@ def test_trl_chunked(backend, device, beta):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_masked_rows_leave_no_trace(backend, device, kind):
     """Not even where the vocabulary that a bias excludes makes the divergence of such a row infinite."""
     inputs = plain(device)

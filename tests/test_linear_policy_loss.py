@@ -8,14 +8,13 @@ from cases import ALSO_EMULATED, THOROUGH_EMULATED
 from head_problems import IGNORE, NAN, eager, random_problem
 from peak_memory import peak_memory
 from rlkernels import _backends, linear_policy_loss, linear_token_logprobs, policy_loss
+from rlkernels._codes import AGGREGATIONS, OBJECTIVES, SAMPLER_CORRECTIONS
 from tolerance import assert_as_accurate_as_torch
 
 # Triton's kernels serve NVIDIA GPUs too.
 pytestmark = [pytest.mark.only("reference", *_backends.BACKENDS_OF["linear_policy_loss"]), THOROUGH_EMULATED]
 kernels_only = pytest.mark.only("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OBJECTIVES = ("ppo", "reinforce", "gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo")
-AGGREGATIONS = ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum")
 TILE = (8, 64)
 WIDTH = 24
 # Of logits of 130 tokens in float32: the budget of two blocks of 8 rows, and of all.
@@ -127,7 +126,7 @@ def test_every_objective(backend, device, emulated, objective, budget):
 
 
 @kernels_only
-@pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("correction", SAMPLER_CORRECTIONS)
 @pytest.mark.parametrize("on_policy", [False, True], ids=["old", "on policy"])
 def test_every_sampler_correction(backend, device, emulated, correction, on_policy):
     problem, (token_ids, old, *rest), others = random_batch((device,))

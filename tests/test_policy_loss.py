@@ -9,9 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cases import COMPILERS_AND_LAYOUTS, thorough_emulated
 from op_calls import check_ops
 from rlkernels import policy_loss
-from token_losses import AGGREGATIONS, DTYPES, ESTIMATORS, INF, NAN, assert_matches_oracles, make_inputs, run
+from rlkernels._codes import AGGREGATIONS, KL_ESTIMATORS, STRAIGHT_THROUGH
+from token_losses import DTYPES, INF, NAN, assert_matches_oracles, make_inputs, run
 
 OBJECTIVES = ("ppo", "reinforce")
+ESTIMATORS = (*KL_ESTIMATORS, *STRAIGHT_THROUGH)
 
 
 @given(

@@ -12,13 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import COMPILERS_AND_LAYOUTS, THOROUGH_EMULATED, thorough_emulated
 from op_calls import check_ops
 from rlkernels import policy_loss
+from rlkernels._codes import AGGREGATIONS, OBJECTIVES, SAMPLER_CORRECTIONS
 from token_losses import (
-    AGGREGATIONS,
-    CORRECTIONS,
     DTYPES,
     INF,
     NAN,
-    OBJECTIVES,
     assert_matches_oracles,
     make_inputs,
     run,
@@ -53,7 +51,7 @@ def named(metrics):
     log_ratio_clamp=st.sampled_from([None, 0.1, 20.0]),
     kl_coef=st.sampled_from([None, 0.0, 0.1]),
     entropy_coef=st.sampled_from([None, 0.0, 0.01]),
-    sampler=st.sampled_from([None, *((name, cap) for name in CORRECTIONS for cap in (0.9, 1.01, 3.0))]),
+    sampler=st.sampled_from([None, *((name, cap) for name in SAMPLER_CORRECTIONS for cap in (0.9, 1.01, 3.0))]),
     normalizer=st.sampled_from([None, 12.5, "tensor"]),
     seed=st.integers(0, 99),
 )
@@ -311,7 +309,7 @@ def test_what_the_sampler_mask_drops_leaves_no_trace(backend, device, correction
     assert named(metrics)["sampler_capped"] == pytest.approx(1 / 15 if correction == "token_mask" else 1 / 3)
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", SAMPLER_CORRECTIONS)
 def test_sampler_weights_by_hand(backend, device, correction):
     old = torch.tensor([[-1.0, -1.0, -1.0], [-2.0, -2.0, -2.0]])
     sampler = torch.tensor([[-1.5, NAN, -0.9], [-4.0, -2.0, -1.5]])
@@ -343,7 +341,7 @@ def test_vespo_clamps_the_log_ratio_of_a_token(backend, device, far):
     assert_matches_oracles(inputs, objective="vespo")
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", SAMPLER_CORRECTIONS)
 def test_a_weight_at_the_cap_is_not_capped(backend, device, correction):
     inputs = make_inputs([3, 4], 4, device)
     wanted = run(policy_loss, inputs)
@@ -358,7 +356,7 @@ def test_a_sampler_without_numbers_changes_nothing(backend, device, objective):
     inputs = make_inputs([7, 12, 3], 12, device)
     wanted = run(policy_loss, inputs, objective=objective)
     inputs["sampler_logprobs"] = torch.full_like(inputs["logprobs"], NAN)
-    for correction in CORRECTIONS:
+    for correction in SAMPLER_CORRECTIONS:
         got = run(policy_loss, inputs, objective=objective, sampler_correction=correction)
         for one, other in zip(got, wanted, strict=True):
             assert torch.equal(one, other)
@@ -511,7 +509,7 @@ def test_reference_gradcheck(objective, packed):
     logprobs, entropy = (inputs.pop(name).requires_grad_() for name in ("logprobs", "entropy"))
     # gspo's gradient is that of its sequence's ratio where all of its tokens have one weight.
     detached = objective in ("cispo", "dppo_tv", "dppo_kl", "vespo")
-    for correction in CORRECTIONS:
+    for correction in SAMPLER_CORRECTIONS:
         if objective == "gspo" and correction.startswith("token"):
             continue
         options = dict(

@@ -29,6 +29,16 @@ from gpu_assembly import (
     innermost_loop_with_loads,
     variants_for,
 )
+from rlkernels._codes import (
+    AGGREGATIONS,
+    BASELINES,
+    DIVERGENCES,
+    KL_ESTIMATORS,
+    OBJECTIVES,
+    RECURRENCES,
+    SAMPLER_CORRECTIONS,
+    SCALES,
+)
 from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, recurrence, value_loss
 from rlkernels.triton import kl_divergence as kl_divergences
 
@@ -100,7 +110,7 @@ def kl_divergence(
     dtype: torch.dtype,
     vocab_size: int = 8192,
     *,
-    kind: int = 0,
+    kind: str = "forward",
     teacher: torch.dtype | None = None,
     gradient: torch.dtype | None = None,
     rows: int = 6,
@@ -112,16 +122,16 @@ def kl_divergence(
     """In place, or with a gradient of a dtype of its own."""
     student = empty(rows, vocab_size, dtype=dtype, strides=(stride, 1) if stride else None)
     tiles = (student, empty(rows, vocab_size, dtype=teacher or dtype))
-    options = (kind, 0.3, temperature, temperature, softcap, teacher_softcap)
+    options = (DIVERGENCES.index(kind), 0.3, temperature, temperature, softcap, teacher_softcap)
     stats = (empty(2, rows), empty(2, rows))
     kl_divergences.kl_divergence_part(*tiles, *stats, *options)
     output = empty(rows, vocab_size, dtype=gradient) if gradient else student
     kl_divergences.kl_divergence_part_backward(empty(rows), empty(rows), *tiles, *stats, *options, output)
 
 
-def kl_penalty(estimator: int, straight_through: bool = False) -> None:
+def kl_penalty(estimator: str, straight_through: bool = False) -> None:
     values = empty(4, 4096)
-    options = (estimator, straight_through, INF, INF)
+    options = (KL_ESTIMATORS.index(estimator), straight_through, INF, INF)
     kl.kl_penalty_forward(values, values, *options)
     kl.kl_penalty_backward(values, values, values, *options)
 
@@ -132,7 +142,7 @@ def shaped_rewards(
     rows: int = 16,
     packed: bool = False,
     with_mask: bool = True,
-    estimator: int = 0,
+    estimator: str = "k1",
     after_last: bool = False,
 ) -> None:
     shape = (rows * length,) if packed else (rows, length)
@@ -144,17 +154,23 @@ def shaped_rewards(
         empty(rows + 1, dtype=torch.int32) if packed else None,
         empty() if packed else None,
         0.1,
-        estimator,
+        KL_ESTIMATORS.index(estimator),
         after_last,
     )
 
 
 def group_advantages(
-    *, ragged: bool = False, weighted: bool = False, baseline: int = 0, scale: int = 0, before_sum: bool = False
+    *,
+    ragged: bool = False,
+    weighted: bool = False,
+    baseline: str = "mean",
+    scale: str = "group",
+    before_sum: bool = False,
 ) -> None:
     order, offsets = (empty(64, dtype=torch.int64), empty(65, dtype=torch.int64)) if ragged else (None, None)
     weights = empty(3) if weighted else None
-    groups.group_advantages(empty(64, 3), weights, order, offsets, 8, baseline, scale, 1e-4, before_sum, False)
+    options = (BASELINES.index(baseline), SCALES.index(scale), 1e-4, before_sum, False)
+    groups.group_advantages(empty(64, 3), weights, order, offsets, 8, *options)
 
 
 def policy(
@@ -164,11 +180,11 @@ def policy(
     masked: bool = True,
     ref: bool = False,
     per_token: bool = False,
-    objective: int = 0,
-    aggregation: int = 0,
+    objective: str = "ppo",
+    aggregation: str = "token_mean",
     normalizer: float | None = None,
-    estimator: int = 2,
-    sampler: int | None = None,
+    estimator: str = "k3",
+    sampler: str | None = None,
     entropy: bool = False,
     shape: tuple[int, int] = (16, 4096),
 ) -> None:
@@ -186,20 +202,20 @@ def policy(
         empty(*shape) if entropy else None,
         empty() if normalizer == 0 else None,
         normalizer or 0.0,
-        aggregation,
-        objective,
+        AGGREGATIONS.index(aggregation),
+        OBJECTIVES.index(objective),
         *(0.2, 0.2, INF, INF, INF, 2.0, 3.0, 3.0, 2.0, 0.1),
-        estimator,
+        KL_ESTIMATORS.index(estimator),
         False,
         0.1 if entropy else 0.0,
-        sampler or 0,
+        SAMPLER_CORRECTIONS.index(sampler) if sampler else 0,
         3.0,
         True,
         entropy,
     )
 
 
-def value(*, packed: bool = False, old: bool = True, masked: bool = True, aggregation: int = 0) -> None:
+def value(*, packed: bool = False, old: bool = True, masked: bool = True, aggregation: str = "token_mean") -> None:
     shape = (65536,) if packed else (16, 4096)
     value_loss.value_loss_forward(
         empty(*shape),
@@ -209,7 +225,7 @@ def value(*, packed: bool = False, old: bool = True, masked: bool = True, aggreg
         empty(17, dtype=torch.int32) if packed else None,
         None,
         0.0,
-        aggregation,
+        AGGREGATIONS.index(aggregation),
         0.2,
         True,
     )
@@ -230,7 +246,7 @@ def masked_ops(
 
 
 def recur(
-    kind: int,
+    kind: str,
     shape: tuple[int, ...] = (16, 4096),
     *,
     masked: bool = True,
@@ -242,15 +258,15 @@ def recur(
 ) -> None:
     recurrence.recurrence(
         empty(*shape),
-        empty(*shape) if kind != 1 else None,
-        empty(*shape) if kind == 3 else None,
-        empty(*shape) if kind == 3 else None,
+        empty(*shape) if kind != "discounted_returns" else None,
+        empty(*shape) if kind == "vtrace" else None,
+        empty(*shape) if kind == "vtrace" else None,
         empty(*shape, dtype=torch.bool) if masked else None,
         empty(*shape, dtype=torch.bool) if dones else None,
         empty(packed + 1, dtype=torch.int32) if packed else None,
         empty(packed or shape[0]) if bootstrap else None,
         empty() if packed else None,
-        *(kind, gamma, 0.95, 1.0, 1.0, whiten),
+        *(RECURRENCES.index(kind), gamma, 0.95, 1.0, 1.0, whiten),
     )
 
 
@@ -297,10 +313,10 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
     },
     **{
         f"kl_divergence {kind} {str(dtype).removeprefix('torch.')} {name}": (
-            lambda dtype=dtype, kind=number, options=options: kl_divergence(dtype, kind=kind, **options),
+            lambda dtype=dtype, kind=kind, options=options: kl_divergence(dtype, kind=kind, **options),
             DIVERGENCE_LOADS if "vocab_size" not in options else {},
         )
-        for number, kind in enumerate(("forward", "reverse", "js"))
+        for kind in DIVERGENCES
         for dtype, name, options in (
             (torch.float32, "plain", {}),
             (torch.bfloat16, "plain", {}),
@@ -309,31 +325,31 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
         )
     },
     "kl_divergence as on a GPU": (
-        lambda: kl_divergence(torch.float32, kind=2, gradient=torch.bfloat16),
+        lambda: kl_divergence(torch.float32, kind="js", gradient=torch.bfloat16),
         DIVERGENCE_LOADS,
     ),
     "kl_divergence of two dtypes": (
-        lambda: kl_divergence(torch.bfloat16, kind=2, teacher=torch.float16, teacher_softcap=30.0),
+        lambda: kl_divergence(torch.bfloat16, kind="js", teacher=torch.float16, teacher_softcap=30.0),
         DIVERGENCE_LOADS,
     ),
-    "kl_penalty k1": (lambda: kl_penalty(0), KL_LOADS),
-    "kl_penalty k2": (lambda: kl_penalty(1), KL_LOADS),
-    "kl_penalty k3": (lambda: kl_penalty(2), KL_LOADS),
-    "kl_penalty abs": (lambda: kl_penalty(3), KL_LOADS),
-    "kl_penalty k3+": (lambda: kl_penalty(2, straight_through=True), KL_LOADS),
+    "kl_penalty k1": (lambda: kl_penalty("k1"), KL_LOADS),
+    "kl_penalty k2": (lambda: kl_penalty("k2"), KL_LOADS),
+    "kl_penalty k3": (lambda: kl_penalty("k3"), KL_LOADS),
+    "kl_penalty abs": (lambda: kl_penalty("abs"), KL_LOADS),
+    "kl_penalty k3+": (lambda: kl_penalty("k3", straight_through=True), KL_LOADS),
     "shaped_rewards": (lambda: shaped_rewards(), {"kl._rewards_kernel": 2}),
-    "shaped_rewards k3": (lambda: shaped_rewards(estimator=2, with_mask=False), {"kl._rewards_kernel": 2}),
-    "shaped_rewards odd": (lambda: shaped_rewards(length=33, rows=1, estimator=1), {}),
+    "shaped_rewards k3": (lambda: shaped_rewards(estimator="k3", with_mask=False), {"kl._rewards_kernel": 2}),
+    "shaped_rewards odd": (lambda: shaped_rewards(length=33, rows=1, estimator="k2"), {}),
     "shaped_rewards packed": (
-        lambda: shaped_rewards(packed=True, after_last=True, estimator=3),
+        lambda: shaped_rewards(packed=True, after_last=True, estimator="abs"),
         {"kl._rewards_kernel": 2},
     ),
     "group_advantages": (lambda: group_advantages(), {}),
     "group_advantages ragged batch": (
-        lambda: group_advantages(ragged=True, weighted=True, baseline=1, scale=1),
+        lambda: group_advantages(ragged=True, weighted=True, baseline="leave_one_out", scale="batch"),
         {},
     ),
-    "group_advantages before sum": (lambda: group_advantages(weighted=True, scale=1, before_sum=True), {}),
+    "group_advantages before sum": (lambda: group_advantages(weighted=True, scale="batch", before_sum=True), {}),
     "masked": (lambda: masked_ops(), MASKED_LOADS),
     "masked unmasked": (
         lambda: masked_ops(with_mask=False, shift_mean=False, unbiased=False, eps_floor=True),
@@ -342,10 +358,10 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
     "masked odd": (lambda: masked_ops(33, rows=1), {}),
     **{
         f"{name} {case}": (
-            lambda kind=kind, options=options: recur(kind, **options),
+            lambda name=name, options=options: recur(name, **options),
             {f"recurrence.{kernel}": inputs for kernel in kernels},
         )
-        for kind, (name, inputs) in enumerate([("gae", 2), ("discounted_returns", 1), ("td_lambda", 2), ("vtrace", 4)])
+        for name, inputs in (("gae", 2), ("discounted_returns", 1), ("td_lambda", 2), ("vtrace", 4))
         for case, options, kernels in (
             ("", {}, ("_sequence_kernel",)),
             ("unmasked", dict(masked=False, bootstrap=False), ("_sequence_kernel",)),
@@ -355,48 +371,70 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
             ("odd", dict(shape=(16, 4095), dones=True), ()),
         )
     },
-    "gae whiten": (lambda: recur(0, whiten=True), {"recurrence._sequence_kernel": 2, "recurrence._whiten_kernel": 1}),
+    "gae whiten": (
+        lambda: recur("gae", whiten=True),
+        {"recurrence._sequence_kernel": 2, "recurrence._whiten_kernel": 1},
+    ),
     "policy_loss": (lambda: policy(), {"policy_loss._token_kernel": 2}),
     "policy_loss everything": (
-        lambda: policy(ref=True, per_token=True, aggregation=1),
+        lambda: policy(ref=True, per_token=True, aggregation="seq_mean_token_mean"),
         {"policy_loss._token_kernel": 4},
     ),
     "policy_loss reinforce": (
-        lambda: policy(objective=1, old=False, masked=False, aggregation=3, ref=True, estimator=0),
+        lambda: policy(
+            objective="reinforce", old=False, masked=False, aggregation="token_sum", ref=True, estimator="k1"
+        ),
         {"policy_loss._token_kernel": 2},
     ),
-    "policy_loss packed": (lambda: policy(packed=True, aggregation=1), {"policy_loss._token_kernel": 2}),
+    "policy_loss packed": (
+        lambda: policy(packed=True, aggregation="seq_mean_token_mean"),
+        {"policy_loss._token_kernel": 2},
+    ),
     "policy_loss packed unmasked": (
-        lambda: policy(packed=True, aggregation=2, masked=False),
+        lambda: policy(packed=True, aggregation="seq_mean_token_sum", masked=False),
         {"policy_loss._token_kernel": 2},
     ),
     **{
         f"policy_loss {name}": (
-            lambda objective=objective: policy(objective=objective, ref=True),
+            lambda name=name: policy(objective=name, ref=True),
             {"policy_loss._token_kernel": 3, "policy_loss._sequences_kernel": 2}
-            if objective in (2, 5, 8)
+            if name in ("gspo", "gmpo", "vespo")
             else {"policy_loss._token_kernel": 3},
         )
-        for objective, name in enumerate(("gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo"), start=2)
+        for name in OBJECTIVES[2:]
     },
     **{
         f"policy_loss sampler {correction}": (
             lambda correction=correction: policy(sampler=correction, entropy=True),
-            {"policy_loss._token_kernel": 4 if correction < 2 else 3},
+            {"policy_loss._token_kernel": 4 if correction.startswith("token") else 3},
         )
-        for correction in range(4)
+        for correction in SAMPLER_CORRECTIONS
     },
     "policy_loss gmpo everything": (
-        lambda: policy(objective=5, packed=True, per_token=True, sampler=1, entropy=True, ref=True, aggregation=1),
+        lambda: policy(
+            objective="gmpo",
+            packed=True,
+            per_token=True,
+            sampler="token_mask",
+            entropy=True,
+            ref=True,
+            aggregation="seq_mean_token_mean",
+        ),
         {"policy_loss._token_kernel": 6},
     ),
     "value_loss": (lambda: value(), {"value_loss._token_kernel": 3}),
-    "value_loss packed": (lambda: value(packed=True, aggregation=1), {"value_loss._token_kernel": 3}),
+    "value_loss packed": (
+        lambda: value(packed=True, aggregation="seq_mean_token_mean"),
+        {"value_loss._token_kernel": 3},
+    ),
     "value_loss unclipped": (
-        lambda: value(old=False, masked=False, aggregation=2),
+        lambda: value(old=False, masked=False, aggregation="seq_mean_token_sum"),
         {"value_loss._token_kernel": 2},
     ),
-    "policy_loss normalizer": (lambda: policy(aggregation=2, normalizer=0), {"policy_loss._token_kernel": 2}),
+    "policy_loss normalizer": (
+        lambda: policy(aggregation="seq_mean_token_sum", normalizer=0),
+        {"policy_loss._token_kernel": 2},
+    ),
 }
 
 
@@ -542,10 +580,12 @@ def test_two_variants_of_kl_penalty_serve_every_length():
 
 
 def test_one_variant_of_group_advantages_serves_every_length():
+    options = (BASELINES.index("mean"), SCALES.index("batch"), 1e-4, False, False)
+
     def launches():
         for length in LENGTHS:
             for size in {1, length}:
-                groups.group_advantages(empty(length, 1), None, None, None, size, 0, 1, 1e-4, False, False)
+                groups.group_advantages(empty(length, 1), None, None, None, size, *options)
 
     compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
@@ -584,8 +624,9 @@ def test_two_variants_serve_every_batch_of_tokens(packed):
     def launches():
         for length in LENGTHS[packed:]:  # packed, one advantage a sequence of one token is one a token
             for sequences in (1, 3, 16):
-                policy(objective=2, sampler=3, aggregation=1, packed=packed, shape=(sequences, length))
-                policy(aggregation=1, packed=packed, shape=(sequences, length))
+                options = dict(aggregation="seq_mean_token_mean", packed=packed, shape=(sequences, length))
+                policy(objective="gspo", sampler="sequence_mask", **options)
+                policy(**options)
 
     compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
@@ -596,14 +637,14 @@ def test_two_variants_serve_every_batch_of_tokens(packed):
     }
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", RECURRENCES)
 def test_two_variants_serve_every_length_and_discount(kind):
     def launches():
         for length in LENGTHS:
             for gamma in (1.0, 0.5, 0.99):
-                recur(kind, (3, length), gamma=gamma, whiten=kind == 0)
+                recur(kind, (3, length), gamma=gamma, whiten=kind == "gae")
         for rows in (1, 16, 70_000):
-            recur(kind, (rows, 64), whiten=kind == 0)
+            recur(kind, (rows, 64), whiten=kind == "gae")
 
     compiled = variants_for(TARGETS["sm_90"], launches)
     assert all(len(kernels) <= 2 for name, kernels in compiled.items()), compiled

@@ -8,8 +8,8 @@ import rlkernels
 from cases import COMPILERS_AND_LAYOUTS, thorough_emulated
 from op_calls import check_ops
 from rlkernels import value_loss
+from rlkernels._codes import AGGREGATIONS
 from token_losses import (
-    AGGREGATIONS,
     DTYPES,
     INF,
     NAN,

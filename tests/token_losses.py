@@ -13,10 +13,6 @@ from tolerance import assert_as_accurate_as_torch
 NAN = float("nan")
 INF = float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum")
-ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
-OBJECTIVES = ("ppo", "reinforce", "gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo")
-CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 def spans_of(tokens, cu_seqlens):

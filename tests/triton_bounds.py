@@ -14,6 +14,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 from triton.runtime import interpreter
 
+from rlkernels._codes import (
+    AGGREGATIONS,
+    BASELINES,
+    DIVERGENCES,
+    KL_ESTIMATORS,
+    OBJECTIVES,
+    RECURRENCES,
+    SAMPLER_CORRECTIONS,
+    SCALES,
+)
 from rlkernels.triton import groups, kl, kl_divergence, logprobs, masked, policy_loss, recurrence, value_loss
 from triton_interpreter import scalars_count, scan_in_steps
 
@@ -86,15 +96,15 @@ def run_all(after: bool, whole: bool) -> None:
             print(f"kl_divergence {size=} {dtype} {teacher_dtype}", flush=True)
             tile, teacher_tile = (guard(torch.randn(3, size).to(d)) for d in (dtype, teacher_dtype))
             stats, numbers = [guard(torch.randn(2, 3)) for _ in range(2)], [guard(torch.randn(3)) for _ in range(2)]
-            for kind in range(3) if whole or size < 1000 else (2,):
-                options = (kind, 0.3, 0.7, 0.7, 30.0, 0.0)
+            for kind in DIVERGENCES if whole or size < 1000 else ("js",):
+                options = (DIVERGENCES.index(kind), 0.3, 0.7, 0.7, 30.0, 0.0)
                 kl_divergence.kl_divergence_part(tile, teacher_tile, *stats, *options)
-                output = guard(torch.empty(3, size, dtype=torch.bfloat16)) if kind else tile
+                output = tile if kind == "forward" else guard(torch.empty(3, size, dtype=torch.bfloat16))
                 kl_divergence.kl_divergence_part_backward(*numbers, tile, teacher_tile, *stats, *options, output)
 
     print("kl_penalty", flush=True)
     values = guard(torch.randn(1027))
-    for estimator in range(4):
+    for estimator in range(len(KL_ESTIMATORS)):
         kl.kl_penalty_forward(values, values, estimator, False, math.inf, math.inf)
         kl.kl_penalty_backward(values, values, values, estimator, False, math.inf, math.inf)
 
@@ -102,8 +112,8 @@ def run_all(after: bool, whole: bool) -> None:
     rewards, weights = guard(torch.randn(70, 3)), guard(torch.randn(3))
     order, offsets = guard(torch.randperm(70)), guard([0, 3, *[70] * 69])
     for before_sum in (False, True):
-        for scale in range(3):
-            options = (1, scale, 1e-4, before_sum, False)
+        for scale in range(len(SCALES)):
+            options = (BASELINES.index("leave_one_out"), scale, 1e-4, before_sum, False)
             groups.group_advantages(rewards, weights, None, None, 70, *options)
             groups.group_advantages(rewards, weights, order, offsets, 1, *options)
 
@@ -116,7 +126,9 @@ def run_all(after: bool, whole: bool) -> None:
     for rows, tokens in ((1, 1027), (3, 1025), (1030, 1)):
         print(f"shaped_rewards {rows=} {tokens=}", flush=True)
         values, mask = guard(torch.randn(rows, tokens)), guard(torch.rand(rows, tokens) > 0.999)
-        kl.shaped_rewards(guard(torch.randn(rows)), values, values, mask, None, None, 0.1, 0, True)
+        kl.shaped_rewards(
+            guard(torch.randn(rows)), values, values, mask, None, None, 0.1, KL_ESTIMATORS.index("k1"), True
+        )
 
     tokens = 1027
     for number, starts in enumerate(
@@ -139,22 +151,23 @@ def run_all(after: bool, whole: bool) -> None:
                     guard(torch.rand(tokens) < scored),
                     guard(torch.tensor(starts, dtype=torch.int32)),
                     guard(torch.tensor(1.0)),
-                    *(0.1, 2, after_last),
+                    *(0.1, KL_ESTIMATORS.index("k3"), after_last),
                 )
 
         print(f"policy_loss, value_loss cu_seqlens={starts}", flush=True)
         packed = guard(torch.tensor(starts, dtype=torch.int32))
         mask = guard(torch.rand(tokens) > 0.5)
         numbers = [guard(torch.randn(tokens)) for _ in range(5)]
-        objectives = (0, 2, 5, 8)
+        objectives = [OBJECTIVES.index(name) for name in ("ppo", "gspo", "gmpo", "vespo")]
         one = [(number % 4, objectives[number % 4])]
-        for aggregation, objective in itertools.product(range(4), objectives) if whole else one:
+        for aggregation, objective in itertools.product(range(len(AGGREGATIONS)), objectives) if whole else one:
             old, ref, sampler, entropy, values = numbers
             advantages = guard(torch.randn(len(starts) - 1))
-            options = (0.2, 0.2, math.inf, math.inf, math.inf, 2.0, 3.0, 3.0, 2.0, 0.1, 2, False, 0.1, 3, 3.0)
+            estimator, correction = KL_ESTIMATORS.index("k3"), SAMPLER_CORRECTIONS.index("sequence_mask")
+            options = (0.2, 0.2, math.inf, math.inf, math.inf, 2.0, 3.0, 3.0, 2.0, 0.1, estimator, False, 0.1)
             policy_loss.policy_loss_forward(
                 *(values, old, advantages, mask, packed, ref, sampler, entropy, None, 0.0, aggregation, objective),
-                *(*options, True, True),
+                *(*options, correction, 3.0, True, True),
             )
             value_loss.value_loss_forward(values, old, ref, mask, packed, None, 0.0, aggregation, 0.2, True)
 
@@ -170,18 +183,18 @@ def run_all(after: bool, whole: bool) -> None:
     ):
         print(f"recurrence cu_seqlens={starts}", flush=True)
         shape = (117,) if starts else (1, 117)
-        for kind in (0, 1, 3):
+        for kind in ("gae", "discounted_returns", "vtrace"):
             recurrence.recurrence(
                 guard(torch.randn(shape)),
-                guard(torch.randn(shape)) if kind != 1 else None,
-                guard(torch.randn(shape)) if kind == 3 else None,
-                guard(torch.randn(shape)) if kind == 3 else None,
+                guard(torch.randn(shape)) if kind != "discounted_returns" else None,
+                guard(torch.randn(shape)) if kind == "vtrace" else None,
+                guard(torch.randn(shape)) if kind == "vtrace" else None,
                 guard(torch.rand(shape) > 0.5),
                 guard(torch.rand(shape) > 0.9),
                 guard(torch.tensor(starts, dtype=torch.int32)) if starts else None,
                 guard(torch.randn(len(starts) - 1 if starts else 1)),
                 guard(torch.tensor(valid)) if starts else None,
-                *(kind, 0.9, 0.9, 1.0, 1.0, kind == 0),
+                *(RECURRENCES.index(kind), 0.9, 0.9, 1.0, 1.0, kind == "gae"),
             )
 
 

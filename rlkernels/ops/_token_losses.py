@@ -5,9 +5,6 @@ from torch import Tensor
 
 from rlkernels.ops import _checks
 
-AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum")
-"""In the order of the kernels' codes."""
-
 
 def per_token(
     name: str, value: Tensor, like_name: str, like: Tensor, dtype: torch.dtype, *, differentiable: bool = False

@@ -4,12 +4,9 @@ import torch
 from torch import Tensor
 
 from rlkernels import _backends, _registry
+from rlkernels._codes import BASELINES, SCALES
 from rlkernels.ops import _checks
 from rlkernels.reference import groups as reference
-
-BASELINES = ("mean", "leave_one_out", "none")
-SCALES = ("group", "batch", "none")
-"""Both in the order of the kernels' codes."""
 
 
 def group_advantages(

@@ -1,13 +1,11 @@
 from torch import Tensor
 
 from rlkernels import _backends, _registry
+from rlkernels._codes import KL_ESTIMATORS, STRAIGHT_THROUGH
 from rlkernels.ops import _checks
 from rlkernels.ops._first_order import no_second_derivative
 from rlkernels.reference import kl as reference
 
-ESTIMATORS = ("k1", "k2", "k3", "abs")
-"""In the order of the kernels' codes. "k1+", "k3+" and "abs+" are the straight-through forms."""
-STRAIGHT_THROUGH = ("k1+", "k3+", "abs+")
 SCORE_AT = ("last", "after_last")
 
 
@@ -57,7 +55,7 @@ def kl_penalty(
     _checks.tensor("ref_logprobs", ref_logprobs, _checks.FLOATS)
     _checks.shape("ref_logprobs", ref_logprobs, tuple(logprobs.shape), because="that of logprobs")
     _checks.same_device("ref_logprobs", ref_logprobs, "logprobs", logprobs)
-    _checks.choice("estimator", estimator, (*ESTIMATORS, *STRAIGHT_THROUGH))
+    _checks.choice("estimator", estimator, (*KL_ESTIMATORS, *STRAIGHT_THROUGH))
     straight_through = estimator.endswith("+")
     estimator = estimator.removesuffix("+")
     log_ratio_limit = clamp_limit("log_ratio_clamp", log_ratio_clamp)
@@ -80,7 +78,7 @@ def kl_penalty(
         backend,
         logprobs,
         ref_logprobs,
-        ESTIMATORS.index(estimator),
+        KL_ESTIMATORS.index(estimator),
         straight_through,
         log_ratio_limit,
         value_limit,
@@ -152,7 +150,7 @@ def shaped_rewards(
     if mask is not None:
         mask = _checks.mask("mask", mask, "logprobs", logprobs)
     kl_coef = _checks.number("kl_coef", kl_coef)
-    _checks.choice("estimator", estimator, ESTIMATORS)
+    _checks.choice("estimator", estimator, KL_ESTIMATORS)
     _checks.choice("score_at", score_at, SCORE_AT)
 
     logprobs = _checks.working(logprobs.detach())
@@ -177,7 +175,7 @@ def shaped_rewards(
         )
         return rewards if valid is None else rewards * valid
     return _registry.op("shaped_rewards", backend)(
-        scores, logprobs, ref_logprobs, mask, cu_seqlens, valid, kl_coef, ESTIMATORS.index(estimator), after_last
+        scores, logprobs, ref_logprobs, mask, cu_seqlens, valid, kl_coef, KL_ESTIMATORS.index(estimator), after_last
     )
 
 

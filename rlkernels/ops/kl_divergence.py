@@ -14,7 +14,7 @@ student's tile itself, from the centre of the whole row, moment / total; for tem
 
 A row whose grad is 0 gets 0, whatever it holds. Parts of a row are added. *_stats [2, R] are its largest capped logit
 y, and the logarithm of its sum of exp((y - largest) / temperature); kind is an index into
-reference.kl_divergence.KINDS.
+DIVERGENCES.
 """
 
 import torch

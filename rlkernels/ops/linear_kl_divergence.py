@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from rlkernels import _backends, _registry
+from rlkernels._codes import DIVERGENCES
 from rlkernels.ops import _checks
 from rlkernels.ops._first_order import first_order_only, leads_to_inputs, no_second_derivative
 from rlkernels.ops.kl_divergence import divergence_and_centre
@@ -13,7 +14,6 @@ from rlkernels.ops.lm_head.head import Head
 from rlkernels.ops.lm_head.inputs import LOGITS_BUDGET_MB, Inputs, Options, budget_bytes, check_head, scored_rows, start
 from rlkernels.ops.lm_head.tiles import POOL, Rows, slices
 from rlkernels.reference import linear_kl_divergence as reference
-from rlkernels.reference.kl_divergence import KINDS
 
 _NOT_SCORED = -100
 _NO_TOKEN = -1  # whose logit no tile leaves out of its sums
@@ -110,7 +110,7 @@ def linear_kl_divergence(
         raise TypeError(
             f"teacher_hidden must be float64 if and only if hidden is, {hidden.dtype}; got {teacher_hidden.dtype}"
         )
-    _checks.choice("kind", kind, KINDS)
+    _checks.choice("kind", kind, DIVERGENCES)
     beta = _checks.number("beta", beta, at_least=0.0, at_most=1.0)
     scored = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)
     if mask is not None:
@@ -147,7 +147,7 @@ def linear_kl_divergence(
         kind = "reverse" if beta else "forward"
     options = replace(options, budget=budget, differentiated=torch.is_grad_enabled())
     pair = _Options(
-        KINDS.index(kind),
+        DIVERGENCES.index(kind),
         beta,
         *(options.temperature, teacher_options.temperature, options.softcap, teacher_options.softcap),
     )
@@ -156,7 +156,7 @@ def linear_kl_divergence(
 
 @dataclass(frozen=True)
 class _Options:
-    """As the kernels take them: an index into KINDS, and temperatures and softcaps of the logits before `scale`."""
+    """As the kernels take them: the number of the kind, and temperatures and softcaps of the logits before `scale`."""
 
     kind: int
     beta: float
@@ -177,7 +177,7 @@ def _evaluate(inputs: Inputs, teacher: Inputs, options: Options, pair: _Options)
             teacher.weight,
             teacher.bias,
             inputs.token_ids != _NOT_SCORED,
-            kind=KINDS[pair.kind],
+            kind=DIVERGENCES[pair.kind],
             beta=pair.beta,
             temperature=pair.temperature,
             teacher_temperature=pair.teacher_temperature,

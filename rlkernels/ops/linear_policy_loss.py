@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlkernels._codes import SAMPLER_CORRECTIONS
 from rlkernels.ops import _checks
 from rlkernels.ops._first_order import first_order_only, leads_to_inputs
 from rlkernels.ops._token_losses import optional_per_token
@@ -21,7 +22,7 @@ from rlkernels.ops.lm_head.inputs import (
     start,
 )
 from rlkernels.ops.lm_head.tiles import Rows, fill_up, scored_index, slices, working_dtype
-from rlkernels.ops.policy_loss import CORRECTIONS, policy_loss
+from rlkernels.ops.policy_loss import policy_loss
 
 SEQUENCE_OBJECTIVES = ("gspo", "gmpo", "vespo")
 
@@ -126,7 +127,7 @@ class Loss:
     def needs_sequences(self) -> bool:
         """Whether a token's gradient depends on the log-probabilities of the other tokens of its sequence."""
         correction = self.options.get("sampler_correction", "sequence_mask")
-        corrected = self.options.get("sampler_logprobs") is not None and correction in CORRECTIONS[2:]
+        corrected = self.options.get("sampler_logprobs") is not None and correction in SAMPLER_CORRECTIONS[2:]
         on_policy = self.old_logprobs is None
         return self.options.get("objective", "ppo") in SEQUENCE_OBJECTIVES or (corrected and on_policy)
 

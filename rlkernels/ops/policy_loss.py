@@ -2,18 +2,18 @@ import torch
 from torch import Tensor
 
 from rlkernels import _backends, _registry
-from rlkernels.ops import _checks
-from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts, optional_per_token
-from rlkernels.ops.kl import ESTIMATORS, STRAIGHT_THROUGH, clamp_limit
-from rlkernels.reference import policy_loss as reference
-
-OBJECTIVES = ("ppo", "reinforce", "gspo", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "vespo")
-CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-"""Both in the order of the kernels' codes."""
-METRICS = (
-    *("ratio_mean", "clip_fraction_low", "clip_fraction_high", "approx_kl", "ref_kl"),
-    *("entropy", "sampler_weight", "sampler_capped", "num_tokens"),
+from rlkernels._codes import (
+    AGGREGATIONS,
+    KL_ESTIMATORS,
+    OBJECTIVES,
+    POLICY_METRICS,
+    SAMPLER_CORRECTIONS,
+    STRAIGHT_THROUGH,
 )
+from rlkernels.ops import _checks
+from rlkernels.ops._token_losses import gradient, normalizer_parts, optional_per_token
+from rlkernels.ops.kl import clamp_limit
+from rlkernels.reference import policy_loss as reference
 
 
 def policy_loss(
@@ -153,8 +153,8 @@ def policy_loss(
         mask = _checks.mask("mask", mask, "logprobs", logprobs)
     _checks.choice("objective", objective, OBJECTIVES)
     _checks.choice("aggregation", aggregation, AGGREGATIONS)
-    _checks.choice("kl_estimator", kl_estimator, (*ESTIMATORS, *STRAIGHT_THROUGH))
-    _checks.choice("sampler_correction", sampler_correction, CORRECTIONS)
+    _checks.choice("kl_estimator", kl_estimator, (*KL_ESTIMATORS, *STRAIGHT_THROUGH))
+    _checks.choice("sampler_correction", sampler_correction, SAMPLER_CORRECTIONS)
     clip_low = _checks.number("clip_low", clip_low, at_least=0.0)
     clip_high = _checks.number("clip_high", clip_high, at_least=0.0)
     dual_limit = float("inf") if dual_clip is None else _checks.number("dual_clip", dual_clip, above=1.0)
@@ -231,10 +231,10 @@ def policy_loss(
             rate_pos,
             rate_neg,
             kl_coef,
-            ESTIMATORS.index(kl_estimator),
+            KL_ESTIMATORS.index(kl_estimator),
             straight_through,
             entropy_coef,
-            CORRECTIONS.index(sampler_correction),
+            SAMPLER_CORRECTIONS.index(sampler_correction),
             sampler_cap,
             differentiated and work.requires_grad,
             differentiated and entropy is not None and entropy.requires_grad and entropy_coef != 0.0,
@@ -244,14 +244,14 @@ def policy_loss(
     return loss, metrics
 
 
-policy_loss.metrics = METRICS  # type: ignore[attr-defined]
+policy_loss.metrics = POLICY_METRICS  # type: ignore[attr-defined]
 
 
 def _forward_fake(logprobs, *rest):
     *_, need_grad, need_entropy_grad = rest
     return (
         logprobs.new_empty(()),
-        logprobs.new_empty(len(METRICS)),
+        logprobs.new_empty(len(POLICY_METRICS)),
         logprobs.new_empty(logprobs.shape if need_grad else (0,)),
         logprobs.new_empty(logprobs.shape if need_entropy_grad else (0,)),
         logprobs.new_empty(()),

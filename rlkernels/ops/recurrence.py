@@ -2,10 +2,10 @@ import torch
 from torch import Tensor
 
 from rlkernels import _backends, _registry
+from rlkernels._codes import RECURRENCES
 from rlkernels.ops import _checks
 from rlkernels.reference import recurrence as reference
 
-KINDS = ("gae", "discounted_returns", "td_lambda", "vtrace")
 """In the order of the kernels' codes."""
 
 
@@ -207,7 +207,7 @@ def _recurrence(
             valid = _checks.nan_unless_valid(cu_seqlens, rewards.shape[0], work)
     inputs = (work, values, logprobs, behavior_logprobs, mask, dones, cu_seqlens, bootstrap_values)
     if backend != "reference":
-        options = (KINDS.index(kind), gamma, lam, rho_clip, c_clip, whiten)
+        options = (RECURRENCES.index(kind), gamma, lam, rho_clip, c_clip, whiten)
         return _registry.op("recurrence", backend)(*inputs, valid, *options)
     with torch.no_grad():
         advantages, returns = reference.recurrence(
@@ -229,7 +229,7 @@ def _like_rewards(name: str, value: Tensor | None, rewards: Tensor, work: Tensor
 
 
 def _fake(rewards, values, logprobs, behavior_logprobs, mask, dones, cu_seqlens, bootstrap_values, valid, kind, *rest):
-    has_advantages = KINDS[kind] in ("gae", "vtrace")
+    has_advantages = RECURRENCES[kind] in ("gae", "vtrace")
     return rewards.new_empty(rewards.shape if has_advantages else 0), rewards.new_empty(rewards.shape)
 
 

@@ -2,11 +2,10 @@ import torch
 from torch import Tensor
 
 from rlkernels import _backends, _registry
+from rlkernels._codes import AGGREGATIONS, VALUE_METRICS
 from rlkernels.ops import _checks
-from rlkernels.ops._token_losses import AGGREGATIONS, gradient, normalizer_parts, optional_per_token, per_token
+from rlkernels.ops._token_losses import gradient, normalizer_parts, optional_per_token, per_token
 from rlkernels.reference import value_loss as reference
-
-METRICS = ("clip_fraction", "value_mean", "return_mean", "squared_error", "explained_variance", "num_tokens")
 
 
 def value_loss(
@@ -100,13 +99,13 @@ def value_loss(
     return loss, metrics
 
 
-value_loss.metrics = METRICS  # type: ignore[attr-defined]
+value_loss.metrics = VALUE_METRICS  # type: ignore[attr-defined]
 
 
 def _forward_fake(values, *rest):
     return (
         values.new_empty(()),
-        values.new_empty(len(METRICS)),
+        values.new_empty(len(VALUE_METRICS)),
         values.new_empty(values.shape if rest[-1] else (0,)),
         values.new_empty(()),
     )

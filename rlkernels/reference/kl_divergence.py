@@ -3,8 +3,6 @@ import math
 import torch
 from torch import Tensor
 
-KINDS = ("forward", "reverse", "js")
-
 
 def kl_divergence(
     student: Tensor,

@@ -4,12 +4,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkernels._codes import AGGREGATIONS
 from rlkernels.triton._launch import multiple_of_16
 from rlkernels.triton._sequences import aligned_bounds, bounds, sequence_of
 
-SEQ_MEAN_TOKEN_MEAN = 1
-SEQ_MEAN_TOKEN_SUM = 2
-TOKEN_SUM = 3
+SEQ_MEAN_TOKEN_MEAN = AGGREGATIONS.index("seq_mean_token_mean")
+SEQ_MEAN_TOKEN_SUM = AGGREGATIONS.index("seq_mean_token_sum")
+TOKEN_SUM = AGGREGATIONS.index("token_sum")
 BLOCK = 1024
 
 

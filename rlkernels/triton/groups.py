@@ -3,15 +3,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkernels._codes import BASELINES, SCALES
 from rlkernels.triton._config import num_warps
 from rlkernels.triton._launch import implements
 
-MEAN = tl.constexpr(0)
-LEAVE_ONE_OUT = tl.constexpr(1)
-NO_BASELINE = tl.constexpr(2)
-GROUP = tl.constexpr(0)
-BATCH = tl.constexpr(1)
-NO_SCALE = tl.constexpr(2)
+MEAN = tl.constexpr(BASELINES.index("mean"))
+LEAVE_ONE_OUT = tl.constexpr(BASELINES.index("leave_one_out"))
+NO_BASELINE = tl.constexpr(BASELINES.index("none"))
+GROUP = tl.constexpr(SCALES.index("group"))
+BATCH = tl.constexpr(SCALES.index("batch"))
+NO_SCALE = tl.constexpr(SCALES.index("none"))
 
 # Groups have tens of rows: up to BLOCK they are read once and held by one warp; longer ones are read twice, for the
 # statistics and for the advantages. One block for all, so that equal groups by size and by ids give the same bits.

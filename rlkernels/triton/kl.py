@@ -3,14 +3,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkernels._codes import KL_ESTIMATORS
 from rlkernels.triton._launch import implements, multiple_of_16
 from rlkernels.triton._math import clamp, expm1, expm1_minus_x
 from rlkernels.triton._sequences import sequence_of
 
-K1 = tl.constexpr(0)
-K2 = tl.constexpr(1)
-K3 = tl.constexpr(2)
-# What is neither of these is abs, 3.
+K1 = tl.constexpr(KL_ESTIMATORS.index("k1"))
+K2 = tl.constexpr(KL_ESTIMATORS.index("k2"))
+K3 = tl.constexpr(KL_ESTIMATORS.index("k3"))
+# The fourth is abs.
 
 BLOCK = 1024
 # The mask beyond a block is read in steps: few bytes first, since a sequence mostly goes on there.

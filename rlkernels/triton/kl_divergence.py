@@ -3,12 +3,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkernels._codes import DIVERGENCES
 from rlkernels.triton._config import num_warps, threads
 from rlkernels.triton._launch import implements, multiple_of_16
 from rlkernels.triton._math import expm1, expm1_minus_x, log1p, soft_cap, tanh_derivative
 
-FORWARD = tl.constexpr(0)
-REVERSE = tl.constexpr(1)
+FORWARD = tl.constexpr(DIVERGENCES.index("forward"))
+REVERSE = tl.constexpr(DIVERGENCES.index("reverse"))
 
 # Two variants are compiled per dtype and kind, ALIGNED or not, whatever the vocabulary, the strides and the options.
 _DO_NOT_SPECIALIZE = [

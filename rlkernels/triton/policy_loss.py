@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkernels._codes import OBJECTIVES, POLICY_METRICS, SAMPLER_CORRECTIONS
 from rlkernels.triton._launch import implements, multiple_of_16
 from rlkernels.triton._math import clamp, exp_of_double, expm1, expm1_minus_x
 from rlkernels.triton._sequences import aligned_bounds, bounds
@@ -20,24 +21,24 @@ from rlkernels.triton._token_losses import (
 )
 from rlkernels.triton.kl import kl_estimate, kl_estimate_derivative
 
-PPO = tl.constexpr(0)
-REINFORCE = tl.constexpr(1)
-GSPO = tl.constexpr(2)
-CISPO = tl.constexpr(3)
-SAPO = tl.constexpr(4)
-GMPO = tl.constexpr(5)
-DPPO_TV = tl.constexpr(6)
-DPPO_KL = tl.constexpr(7)
-VESPO = tl.constexpr(8)
+PPO = tl.constexpr(OBJECTIVES.index("ppo"))
+REINFORCE = tl.constexpr(OBJECTIVES.index("reinforce"))
+GSPO = tl.constexpr(OBJECTIVES.index("gspo"))
+CISPO = tl.constexpr(OBJECTIVES.index("cispo"))
+SAPO = tl.constexpr(OBJECTIVES.index("sapo"))
+GMPO = tl.constexpr(OBJECTIVES.index("gmpo"))
+DPPO_TV = tl.constexpr(OBJECTIVES.index("dppo_tv"))
+DPPO_KL = tl.constexpr(OBJECTIVES.index("dppo_kl"))
+VESPO = tl.constexpr(OBJECTIVES.index("vespo"))
 
-TOKEN_MASK = tl.constexpr(1)
-SEQUENCE_TRUNCATE = tl.constexpr(2)
-SEQUENCE_MASK = tl.constexpr(3)
+TOKEN_MASK = tl.constexpr(SAMPLER_CORRECTIONS.index("token_mask"))
+SEQUENCE_TRUNCATE = tl.constexpr(SAMPLER_CORRECTIONS.index("sequence_truncate"))
+SEQUENCE_MASK = tl.constexpr(SAMPLER_CORRECTIONS.index("sequence_mask"))
 
 # Sums over a block of tokens, in the order of policy_loss.metrics, then the loss.
-NUM_TOKENS = tl.constexpr(8)
-LOSS = tl.constexpr(9)
-SUMS = 10
+NUM_TOKENS = tl.constexpr(POLICY_METRICS.index("num_tokens"))
+LOSS = tl.constexpr(len(POLICY_METRICS))
+SUMS = len(POLICY_METRICS) + 1
 
 # What each token of a sequence takes of the whole of it.
 LENGTH = tl.constexpr(0)  # the number of scored tokens

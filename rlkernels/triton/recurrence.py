@@ -3,15 +3,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkernels._codes import RECURRENCES
 from rlkernels.triton._config import num_warps
 from rlkernels.triton._launch import implements
 from rlkernels.triton._math import whitening_unit
 from rlkernels.triton._sequences import bounds
 
-GAE = tl.constexpr(0)
-DISCOUNTED_RETURNS = tl.constexpr(1)
-TD_LAMBDA = tl.constexpr(2)
-VTRACE = tl.constexpr(3)
+GAE = tl.constexpr(RECURRENCES.index("gae"))
+DISCOUNTED_RETURNS = tl.constexpr(RECURRENCES.index("discounted_returns"))
+TD_LAMBDA = tl.constexpr(RECURRENCES.index("td_lambda"))
+VTRACE = tl.constexpr(RECURRENCES.index("vtrace"))
 WHITEN_EPS = tl.constexpr(1e-8)
 
 # Tokens that a program scans at once: 16 bytes an array for each thread. With more to a thread registers spill.

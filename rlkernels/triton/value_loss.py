@@ -3,6 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkernels._codes import VALUE_METRICS
 from rlkernels.triton._launch import implements, multiple_of_16
 from rlkernels.triton._token_losses import (
     BLOCK,
@@ -25,7 +26,6 @@ RETURN_SQUARES = tl.constexpr(5)
 TOKENS = tl.constexpr(6)
 LOSS = tl.constexpr(7)
 SUMS = 8
-METRICS = 6
 
 # The spread, relative to their mean, that rounding alone can make of returns that are all the same.
 NOISE = tl.constexpr(4 * 2.0**-23)
@@ -148,7 +148,7 @@ def value_loss_forward(
     blocks = triton.cdiv(count, BLOCK)
     grad = torch.empty_like(values) if need_grad else values.new_empty(0)
     sums = values.new_empty(SUMS, blocks, dtype=torch.float64)
-    loss, metrics, scale = values.new_empty(()), values.new_empty(METRICS), values.new_empty(())
+    loss, metrics, scale = values.new_empty(()), values.new_empty(len(VALUE_METRICS)), values.new_empty(())
 
     denominator = Denominator(normalizer, normalizer_value, aggregation)
     lengths = sequence_lengths(values, mask, cu_seqlens) if denominator.needs_lengths else None
