@@ -9,17 +9,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-import rlkernels
-
 from .base.config import BaseConfig, router_field
 from .base.limits import Limits
 from .base.loading import load_tokenizer, refuse_prompt_learning
 from .base.rows import each_part
 from .base.trainer import BaseTrainer
-from .batch import scoring
 from .batch.batch import Batch
 from .batch.packing import fill
 from .data import Packed, prepare, sequences_of, supervised
+from .losses.likelihood import LOSSES
 
 
 @dataclass(repr=False)
@@ -64,7 +62,7 @@ class SFTConfig(BaseConfig):
         metadata={
             "help": "nll (negative log-likelihood) or dft (each token's weighted with its probability; Dynamic "
             "Fine-Tuning).",
-            "choices": ["nll", "dft"],
+            "choices": [*LOSSES],
         },
     )
 
@@ -82,12 +80,12 @@ class SFTTrainer(BaseTrainer):
     """Supervised fine-tuning of a causal language model.
 
         nll   loss = -1/N sum_t log p(x_t | x_<t)
-        dft   loss = -1/N sum_t sg(p(x_t | x_<t)) log p(x_t | x_<t),   sg(.) is not differentiated
+        dft   loss = -1/N sum_t sg(p(x_t | x_<t)) log p(x_t | x_<t),   where no gradient flows through sg(.)
 
-    over the tokens in the loss (`data.supervised`), of which the optimizer step has N, on all processes and in all
-    micro-batches together. Logs beside the loss the mean `entropy` of these tokens' distributions and `num_tokens`, all
-    tokens seen so far; an evaluation logs `mean_token_accuracy` too, how often the token is the likeliest, which in
-    training would cost one more product with the LM head.
+    over the N tokens in the loss (`data.supervised`) of the optimizer step, on all processes and in all micro-batches
+    together. Logs the loss, the mean `entropy` of these tokens' distributions, and `num_tokens`, all tokens seen so
+    far. An evaluation also logs `mean_token_accuracy`, how often the token is the likeliest; in training that would
+    cost one more product with the LM head.
 
     Args:
         model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
@@ -175,26 +173,7 @@ class SFTTrainer(BaseTrainer):
         return self.even_out([replace(batch, normalizer=normalizer) for batch in batches])
 
     def compute_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        ones = torch.ones(len(batch.cu_seqlens) - 1, device=self.accelerator.device)
-        options: dict[str, Any] = {
-            "objective": "reinforce",
-            "aggregation": "token_sum",
-            "normalizer": batch.normalizer,
-        }
-        old = None
-        if self.args.loss_type == "dft":
-            # The weight of CISPO, p / p_old, is the probability itself where p_old is 1.
-            old = torch.zeros_like(batch.token_ids, dtype=torch.float32)
-            options |= {"objective": "cispo", "clip_low": 1.0}
-        if model.training:
-            loss, values = scoring.policy_loss(model, batch, old, ones, fused=self.fused, **options)
-        else:
-            logprobs, entropy, is_top1 = scoring.token_logprobs(
-                model, batch, fused=self.fused, return_entropy=True, outputs=("is_top1",)
-            )
-            mask, options = batch.mask, {**options, "cu_seqlens": batch.cu_seqlens}
-            loss, values = rlkernels.policy_loss(logprobs, old, ones, mask, entropy=entropy, **options)
-            self.metrics.add("mean_token_accuracy", is_top1[mask].float().mean(), batch.num_scored)
-        found = dict(zip(rlkernels.policy_loss.metrics, values.unbind(), strict=True))  # type: ignore[attr-defined]
-        self.metrics.add("entropy", found["entropy"], found["num_tokens"])
+        loss, metrics = LOSSES[self.args.loss_type](model, batch, fused=self.fused, return_accuracy=not model.training)
+        for name, value in metrics.items():
+            self.metrics.add(name, value, batch.num_scored)
         return loss
