@@ -431,7 +431,7 @@ class PPOTrainer(OnlineTrainer):
             clip_low=args.cliprange,
             clip_high=args.cliprange,
             normalizer=batch.normalizer,
-            **objectives.correction(batch.sampler_logprobs, args),
+            **objectives.sampler_correction(batch.sampler_logprobs, args),
         )
         value_loss, value = rlkernels.value_loss(
             values,

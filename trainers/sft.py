@@ -15,7 +15,7 @@ from .base.loading import load_tokenizer, refuse_prompt_learning
 from .base.rows import each_part
 from .base.trainer import BaseTrainer
 from .batch.batch import Batch
-from .batch.packing import fill
+from .batch.packing import fill_by_length
 from .data import Packed, prepare, sequences_of, supervised
 from .losses.likelihood import LOSSES
 
@@ -160,9 +160,8 @@ class SFTTrainer(BaseTrainer):
             self.add_tokens_seen(sum(row["num_tokens"] for row in inputs))
         parts: list[list[Batch]] = []
         for rows in self.parts(inputs):
-            # By length: then attention does neighbours together.
-            sequences = sorted((sequence for row in rows for sequence in sequences_of(row)), key=len)
-            chunks = fill(map(len, sequences), self.args.token_budget)
+            sequences = [sequence for row in rows for sequence in sequences_of(row)]
+            chunks = fill_by_length([len(sequence) for sequence in sequences], self.args.token_budget)
             parts.append([self.lay_out([sequences[index] for index in chunk], Batch) for chunk in chunks])
         batches = self.joined(parts)
         normalizer = float(sum(batch.num_scored for batch in batches))

@@ -1,4 +1,4 @@
-"""A policy, and what says the value of its states: what PPO trains as one module."""
+"""A policy and its value function, which PPO trains as one module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,22 +26,22 @@ class ValueHead(nn.Linear):
 
 
 class PolicyAndValue(nn.Module):
-    """The policy and what says its value, trained as one module: a sequence classifier with one label, or a head on
-    the policy's own hidden states."""
+    """The policy and its value function as one module. The value function is a sequence classifier with one label, or a
+    head on the policy's own hidden states."""
 
     def __init__(self, policy: Any, value: nn.Module | None) -> None:
         super().__init__()
         self.policy: Any = policy
         self.value: Any = ValueHead(policy) if value is None else value
         self.config = policy.config
-        # For FSDP: what is sharded by itself.
+        # FSDP shards each of these layers by itself.
         parts = [getattr(model, "_no_split_modules", None) or [] for model in (self.policy, self.value)]
         self._no_split_modules = list(dict.fromkeys(name for names in parts for name in names))
-        disable_dropout(self)  # which would make another policy of the one that sampled
+        disable_dropout(self)  # with it, the policy would not be the one that sampled
 
     def forward(self, function: Callable[..., Any], batch: Batch, *args: Any, **options: Any) -> tuple:
-        """What a function of `scoring` makes of the policy, and the values [N], float32: position p has that of the
-        tokens up to and with p. A value head sees the hidden states of the same pass."""
+        """Returns function(policy, batch, ...), a function of `scoring`, and the values [N], float32. Position p holds
+        the value of the tokens up to and with p. A value head takes the hidden states of the same pass."""
         if not isinstance(self.value, ValueHead):
             return function(self.policy, batch, *args, **options), scoring.token_scores(self.value, batch).float()
         seen: list[Tensor] = []
@@ -64,8 +64,8 @@ class PolicyAndValue(nn.Module):
                 getattr(model, method)(**options)
 
     def generate(self, engine: Callable[..., Any], *args: Any) -> Any:
-        """What an engine makes of them that runs the policy. Under this name FSDP2 takes it for a forward pass of the
-        whole module, of which alone it knows."""
+        """Returns engine(*args), which runs the policy. Under the name `generate` FSDP2 takes it for a forward pass of
+        the whole module, and FSDP2 knows of no other."""
         return engine(*args)
 
     def get_input_embeddings(self) -> nn.Module:

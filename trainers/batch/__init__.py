@@ -1,1 +1,1 @@
-"""One micro-batch: how sequences are laid out, kept apart by attention, and scored by the model."""
+"""One micro-batch: how sequences fill it, are laid out, kept apart by attention, and scored by the model."""

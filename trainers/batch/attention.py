@@ -1,4 +1,4 @@
-"""Causal attention within each of the sequences that are laid end to end."""
+"""Causal attention within each of several sequences that are laid end to end."""
 
 import itertools
 from typing import Any
@@ -9,7 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Scores of so many tokens are stored for the backward pass, which is faster on a CPU than to compute them again.
+# Up to this length of a sequence its scores are stored for the backward pass, which is faster on a CPU than to compute
+# them again.
 STORED_SCORES = 512
 
 
@@ -26,8 +27,8 @@ def attend(
 ) -> Tensor:
     """Causal attention within each of the sequences laid end to end: [1, heads, N, D] to [1, N, heads, D].
 
-    Neighbours of equal length are computed together. What a mask over N x N would add to that is all wasted: with it,
-    a pass over 16 sequences of 102 tokens takes more than twice as long."""
+    Neighbours of equal length are computed together. With a mask over N x N, scores between sequences would be computed
+    only to be dropped: a pass over 16 sequences of 102 tokens takes more than twice as long."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
     outputs, start = [], 0
@@ -49,7 +50,7 @@ def attend(
                 q, k, v, attn_mask=causal, is_causal=causal is None, dropout_p=dropout, scale=scaling
             )
         else:
-            # Query heads of one key are rows of one product.
+            # The query heads that share a key are rows of one product.
             scores = (q * scaling).reshape(count, key.shape[1], groups * length, -1) @ k.transpose(2, 3)
             scores = scores.unflatten(2, (groups, length))
             if softcap is not None:
@@ -62,8 +63,8 @@ def attend(
 
 
 def by_sequence(other: str) -> str:
-    """Registers with transformers an attention function that does packed sequences one after the other, and leaves all
-    else (generation, padded batches) to the implementation `other`. Returns its name."""
+    """Registers an attention function with transformers and returns its name. It computes packed sequences one after
+    the other, and leaves all else (generation, padded batches) to the implementation `other`."""
 
     def attention(
         module: nn.Module,

@@ -18,20 +18,20 @@ from .batch import Batch, Sequence
 logger = transformers.utils.logging.get_logger(__name__)
 
 
-# Lengths of the sequences that a model is tried on, and how many tokens its windows and chunks then have.
+# The lengths of the sequences that a model is tried on, and the width of its windows and chunks then, in tokens.
 PROBE, NARROW = (11, 7, 7), 2
-# What they are called, in modules and configs.
+# The names of such widths in modules and configs.
 WIDTH = re.compile(
     r"(?!.*(pattern|layers|type|ids|index(es)?$|indices))"
     r".*(window|(attention|attn)_chunk|local_att|compress|budget|(index|block)_topk|topk_blocks|block_size)"
 )
-# A position that no window reaches back from to the first.
+# A position so far from the first one that no window reaches back to it.
 FAR = 2**20
 
 
 def prepare_packing(model: Any, device: torch.device) -> bool:
-    """Whether the model keeps packed sequences apart, found by running it on some; on a CPU its attention goes sequence
-    by sequence from now on, where that gives the same. `device` is that of training."""
+    """Whether the model keeps packed sequences apart. The model is run on a few to find out. On a CPU its attention is
+    replaced by `by_sequence`, where that gives the same. `device` is the one that the model is trained on."""
     adapters = getattr(model, "peft_config", {}).values()
     if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
         logger.warning(f"{type(model).__name__}: aLoRA begins once in each row of tokens: its batches are padded.")
@@ -39,11 +39,11 @@ def prepare_packing(model: Any, device: torch.device) -> bool:
     model = _base_model(model)
     own = model.config._attn_implementation
     if own.startswith("flash") and model.device != device:
-        return True  # it cannot run before FSDP places it; flash attention is told where sequences start
+        return True  # the model cannot run before FSDP places it; flash attention is told where sequences start
     alone = probe(model, packed=False)
     # A model's own eager attention is not among transformers' functions; sdpa then serves what is not packed.
     if device.type == "cpu" and own in ("sdpa", "eager"):
-        with contextlib.suppress(ValueError):  # of a model without such attention
+        with contextlib.suppress(ValueError):  # raised by a model without such attention
             if has_plain_masks(model, "sdpa", alone):
                 model.set_attn_implementation(by_sequence("sdpa"))
                 if _same(probe(model, packed=True), alone):
@@ -57,15 +57,15 @@ def prepare_packing(model: Any, device: torch.device) -> bool:
 
 
 def _base_model(model: Any) -> Any:
-    while hasattr(model, "get_base_model"):  # of PEFT
+    while hasattr(model, "get_base_model"):  # PEFT's
         model = model.get_base_model()
     return model
 
 
 def warn_of_batch_dependence(model: Any) -> None:
-    """Where the model's positions change for all sequences of a batch, packed or padded, once one of them is long."""
+    """Warns of positions that change for all sequences of a batch, packed or padded, once one of them is long."""
     for module in _base_model(model).modules():
-        kinds = getattr(module, "rope_type", None)  # one, or one of each type of layer
+        kinds = getattr(module, "rope_type", None)  # one, or a dict of one per type of layer
         for layers, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
             if kind in ("dynamic", "longrope"):
                 options = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
@@ -74,14 +74,14 @@ def warn_of_batch_dependence(model: Any) -> None:
                 length = options.get("original_max_position_embeddings") or own
                 logger.warning_once(
                     f"{type(model).__name__}: its RoPE is '{kind}', which changes for the whole batch where a sequence "
-                    f"is longer than {length} tokens: what it says of the others then depends on that."
+                    f"is longer than {length} tokens: the outputs for the other sequences then depend on that one."
                 )
 
 
 def has_plain_masks(model: Any, other: str, alone: Tensor | None) -> bool:
-    """Whether the attention of each layer is causal in the window that its function is told, whatever the length: what
-    `attend` computes. Found by the masks that the model asks for, and uses, when its attention is `other` by another
-    name, which must not change what `probe` gives of each sequence alone."""
+    """Whether the attention of each layer is what `attend` computes: causal within the window that its function is
+    given, whatever the length. The model runs with its attention `other` under another name, which looks at the masks
+    that the model asks for and uses, and must not change what `probe` gives for each sequence alone, `alone`."""
     asked: set[int | None] = set()
     told: set[int | None] = set()
     made: list[Tensor | None] = []
@@ -112,7 +112,7 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _window_of(mask_function: Any) -> int | None:
-    """How many tokens, with itself, a position attends to; None if to all before it."""
+    """The number of tokens that a position attends to, itself included; None if to all before it."""
     keys = torch.arange(FAR + 1)
     first, last = (mask_function(keys[0], keys[0], keys[query], keys) for query in (-2, -1))
     window = int(last.sum())
@@ -123,24 +123,24 @@ def _window_of(mask_function: Any) -> int | None:
 
 
 def probe(model: Any, packed: bool) -> Tensor | None:
-    """The last hidden states, [..., N, H], of some sequences laid end to end or each alone, longer than every
-    window and chunk; None if the model cannot do that."""
+    """The last hidden states [..., N, H] of a few sequences, packed or each alone; None if the model cannot run on
+    them. The sequences are longer than every window and chunk."""
     try:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         lengths = [min(length, limit) if limit > 0 else length for length in PROBE]
         parts = torch.tensor(_plain_tokens(model, sum(lengths)), device=_device(model)).split(lengths)
-        # Rows alone, because classifiers without a padding token refuse several.
+        # One row at a time, because classifiers without a padding token refuse several.
         inputs: list[dict[str, Any]] = [{"input_ids": part[None]} for part in parts]
         if packed:
             inputs = [Batch.lay_out([Sequence(part.tolist(), []) for part in parts], parts[0].device).model_inputs]
         with probing(model):
             return torch.cat([_hidden_states(model, each) for each in inputs], -2)
-    except Exception:  # whatever a model raises that cannot do this
+    except Exception:  # a model that cannot do this may raise anything
         return None
 
 
 def _same(found: Tensor | None, expected: Tensor | None) -> bool:
-    """At each position, but for rounding."""
+    """Whether the hidden states agree at each position, up to rounding."""
     if found is None or expected is None:
         return False
     error = (found.float() - expected.float()).norm(dim=-1)
@@ -149,7 +149,7 @@ def _same(found: Tensor | None, expected: Tensor | None) -> bool:
 
 @torch.no_grad()
 def _hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
-    flash = model.config._attn_implementation.startswith("flash")  # which has no float32
+    flash = model.config._attn_implementation.startswith("flash")  # flash attention has no float32
     with torch.autocast(_device(model).type, torch.bfloat16, enabled=flash):
         output = model(**inputs | {"use_cache": False, "output_hidden_states": True})
     hidden = output.hidden_states[-1].flatten(-3, -2)
@@ -161,18 +161,19 @@ def _device(model: Any) -> torch.device:
 
 
 def _plain_tokens(model: Any, count: int) -> list[int]:
-    """Tokens that mean nothing to the model's config."""
+    """Tokens to which the model's config gives no meaning of their own."""
     config = model.config.to_dict() | model.config.get_text_config().to_dict()
     special = {value for name, value in config.items() if "token" in name and isinstance(value, int)}
     plain = [token for token in range(min(len(model.get_input_embeddings().weight), 1000)) if token not in special]
-    # Neighbours are not those of another sequence.
+    # No two tokens are neighbours twice.
     return [plain[(5 + index * index) % len(plain)] for index in range(count)]
 
 
 @contextlib.contextmanager
 def probing(model: Any) -> Iterator[None]:
-    """In evaluation mode, with windows and chunks of NARROW tokens, so that short sequences go past them; and the masks
-    that the model stores are as large as one of these, not as all end to end.
+    """Puts the model in evaluation mode and narrows its windows and chunks to NARROW tokens, so that even short
+    sequences are longer. Masks that the model stores are cut to the longest sequence, which is shorter than all of them
+    end to end.
 
     What this and the calls inside change is put back: numbers in modules and configs, buffers, random numbers."""
 

@@ -1,1 +1,1 @@
-"""From rewards to advantages, and from advantages to the loss."""
+"""The losses of the trainers, and the advantages that go into them."""

@@ -1,4 +1,4 @@
-"""What the completions of `GRPOTrainer` are worth: from rewards to advantages, by `GRPOConfig.advantage`."""
+"""From the rewards of completions to their advantages, by `GRPOConfig.advantage`."""
 
 import math
 from typing import TYPE_CHECKING, Any, cast
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def with_overlong(rewards: Tensor, weights: Tensor, lengths: Tensor, args: "GRPOConfig") -> tuple[Tensor, Tensor]:
-    """Rewards [B, R] and their weights [R]; with overlong_buffer_length one more of each, for not being too long:
-    DAPO's soft overlong punishment (arXiv 2503.14476, equation 13),
+    """Rewards [B, R] and their weights [R]. With overlong_buffer_length both gain one entry for the length of the
+    completions: DAPO's soft overlong punishment (arXiv 2503.14476, equation 13),
 
         min(0, max(-1, (max_completion_length - overlong_buffer_length - length) / overlong_buffer_length))
 
-    NaN where no other reward applies.
+    It is NaN where no other reward applies.
     """
     buffer = args.overlong_buffer_length
     if buffer is None:
@@ -32,12 +32,13 @@ def with_overlong(rewards: Tensor, weights: Tensor, lengths: Tensor, args: "GRPO
 
 
 def signal(rewards: Tensor, weights: Tensor, group_size: int) -> Tensor:
-    """Which rows of rewards [B, R] are of groups whose scores differ, bool [B]."""
+    """bool [B]: which rows of rewards [B, R] belong to a group whose scores differ."""
     return rlkernels.group_advantages(rewards, group_size=group_size, weights=weights, return_signal=True)[1]
 
 
 def grpo(rewards: Tensor, weights: Tensor, args: "GRPOConfig") -> Tensor:
-    """The score against the mean of its group, over the standard deviation (arXiv 2402.03300), [B]."""
+    """[B]: the score minus the mean of its group, divided by the standard deviation that args.scale_rewards names
+    (arXiv 2402.03300)."""
     values = rlkernels.group_advantages(
         rewards,
         group_size=args.num_generations,
@@ -49,13 +50,13 @@ def grpo(rewards: Tensor, weights: Tensor, args: "GRPOConfig") -> Tensor:
 
 
 def scores(rewards: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of each row of rewards [B, R], [B]; NaN where none applies."""
+    """[B]: the weighted sum of each row of rewards [B, R]; NaN where no reward applies."""
     return (rewards * weights).nansum(1).masked_fill(rewards.isnan().all(1), math.nan)
 
 
 def rloo(scores: Tensor, kl: Tensor, beta: float, group_size: int) -> Tensor:
-    """score - beta * kl, against the mean of the others of its group (arXiv 2402.14740), [B]. kl is the sum over the
-    completion's tokens of log p - log p_ref."""
+    """[B]: score - beta * kl, minus the mean of the others of its group (arXiv 2402.14740). kl [B] is the sum of
+    log p - log p_ref over the completion's tokens."""
     values = rlkernels.group_advantages(
         scores - beta * kl, group_size=group_size, baseline="leave_one_out", scale="none"
     )
@@ -65,13 +66,13 @@ def rloo(scores: Tensor, kl: Tensor, beta: float, group_size: int) -> Tensor:
 def reinforce_plus_plus(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, batch: Batch, beta: float, group: Any = None
 ) -> Tensor:
-    """The return of each token, whitened over the tokens of all completions and processes (arXiv 2501.03262).
+    """[N]: the return of each token, whitened over the tokens of all completions and processes (arXiv 2501.03262).
 
         return[t] = score - beta * (sum over s >= t of log p[s] - log p_ref[s])
         advantage = (return - mean) / std
 
-    [N] packed, of S completions with a score each; 0 where the batch's mask is. As in the authors' OpenRLHF the
-    standard deviation is that of all tokens (ddof 0).
+    scores are [S], one per completion; log-probabilities are [N]. The result is 0 where the batch's mask is. As in the
+    authors' OpenRLHF the standard deviation has ddof 0.
     """
     rewards = rlkernels.shaped_rewards(
         scores.nan_to_num(0.0),

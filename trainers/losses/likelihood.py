@@ -1,10 +1,10 @@
 """The losses of `SFTTrainer`: how likely the model finds the tokens in the loss.
 
-Each loss is a mean over the N tokens in the loss of an optimizer step. The functions here return one micro-batch's share
-of it, 0-d: the sum over the batch's own tokens, divided by its `normalizer`, which is N. They also return the batch's
-metrics, which are means over its own tokens: `entropy` is that of the tokens' distributions, and `mean_token_accuracy`
-is how often a token is the likeliest. `return_accuracy` asks for the latter, which costs one more product with the LM
-head.
+Each loss is a mean over the N tokens in the loss of an optimizer step. The functions here return one micro-batch's
+share of it, 0-d: the sum over the batch's own tokens, divided by its `normalizer`, which is N. They also return the
+batch's metrics, which are means over its own tokens: `entropy` is that of the tokens' distributions, and
+`mean_token_accuracy` is how often a token is the likeliest. `return_accuracy` asks for the latter, which costs one more
+product with the LM head.
 """
 
 from typing import Any

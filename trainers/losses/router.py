@@ -1,4 +1,4 @@
-"""What a mixture of experts adds to its loss, so that its routers use all experts (Shazeer et al. 2017, arXiv
+"""The router loss of a mixture of experts, which makes its routers use all experts (Shazeer et al. 2017, arXiv
 1701.06538; Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6)."""
 
 import contextlib
@@ -12,19 +12,19 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What models call its weight, in their config or in themselves.
+# The names of its weight, in a model's config or in the model.
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 class RouterLoss:
-    """The load-balancing loss of a model, times `coef`."""
+    """The load-balancing loss of a model, and the weight `coef` that it has in training."""
 
     def __init__(self, model: Any, coef: float) -> None:
         self.model, self.coef = model, coef
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[list[Tensor]]:
-        """Gives a list, to which each pass of the model within adds its loss."""
+        """Yields a list. Each forward pass of the model inside the context appends its router loss, without `coef`."""
         seen: list[Tensor] = []
 
         def ask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -32,7 +32,7 @@ class RouterLoss:
 
         def see(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             found = router_loss(model, output, kwargs.get("attention_mask"))
-            if found is None:  # of a model that could not be asked before
+            if found is None:  # the model could not run before, when its router loss was looked for
                 raise _refusal(model, self.coef)
             seen.append(found)
 
@@ -48,7 +48,8 @@ class RouterLoss:
 
 
 def router_loss(model: Any, output: Any, attention_mask: Tensor | None) -> Tensor | None:
-    """The model's own, or else, as in TRL, Mixtral's of the router logits; None if the model gives neither."""
+    """The model's own router loss, or else, as in TRL, Mixtral's, from the router logits; None if the model gives
+    neither."""
     found, logits = (getattr(output, name, None) for name in ("aux_loss", "router_logits"))
     top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     if isinstance(found, Tensor) or not logits or top_k is None:
@@ -59,14 +60,14 @@ def router_loss(model: Any, output: Any, attention_mask: Tensor | None) -> Tenso
 
 
 def find_router_loss(model: Any, coef: float | None, device: torch.device) -> RouterLoss | None:
-    """That of a causal language model, weighted with `coef`, or with what the model itself declares; None if it has
-    none, or the weight is 0. Says what else the model adds to the loss of its tokens, as nothing here trains it.
-    `device` is that of training.
+    """The router loss of a causal language model, with the weight `coef`, or if that is None the one that the model
+    declares. None if the model has no router loss, or the weight is 0. Warns of anything else that the model adds to
+    the loss of its tokens, which is not trained. `device` is the one that the model is trained on.
 
     Raises:
-        ValueError: if coef is given, and the model has no such loss.
+        ValueError: if coef is not 0, and the model has no router loss.
     """
-    while hasattr(model, "get_base_model"):  # of PEFT
+    while hasattr(model, "get_base_model"):  # PEFT's
         model = model.get_base_model()
     name, config = type(model).__name__, model.config.get_text_config()
     declared = [getattr(place, each) for place in (config, model) for each in COEFFICIENTS if hasattr(place, each)]
@@ -83,15 +84,15 @@ def find_router_loss(model: Any, coef: float | None, device: torch.device) -> Ro
     if found is None and coef:
         raise _refusal(model, coef)
     if found is None and wanted:
-        logger.warning(f"{name} gives no router loss, which it weights with {own}: none is trained.")
+        logger.warning(f"{name} declares the weight {own} of a router loss, but gives none: none is trained.")
     if output.loss is not None:
         logits = output.logits[0].float()
         of_tokens = nn.functional.cross_entropy(logits[:-1], _tokens(model)[0, 1:].to(logits.device))
         told = output.loss.float() - (own * found if found is not None and output.get("aux_loss") is found else 0.0)
         if (told - of_tokens).abs() > 1e-4 * of_tokens:
             logger.warning(
-                f"{name}: its own loss of a few tokens is {told:.4g}, that of its logits is {of_tokens:.4g}. What the "
-                "model adds is not trained."
+                f"{name}: its own loss of a few tokens is {told:.4g}, the cross-entropy of its logits is "
+                f"{of_tokens:.4g}. What the model adds is not trained."
             )
     return None if found is None else RouterLoss(model, weight)
 
@@ -108,10 +109,10 @@ def _tokens(model: Any) -> Tensor:
 
 @torch.no_grad()
 def _run(model: Any, device: torch.device, **options: Any) -> Any:
-    """What the model says of a few tokens; None if it cannot run."""
+    """The model's output for a few tokens; None if it cannot run."""
     flash = model.config._attn_implementation.startswith("flash")
     if flash and model.device != device:
-        return None  # before FSDP places it
+        return None  # the model cannot run before FSDP places it
     tokens = _tokens(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
