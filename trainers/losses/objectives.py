@@ -38,9 +38,8 @@ def policy_loss(model: nn.Module, batch: "GRPOBatch", args: "GRPOConfig", *, fus
     old, ref = batch.old_logprobs, batch.ref_logprobs
     objective, aggregation = OBJECTIVES[args.loss_type]
     by_sequence = args.importance_sampling_level == "sequence"
-    # The gradient of ratio x k3 is ratio x that of k2. Where the ratio is 1 this is the estimator k3+, a part of the
-    # policy loss; elsewhere the penalty is a term of its own.
-    is_own_term = ref is not None and args.use_bias_correction_kl and (old is not None or by_sequence)
+    # Where the ratio is 1, ratio x k3 is the estimator k3+, which the policy loss includes.
+    has_kl_term = ref is not None and args.use_bias_correction_kl and (old is not None or by_sequence)
     aggregate: dict[str, Any] = {"aggregation": aggregation, "normalizer": batch.normalizer}
     options: dict[str, Any] = {
         "objective": "gspo" if by_sequence else objective,
@@ -49,7 +48,7 @@ def policy_loss(model: nn.Module, batch: "GRPOBatch", args: "GRPOConfig", *, fus
         "delta": args.delta,
         **sampler_correction(batch.sampler_logprobs, args),
         "ref_logprobs": ref,
-        "kl_coef": 0.0 if is_own_term or ref is None else args.beta,
+        "kl_coef": 0.0 if has_kl_term or ref is None else args.beta,
         "kl_estimator": "k3+" if args.use_bias_correction_kl else "k3",
         **aggregate,
     }
@@ -58,21 +57,27 @@ def policy_loss(model: nn.Module, batch: "GRPOBatch", args: "GRPOConfig", *, fus
         # A token with advantage 0 adds nothing to the policy loss, but still counts in what it is divided by.
         by_token = len(advantages) == len(batch.mask)
         advantages = (advantages if by_token else batch.spread(advantages)) * batch.top_entropy
-    if not is_own_term:
+    if not has_kl_term:
         return scoring.policy_loss(model, batch, old, advantages, fused=fused, temperature=temperature, **options)
     logprobs, entropy = scoring.token_logprobs(model, batch, fused=fused, temperature=temperature, return_entropy=True)
     options |= {"entropy": entropy.detach(), "cu_seqlens": batch.cu_seqlens}
     loss, metrics = rlkernels.policy_loss(logprobs, old, advantages, batch.mask, **options)
-    log_ratio = logprobs - (logprobs.detach() if old is None else old)
+    return loss + args.beta * _kl_term(logprobs, batch, by_sequence, aggregate), metrics
+
+
+def _kl_term(logprobs: Tensor, batch: "GRPOBatch", by_sequence: bool, aggregate: dict[str, Any]) -> Tensor:
+    """The aggregate of ratio x k3 over the tokens in the loss. The ratio is that of the token, or of its sequence; the
+    gradient through it turns that of k3 into that of k2: ratio x (log p - log p_ref)."""
+    log_ratio = logprobs - (logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs)
     if by_sequence:
         log_ratio = batch.spread(batch.sequence_means(log_ratio))
-    penalty = log_ratio.exp() * rlkernels.kl_penalty(logprobs, ref, estimator="k3")
+    penalty = log_ratio.exp() * rlkernels.kl_penalty(logprobs, batch.ref_logprobs, estimator="k3")
     # With advantage -1 the objective reinforce is its first argument, which it aggregates.
     minus_one = -torch.ones_like(logprobs)
-    kl, _ = rlkernels.policy_loss(
+    term, _ = rlkernels.policy_loss(
         penalty, None, minus_one, batch.mask, objective="reinforce", cu_seqlens=batch.cu_seqlens, **aggregate
     )
-    return loss + args.beta * kl, metrics
+    return term
 
 
 def sampler_correction(sampler_logprobs: Tensor | None, args: "OnlineConfig") -> dict[str, Any]:
