@@ -301,5 +301,5 @@ def test_completions_are_checked_while_ppo_saves(make_trainer):
     rollout = Rollout([1], [2, 3], ended=False)
     options = SamplingOptions(temperature=1.0, max_completion_length=2)
     assert trainer._checked(lambda prompts, options: [rollout], ["a"], options) == [rollout]
-    with pytest.raises(RolloutError, match="which is none of the model's 67 tokens"):
+    with pytest.raises(RolloutError, match="but the model's token ids are 0 to 66"):
         trainer._checked(lambda prompts, options: [Rollout([1], [67], ended=True)], ["a"], options)

@@ -221,7 +221,7 @@ def test_a_reply_nested_too_deep_is_one_error(server, make_engine):
 def test_a_server_that_says_nothing_of_itself(info, message, server, make_engine):
     sound = server.answer
     server.answer = lambda path, *rest: (200, info) if path == "/server_info" else sound(path, *rest)
-    with pytest.raises(RolloutError, match=f"a bad reply to /server_info: {message}; this is no vLLM that is known"):
+    with pytest.raises(RolloutError, match=f"a bad reply to /server_info: {message}; this version of vLLM is not"):
         texts(make_engine())
 
 
@@ -234,7 +234,7 @@ def test_a_reply_that_drips_has_the_time_of_one_request(server, make_engine):
     assert texts(make_engine(request_timeout=0.3), prompts=PROMPTS[:2]) == expected
     assert time.monotonic() - began < 5
     server.fail = lambda count: "drip"
-    with pytest.raises(ServerLost, match=r"/v1/completions: no whole reply within 0.3 s$"):
+    with pytest.raises(ServerLost, match=r"/v1/completions: no complete reply within 0.3 s$"):
         texts(make_engine(request_timeout=0.3, timeout=0.5), prompts=PROMPTS[:2])
 
 
@@ -261,7 +261,7 @@ def test_servers_that_answer_by_turns_are_told(server, make_engine, update):
     server.answer = answer
     for ask in (lambda: texts(engine), lambda: update(engine, 2, step=2)):
         with pytest.raises(
-            RolloutError, match=r"several servers answer by turns \(. again after .\).*give the address of one"
+            RolloutError, match=r"several servers answer in turn \(. again after .\).*give the address of one"
         ):
             ask()
     assert len(server.loads) <= 3
@@ -278,7 +278,7 @@ def test_a_server_with_a_new_name_each_time_is_given_up(server, make_engine):
         return status, said
 
     server.answer = answer
-    with pytest.raises(ServerLost, match="was started anew 5 times while it was asked for 2 completions"):
+    with pytest.raises(ServerLost, match="was restarted 5 times during a request for 2 completions"):
         texts(make_engine(), prompts=PROMPTS[:2])
 
 
@@ -428,7 +428,7 @@ def test_a_request_that_kills_each_start_of_the_server_is_given_up(server, make_
 
     die = partial(server.restart, 0.05)
     server.fail = lambda count: die
-    with pytest.raises(ServerLost, match="was started anew 5 times, and never answered this request"):
+    with pytest.raises(ServerLost, match="was restarted 5 times, and never answered this request"):
         engine.complete([[3, 4]], replace(OPTIONS, step=1))
     assert len(server.of("/v1/completions")) == 6
 

@@ -1,6 +1,7 @@
 """Restores the settings of this process that training depends on, after user code has run.
 
-`calls`, `functions` and `workers` call reward functions inside `restored`.
+`calls`, `functions` and `workers` call reward functions inside `restored`, and the command line imports their modules
+inside it.
 """
 
 import contextlib

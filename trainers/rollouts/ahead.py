@@ -1,4 +1,7 @@
-"""Completions that are sampled while the trainer learns from the ones before (`staleness=1`)."""
+"""Samples the next completions while the trainer learns from the current ones (`staleness=1`).
+
+PPOTrainer and GRPOTrainer start the rollouts of their next step here and take them when that step comes.
+"""
 
 import threading
 from collections.abc import Callable
@@ -12,12 +15,12 @@ from .engine import Engine, Rollout, RolloutError, SamplingOptions
 
 logger = logging.get_logger(__name__)
 
-VALUES = [field.name for field in fields(Rollout)]  # an engine may note further ones
+VALUES = [field.name for field in fields(Rollout)]  # a checkpoint keeps only these; an engine may add attributes
 
 
 @dataclass
-class Batch:
-    """Of this process."""
+class Pending:
+    """The rollouts that one optimizer step of this process will learn from, finished or still being sampled."""
 
     row_ids: list
     prompts: list
@@ -26,41 +29,41 @@ class Batch:
 
 
 class SampledAhead:
-    """Batches of completions by the optimizer step that they are for, each sampled in a thread of its own."""
+    """The pending rollouts of each coming optimizer step. Each step's are sampled in their own thread."""
 
     def __init__(self) -> None:
-        self.batches: dict[int, Batch] = {}
+        self.pending: dict[int, Pending] = {}
 
     def start(self, engine: Engine, row_ids: list, prompts: list, options: SamplingOptions) -> None:
-        """Samples what is for the step `options.step`, unless that is there already."""
-        if options.step in self.batches:
+        """Starts sampling for the step `options.step`, unless that has been started already."""
+        if options.step in self.pending:
             return
         rollouts: Future = Future()
-        self.batches[options.step] = Batch(row_ids, prompts, rollouts)
-        # A daemon: a run that stops does not wait for what nobody will use.
+        self.pending[options.step] = Pending(row_ids, prompts, rollouts)
+        # A daemon thread, so that a run that stops does not wait for rollouts that nobody will use.
         threading.Thread(target=_fill, args=(rollouts, engine, prompts, options), name="ahead", daemon=True).start()
 
     def take(self, step: int, row_ids: list, prompts: list) -> list[Rollout] | None:
-        """What was sampled for this step, or None if nothing was. What failed is raised here."""
-        self.batches = {other: batch for other, batch in self.batches.items() if other >= step}
-        batch = self.batches.get(step)
-        if batch is None:
+        """The rollouts that were sampled for this step, or None if there are none. Raises if sampling failed."""
+        self.pending = {other: pending for other, pending in self.pending.items() if other >= step}
+        pending = self.pending.get(step)
+        if pending is None:
             return None
-        if (batch.row_ids, batch.prompts) != (row_ids, prompts):
-            if batch.is_resumed:
-                del self.batches[step]
+        if (pending.row_ids, pending.prompts) != (row_ids, prompts):
+            if pending.is_resumed:
+                del self.pending[step]
                 logger.warning(
                     f"step {step + 1}: completed anew, since the checkpoint holds completions of other rows of "
                     "train_dataset, or of other prompts"
                 )
                 return None
             raise RolloutError(
-                f"staleness 1: step {step + 1} learns from rows {row_ids} of train_dataset, but {batch.row_ids}, or "
+                f"staleness 1: step {step + 1} learns from rows {row_ids} of train_dataset, but {pending.row_ids}, or "
                 "other prompts, were sampled ahead; a row must be the same each time it is read"
             )
         try:
-            # The checkpoint of a step that fails must hold them as they were sampled.
-            return [replace(rollout) for rollout in batch.rollouts.result()]
+            # Copies, since the checkpoint of a step that fails must hold the rollouts as they were sampled.
+            return [replace(rollout) for rollout in pending.rollouts.result()]
         except RolloutError:
             raise
         except Exception as error:
@@ -69,29 +72,31 @@ class SampledAhead:
             ) from error
 
     def wait(self) -> None:
-        """Until nothing is being sampled."""
-        for batch in self.batches.values():
-            batch.rollouts.exception()
+        """Waits until nothing is being sampled."""
+        for pending in self.pending.values():
+            pending.rollouts.exception()
 
     def state(self, step: int) -> list[dict[str, Any]]:
-        """For a checkpoint of this step: what it and later ones have not used yet. What failed is sampled anew."""
+        """For the checkpoint of this step: the rollouts that this step and later ones will use. Failed ones are left
+        out, and so sampled again after a resume."""
         return [
             {
                 "step": number,
-                "row_ids": batch.row_ids,
-                "prompts": batch.prompts,
-                "rollouts": [{name: getattr(each, name) for name in VALUES} for each in batch.rollouts.result()],
+                "row_ids": pending.row_ids,
+                "prompts": pending.prompts,
+                "rollouts": [{name: getattr(each, name) for name in VALUES} for each in pending.rollouts.result()],
             }
-            for number, batch in self.batches.items()
-            if number >= step and batch.rollouts.exception() is None
+            for number, pending in self.pending.items()
+            if number >= step and pending.rollouts.exception() is None
         ]
 
     def load(self, state: list[dict[str, Any]]) -> None:
-        self.batches = {}
+        """Restores what `state` gave."""
+        self.pending = {}
         for saved in state:
             rollouts: Future = Future()
             rollouts.set_result([Rollout(**values) for values in saved["rollouts"]])
-            self.batches[saved["step"]] = Batch(saved["row_ids"], saved["prompts"], rollouts, is_resumed=True)
+            self.pending[saved["step"]] = Pending(saved["row_ids"], saved["prompts"], rollouts, is_resumed=True)
 
 
 def _fill(rollouts: Future, engine: Callable, prompts: list, options: SamplingOptions) -> None:

@@ -1,4 +1,7 @@
-"""Completions to look at: a file per log, and a table of some."""
+"""Shows completions to the user: a parquet file of all and a printed table of some at each log.
+
+PPOTrainer and GRPOTrainer add `CompletionsCallback` where `log_completions` is set.
+"""
 
 import math
 from pathlib import Path
@@ -14,8 +17,8 @@ SHOWN = 200  # characters of a prompt or a completion in the table
 
 
 class CompletionsCallback(TrainerCallback):
-    """At each training log, writes the latest completions of `trainer.completions` (a dict per completion) to
-    `completions/` in the output folder, and prints some of them."""
+    """At each training log, writes `trainer.completions` (the latest, a dict per completion) to `completions/` in the
+    output folder and prints some of them."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -26,7 +29,7 @@ class CompletionsCallback(TrainerCallback):
         rows = self.trainer.completions
         if "loss" not in logs or not rows or not state.is_world_process_zero:
             return
-        # Several optimizer steps may be taken on the same completions.
+        # Several optimizer steps may learn from the same completions, which are shown once.
         earlier = (log["step"] for log in reversed(state.log_history[:-1]) if "loss" in log)
         if self.trainer.completions_step < next(earlier, 0):
             return
@@ -41,7 +44,7 @@ class CompletionsCallback(TrainerCallback):
 
 
 def columns_of(rows: list[dict[str, Any]]) -> list[str]:
-    """Names in any row, `advantage` last: a reward function may log extra columns for some rows alone."""
+    """The names that occur in any row, `advantage` last. A reward function may log columns for only some rows."""
     return sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name == "advantage")
 
 
@@ -55,9 +58,9 @@ def write_completions(file: Path, rows: list[dict[str, Any]], step: int) -> None
         values = [row.get(name) for row in rows]
         try:
             column = pyarrow.array(values, from_pandas=True)
-            if pyarrow.types.is_nested(column.type):  # not all that arrow has can be written, such as empty dicts
+            if pyarrow.types.is_nested(column.type):  # parquet cannot hold every nested type, such as empty dicts
                 pyarrow.parquet.write_table(pyarrow.table({name: column}), pyarrow.BufferOutputStream())
-        except (pyarrow.ArrowException, ValueError, OverflowError):  # no common type, or none at all
+        except (pyarrow.ArrowException, ValueError, OverflowError):  # the values have no common arrow type
             column = pyarrow.array([None if value is None else text_of(value) for value in values])
         columns[name] = column
     with written_aside(file) as aside:
@@ -65,7 +68,7 @@ def write_completions(file: Path, rows: list[dict[str, Any]], step: int) -> None
 
 
 def choose(rows: list[dict[str, Any]], count: int | None, unique: bool) -> list[dict[str, Any]]:
-    """`count` of the rows, or all for None, from the first to the last at equal distances."""
+    """`count` rows at equal distances, or all rows if `count` is None. With `unique`, one row per prompt."""
     if unique:
         rows = list({str(row["prompt"]): row for row in reversed(rows)}.values())[::-1]
     if count is None or count >= len(rows):
@@ -74,8 +77,8 @@ def choose(rows: list[dict[str, Any]], count: int | None, unique: bool) -> list[
 
 
 def samples_table(rows: list[dict[str, Any]], title: str) -> Any:
-    """A rich table: prompt (of a conversation its last message), completion, each reward, what reward functions
-    logged, advantage."""
+    """A rich table with columns for the prompt (its last message), the completion, each reward, what reward functions
+    logged, and the advantage."""
     from rich.table import Table
 
     table = Table(title=title, show_lines=True)
@@ -92,6 +95,7 @@ def samples_table(rows: list[dict[str, Any]], title: str) -> Any:
 
 
 def cell(name: str, value: Any) -> Any:
+    """One value of the table as rich text."""
     from rich.text import Text
 
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -103,5 +107,5 @@ def cell(name: str, value: Any) -> Any:
 
 
 def shorten(text: str) -> str:
-    """The beginning and the end of a text that is too long for a table."""
+    """The text, or its beginning and its end if it is too long for the table."""
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"

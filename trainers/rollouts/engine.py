@@ -1,7 +1,8 @@
-"""Rollouts: prompts and sampling options in; token ids, the sampler's log-probabilities and a loss mask out.
+"""The contract between the trainers and an engine, the function that samples completions.
 
-An engine is any function of the shape of `Engine`. The default one is transformers `generate`; one that calls it for
-several turns, with tools in between, is another.
+An engine takes prompts and `SamplingOptions` and gives a `Rollout` per prompt (`Engine`). The default engine runs
+transformers `generate`; a user's engine may call it for several turns, with tools in between. `check_rollouts` checks
+what came back; `encode`, `decode` and `end_tokens` are what engines and trainers share.
 """
 
 import math
@@ -19,27 +20,27 @@ from .sampling import row_seed
 
 
 class RolloutError(ValueError):
-    """A rollout engine did not return one sound Rollout for each prompt."""
+    """An engine did not return a valid Rollout for each prompt."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How completions are sampled: from the model's own distribution at a temperature, nothing cut off, with random
-    numbers that are the same again for the same seed, step, row and position in the row's sequence."""
+    """How completions are sampled: from the model's full distribution at a temperature, without top-k or top-p. The
+    random numbers depend only on seed, step, row and position in the row's sequence."""
 
     temperature: float  # logits are divided by it
     max_completion_length: int  # in tokens; with several turns, an engine may give each turn less
-    logprobs: bool = False  # whether the sampler's log-probabilities are wanted
+    logprobs: bool = False  # whether the engine must return the sampler's log-probabilities
     seed: int = 0
-    step: int = 0  # optimizer steps taken before; in evaluation -1
-    rows: tuple[int, ...] | None = None  # each prompt's number among those of all processes; None: 0, 1, 2, ...
+    step: int = 0  # optimizer steps taken before; -1 in evaluation
+    rows: tuple[int, ...] | None = None  # number of each prompt over all processes; None means 0, 1, 2, ...
 
     def of(self, indices: Iterable[int]) -> "SamplingOptions":
-        """Those for some of the prompts, such as the ones that go on to another turn."""
+        """Options for some of the prompts, such as those that go on to another turn."""
         return replace(self, rows=tuple(index if self.rows is None else self.rows[index] for index in indices))
 
     def row_seeds(self, count: int) -> list[int]:
-        """A seed of 63 bits for each of so many prompts."""
+        """A 63-bit seed for each of `count` prompts."""
         rows = range(count) if self.rows is None else self.rows
         if len(rows) != count:
             raise ValueError(f"options.rows must have one number for each of the {count} prompts; got {len(rows)}")
@@ -48,39 +49,39 @@ class SamplingOptions:
 
 @dataclass
 class Rollout:
-    """One completion of one prompt. With several turns it is all that follows the prompt: the model's turns, and what
-    tools and the chat template put between them."""
+    """What an engine gives for one prompt. With several turns the completion is everything that follows the prompt: the
+    model's turns, and what tools and the chat template put between them."""
 
     prompt_ids: list[int]
     completion_ids: list[int]  # at least one
-    ended: bool  # by itself, not at max_completion_length
-    logprobs: list[float] | None = None  # of each completion token, as the sampler had them; NaN where it had none
-    mask: list[bool] | None = None  # False where a token is a tool's, not the model's; None: all are the model's
+    ended: bool  # True if the completion ended with an end token, False if at max_completion_length
+    logprobs: list[float] | None = None  # the sampler's, one per completion token; NaN where it had none
+    mask: list[bool] | None = None  # one per completion token: False for a tool's tokens; None: all are the model's
 
     @property
     def own(self) -> list[bool]:
-        """Which completion tokens are the model's."""
+        """One bool per completion token: whether the model sampled it."""
         return [True] * len(self.completion_ids) if self.mask is None else self.mask
 
     def extend(self, token_ids: list[int], logprobs: list[float] | None = None, *, own: bool) -> None:
-        """Appends the tokens of a further turn, the model's own or a tool's."""
+        """Appends the tokens of another turn, the model's own or a tool's."""
         self.mask = self.own + [own] * len(token_ids)
         if self.logprobs is not None:
             self.logprobs = self.logprobs + ([math.nan] * len(token_ids) if logprobs is None else logprobs)
         self.completion_ids = self.completion_ids + token_ids
 
     def sequence(self) -> Sequence:
-        """With the model's own tokens in the loss."""
+        """Prompt and completion as a training sequence, whose loss covers the model's own tokens."""
         labels = [token if own else IGNORE for token, own in zip(self.completion_ids, self.own, strict=True)]
         return Sequence(self.prompt_ids + self.completion_ids, [IGNORE] * len(self.prompt_ids) + labels)
 
 
 Engine = Callable[[list, SamplingOptions], list[Rollout]]
-"""Takes prompts as the dataset has them, text or messages, and gives one rollout of each, in their order."""
+"""Takes prompts as they stand in the dataset, text or messages, and returns a Rollout per prompt, in their order."""
 
 
 def check_rollouts(rollouts: Any, prompts: list, options: SamplingOptions, vocab_size: int) -> list[Rollout]:
-    """What an engine returned, with numbers of Python's own, or a RolloutError that names what was wrong with it."""
+    """Checks what an engine returned and converts its numbers to Python's. Raises RolloutError that names the fault."""
     if not isinstance(rollouts, list | tuple):
         raise RolloutError(f"rollout must return a list of Rollout; got {type(rollouts).__name__}")
     if len(rollouts) != len(prompts):
@@ -107,13 +108,13 @@ def _check(rollout: Rollout, options: SamplingOptions, vocab_size: int) -> None:
             raise ValueError(f"{name} is empty")
         for token in ids:
             if not 0 <= token < vocab_size:
-                raise ValueError(f"{name} holds {token}, which is none of the model's {vocab_size} tokens")
+                raise ValueError(f"{name} holds {token}, but the model's token ids are 0 to {vocab_size - 1}")
         setattr(rollout, name, ids)
     count = len(rollout.completion_ids)
     if not isinstance(rollout.ended, bool):
         raise ValueError(f"ended must be a bool; got {rollout.ended!r}")
     if options.logprobs and rollout.logprobs is None:
-        raise ValueError("logprobs is None, where options.logprobs asks for them")
+        raise ValueError("logprobs is None, but options.logprobs asks for log-probabilities")
     for name in ("logprobs", "mask"):
         values = getattr(rollout, name)
         if values is not None and (not isinstance(values, list) or len(values) != count):
@@ -130,11 +131,12 @@ def _check(rollout: Rollout, options: SamplingOptions, vocab_size: int) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: list, chat_template_kwargs: Any) -> list[list[int]]:
+    """Token ids of prompts. Messages go through the chat template, with the generation prompt added."""
     if is_chat(prompts[0]):
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **(chat_template_kwargs or {})}
         try:
             encoded = apply_chat_template(tokenizer, prompts, **options)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # chat templates raise exceptions of any type
             raise RolloutError(f"{type(error).__name__}: {error}") from error
     else:
         encoded = tokenizer(prompts)
@@ -151,7 +153,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, completion_ids: list[list[int]], 
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end a completion: the tokenizer's, and those that the model's own generation config lists."""
+    """Token ids that end a completion: the tokenizer's end token and those in the model's generation config."""
     listed = model.generation_config.eos_token_id
     listed = [] if listed is None else [listed] if isinstance(listed, int) else listed
     return sorted({*listed, tokenizer.eos_token_id} - {None})

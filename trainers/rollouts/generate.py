@@ -1,4 +1,7 @@
-"""The engine that runs the trained model itself, by transformers `generate`."""
+"""The default engine of PPOTrainer and GRPOTrainer: the trained model samples by transformers `generate`.
+
+`sampling.Decoder` is the loop over tokens inside it.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ from .sampling import Decoder, is_sharded, reduced, uniform
 
 
 def pad_left(rows: list[list[int]], value: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] padded with `value` on the left, and which of them are real, bool [B, T]."""
+    """Token ids [B, T], padded with `value` on the left, and bool [B, T], False at the padding."""
     width = max(len(row) for row in rows)
     filled = torch.tensor([[value] * (width - len(row)) + row for row in rows], dtype=torch.long)
     real = torch.arange(width) >= width - torch.tensor([len(row) for row in rows]).unsqueeze(1)
@@ -25,8 +28,8 @@ def pad_left(rows: list[list[int]], value: int, device: torch.device) -> tuple[T
 
 @contextlib.contextmanager
 def generating_by(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
-    """Inside, generate() follows this config. Wrappers, such as PEFT's, pass it on to the model within and leave it
-    there: afterwards every module has what it had before."""
+    """Makes generate() follow `config` during the with block. Wrappers such as PEFT's pass it on to the inner model and
+    leave it there, so every module's config is restored afterwards."""
     before = [(module, vars(module).get("generation_config")) for module in model.modules()]
     model.generation_config = config
     try:
@@ -40,13 +43,13 @@ def generating_by(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
 
 
 class TransformersEngine:
-    """Completes prompts with transformers `generate`: padded on the left, until every row has ended.
+    """An engine that completes prompts with transformers `generate`, padded on the left, until every row has ended.
 
-    An engine of several turns calls it, and then `complete` with all that each row has so far, and `options.of` the
-    rows that go on. Of a sharded model every process must call it equally often.
+    An engine of several turns calls it once, then calls `complete` with all tokens of the rows that go on, and with
+    `options.of` these rows. If the model is sharded, every process must call it equally often.
 
     Args:
-        model: a causal language model, the trained one itself: what it has learned is sampled from.
+        model: a causal language model, the one that is trained, so that completions come from its current weights.
         tokenizer: its tokenizer.
         chat_template_kwargs: keyword arguments of `apply_chat_template`, for prompts of messages.
     """
@@ -58,7 +61,7 @@ class TransformersEngine:
         self.end_token_ids = end_tokens(model, tokenizer)
         padding = [token for token in (tokenizer.pad_token_id, *self.end_token_ids, 0) if token is not None]
         self.limits = Limits.of(model)
-        # Rows that have ended are read on.
+        # The model goes on reading rows that have ended, so the padding must be a token that it has.
         self.pad_token_id = next(token for token in padding if token < self.limits.vocab_size)
 
     def __call__(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
@@ -66,8 +69,8 @@ class TransformersEngine:
 
     @torch.no_grad()
     def complete(self, prompt_ids: list[list[int]], options: SamplingOptions) -> list[Rollout]:
-        """Continues each row of token ids, up to and including the first token that ends it; at most
-        `options.max_completion_length` further tokens."""
+        """Continues each row of token ids up to and including its first end token, by at most
+        `options.max_completion_length` tokens."""
         model, longest = self.model, max(prompt_ids, key=len, default=[])
         try:
             self.limits.check(longest, options.max_completion_length)
@@ -85,8 +88,8 @@ class TransformersEngine:
             options.logprobs,
             together,
         )
-        # generate() fills what a config leaves open from the model's own, where a top_k or a repetition penalty would
-        # make the sampler another policy than the one whose log-probabilities are trained.
+        # With a config of our own, generate() does not read the model's. A top_k or repetition penalty there would make
+        # the sampled distribution differ from the one whose log-probabilities are trained.
         config = GenerationConfig(
             max_new_tokens=options.max_completion_length, pad_token_id=self.pad_token_id, disable_compile=True
         )
@@ -112,10 +115,11 @@ class TransformersEngine:
         return rollouts
 
     def _read_prompts(self, model: Any, prompt_ids: list[list[int]], together: bool) -> DynamicCache | None:
-        """The cache of all but the last token of each prompt. A prompt that is sampled many times is read once."""
+        """The key-value cache of all but the last token of each prompt. A prompt that several rows share is read once.
+        None if nothing is shared, or if the model's cache cannot be repeated."""
         unique = list(dict.fromkeys(map(tuple, prompt_ids)))
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        # Other layers keep a state besides keys and values, which is not theirs to repeat.
+        # Other layers keep a state besides keys and values, which batch_select_indices does not repeat.
         repeatable = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
         input_ids, real = pad_left([list(prompt) for prompt in unique], self.pad_token_id, model.device)
         worth = repeatable and len(unique) < len(prompt_ids) and input_ids.shape[1] > 1

@@ -1,7 +1,7 @@
-"""Sampling from a causal language model: which token comes next, and when all rows have ended.
+"""Sampling from a causal language model, token by token. `generate.TransformersEngine` runs the `Decoder`.
 
-The random number of a token is keyed by its row and its position, so that neither the number of processes, nor the
-order of rows, nor anything else that draws random numbers changes what is sampled.
+The random number of a token depends only on its row's seed and its position. So the number of processes, the order of
+rows and other users of random numbers do not change what is sampled.
 """
 
 import contextlib
@@ -21,22 +21,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rlkernels
 
-# Once in so many tokens the host looks whether all rows have ended, and waits for the device to tell.
+# Every this many tokens the host asks the device whether all rows have ended, and waits for the answer.
 TOKENS_PER_CHECK = {"cpu": 1}
 ELSEWHERE = 16
 
 
 def row_seed(seed: int, step: int, row: int) -> int:
-    """63 bits."""
+    """A 63-bit seed for one row, by hashing the three numbers."""
     digest = hashlib.blake2b(f"{seed} {step} {row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """float32 in [0, 1): the number at each position of the SplitMix64 stream (Steele et al. 2014) of each seed. Both
-    are int64, and broadcast."""
+    """float32 in [0, 1): for each seed the number at each position of its SplitMix64 stream (Steele et al. 2014).
+    `seeds` and `positions` are int64 and broadcast."""
 
-    def shifted(x: Tensor, by: int) -> Tensor:  # as an unsigned number
+    def shifted(x: Tensor, by: int) -> Tensor:  # a logical, not an arithmetic shift
         return (x >> by) & ((1 << (64 - by)) - 1)
 
     x = seeds + (positions + 1) * (0x9E3779B97F4A7C15 - (1 << 64))
@@ -46,25 +46,27 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 
 
 def choose(scores: Tensor, numbers: Tensor, temperature: float) -> Tensor:
-    """The token [B] that a random number [B] stands for in the distribution softmax(scores [B, V] / temperature).
+    """Samples tokens [B] from softmax(scores [B, V] / temperature), by inverting the cumulative distribution at the
+    random numbers [B].
 
-    The number is looked up among the cumulative probabilities. torch.multinomial draws one for each token of the
-    vocabulary, on a CPU one after the other: of 16 rows of SmolLM2's 49,152 that takes 40 ms; this takes 1."""
+    torch.multinomial draws a random number for each token of the vocabulary, sequentially on a CPU. For 16 rows of
+    SmolLM2's 49,152 tokens that takes 40 ms; this takes 1 ms."""
     probabilities = (scores / temperature).softmax(-1)
     cumulative = probabilities.cumsum(-1)
     tokens = torch.searchsorted(cumulative, numbers.unsqueeze(1) * cumulative[:, -1:], right=True)
     tokens = tokens.clamp(max=scores.shape[1] - 1)
-    # Rounding may lead to a token that has no probability.
+    # Rounding may select a token of probability 0.
     return torch.where(probabilities.gather(1, tokens) > 0, tokens, probabilities.argmax(-1, keepdim=True)).squeeze(1)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights lie on several processes, all of which must run the model for any to."""
+    """Whether the weights are sharded over processes, so that all processes must run the model together."""
     parts = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     return parts or is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled()
 
 
 def reduced(value: Tensor, op: Any, together: bool) -> int:
+    """The value as a number, reduced over all processes if `together`."""
     if together:
         dist.all_reduce(value, op=op)
     return int(value)
@@ -72,14 +74,14 @@ def reduced(value: Tensor, op: Any, together: bool) -> int:
 
 @contextlib.contextmanager
 def unread_masks(model: Any) -> Iterator[None]:
-    """For sdpa, transformers looks at the padding mask in each forward pass, to see whether it can do without, and so
-    waits for the device at each token. Inside, it does not look."""
+    """With sdpa attention, transformers reads the padding mask in each forward pass, to skip it where possible, and so
+    waits for the device at each token. During the with block it always passes the mask on unread."""
     own = model.config._attn_implementation
     if ALL_MASK_ATTENTION_FUNCTIONS.get(own) is not sdpa_mask:
         yield
         return
     name = f"{own}_with_mask"
-    # A part of the model may have another implementation.
+    # Parts of the model may use other implementations, which are restored.
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     AttentionInterface.register(name, ALL_ATTENTION_FUNCTIONS[own])
@@ -96,12 +98,12 @@ class Decoder:
     """The loop of `generate(custom_generate=)`: samples tokens until every row has ended.
 
     Args:
-        numbers: float32 [T, B], the random number of each new token; there are T at most.
-        end_token_ids: those that end a row.
-        pad_token_id: what follows them.
+        numbers: float32 [T, B], the random number of each new token. T is the most tokens per row.
+        end_token_ids: tokens that end a row.
+        pad_token_id: the token that fills a row after its end.
         temperature: logits are divided by it.
-        logprobs: whether the sampler's log-probabilities are noted in `self.logprobs`, a [B] for each new token.
-        together: whether the model is sharded: every process then goes on until the rows of all have ended.
+        logprobs: whether to collect the sampler's log-probabilities in `self.logprobs`, a tensor [B] per new token.
+        together: whether the model is sharded. Every process then goes on until the rows of all processes have ended.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class Decoder:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Tensor:
-        """input_ids [B, W] and the new tokens."""
+        """Returns input_ids [B, W] followed by the new tokens."""
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
         with unread_masks(model):
             return self._decode(model, input_ids, outputs, logits_processor, model_kwargs)
@@ -139,13 +141,13 @@ class Decoder:
         tokens_per_check = TOKENS_PER_CHECK.get(input_ids.device.type, ELSEWHERE)
         for index, numbers in enumerate(self.numbers, 1):
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            # A copy: a view would keep the logits of the whole prompt.
+            # Copied, since a view would keep the logits of the whole prompt in memory.
             scores = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
             scores = logits_processor(input_ids, scores)
             tokens = choose(scores, numbers, self.temperature)
             if self.wants_logprobs:
                 logprobs = rlkernels.token_logprobs(scores, tokens, temperature=self.temperature)
-                self.logprobs.append(cast(Tensor, logprobs))  # with return_entropy it would be a pair
+                self.logprobs.append(cast(Tensor, logprobs))  # a pair only with return_entropy
             tokens = tokens.masked_fill(ended, self.pad_token_id)
             input_ids = torch.cat([input_ids, tokens.unsqueeze(1)], 1)
             ended |= torch.isin(tokens, self.end_token_ids)

@@ -1,8 +1,11 @@
-"""Completions by a vLLM server, over HTTP. It has weights of its own: those trained are sent to it as a folder of
-safetensors.
+"""An engine that samples on a vLLM server over HTTP. PPOTrainer and GRPOTrainer make it where `use_vllm` is set.
 
-A server tells which start of it answers (`instance_id`). One that was started anew has the weights that it was started
-with, so that nothing is taken from it before it has got the current.
+The server has its own copy of the weights; `update_weights` sends it the trained ones as a folder of safetensors. It
+reports an `instance_id`, which is new after each start. A restarted server has its initial weights again, so no answer
+is accepted from it before it has loaded the current ones.
+
+`Answer` reads a reply; VLLMEngine's `_answers`, `_answer` and `_until_answered` repeat requests that were not answered;
+`_connect` and `_load` give a restarted server its weights; `_send` is one HTTP request.
 """
 
 import asyncio
@@ -31,31 +34,31 @@ from .sampling import row_seed
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
-# Seconds before the first further attempt, twice as many before each next one, and at most.
+# Seconds before the second attempt of a request. They double with each further attempt, up to the longest.
 FIRST_DELAY, LONGEST_DELAY = 0.25, 8.0
-# For a server to accept a connection; a host that is gone does not refuse it.
+# Seconds for a server to accept a connection, since a host that is gone does not refuse it.
 CONNECT_TIMEOUT = 10.0
-# Of a server that dies at the same request each time.
+# Restarts after which we give up, since the same request may crash the server each time.
 MOST_STARTS = 5
-# A longer reply is not read on. That to a completion may have as much for each of its tokens.
+# The most bytes of a reply; the reply to a completion may have BYTES_PER_TOKEN more for each of its tokens.
 MOST_BYTES, BYTES_PER_TOKEN = 1 << 20, 1 << 10
-# vLLM's JSON has this in the place of -inf.
+# vLLM's JSON writes -inf as this.
 NO_LOGPROB = -9999.0
-# A lower one it raises to this.
+# vLLM raises a lower temperature to this.
 LOWEST_TEMPERATURE = 0.01
 
 
 class ServerLost(RolloutError):
-    """An inference server did not answer for as long as it was to be waited for."""
+    """An inference server did not answer within `vllm_server_timeout`, or crashed too often."""
 
 
 class Unanswered(Exception):
-    """A request that may be sent again: there was no answer, or one that says nothing about the request."""
+    """A request got no answer, or one that does not depend on the request. It may be sent again."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is read of a reply to /v1/completions."""
+    """The fields that we read of a reply to /v1/completions."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -65,7 +68,7 @@ class Answer:
 
     @classmethod
     def of(cls, reply: Any, with_logprobs: bool) -> "Answer":
-        """Raises ValueError, which names what is wrong with the reply."""
+        """Reads a reply. Raises ValueError that names what is wrong with it."""
         choices = _field(reply, "", "choices", list)
         if len(choices) != 1:
             raise ValueError(f"choices must be a list of one; got {len(choices)}")
@@ -109,7 +112,7 @@ def _field(parent: Any, place: str, name: str, kind: type, optional: bool = Fals
 def _token_ids(choice: Any, place: str, name: str) -> list[int]:
     ids = _field(choice, place, name, list)
     for token in ids:
-        if type(token) is not int:  # a bool is none
+        if type(token) is not int:  # a bool is an instance of int
             raise ValueError(f"{place}.{name} must be a list of integers; got {token!r:.60} in it")
     return ids
 
@@ -121,25 +124,25 @@ def _logprob(value: Any) -> float:
 
 
 class VLLMEngine:
-    """Completes prompts on a vLLM server, each prompt a request of its own.
+    """An engine that completes prompts on a vLLM server, with one request per prompt.
 
-    What was not answered is sent again, and that alone. A server that does not answer is waited for; when it was
-    started anew it is given the current weights first. It must have been started with VLLM_SERVER_DEV_MODE=1 and
-    --logprobs-mode processed_logprobs, and see `weights_folder` under the same path.
+    A request that was not answered is sent again. The engine waits for a server that does not answer; a server that was
+    restarted first gets the current weights. Start it with VLLM_SERVER_DEV_MODE=1 and
+    --logprobs-mode processed_logprobs; it must see `weights_folder` under the same path.
 
-    An engine of several turns calls it, then `complete` with all that each row has so far, and passes on
-    `update_weights`.
+    An engine of several turns calls it once, then calls `complete` with all tokens of the rows that go on. It must
+    offer `update_weights` too and pass it on.
 
     Args:
-        model: the trained model; what ends a completion is read from it.
+        model: the trained model. Its generation config says which tokens end a completion.
         tokenizer: its tokenizer. The server gets token ids.
-        base_url: of the server, such as http://127.0.0.1:8000.
-        weights_folder: where weights are written for the server to read; of this run alone.
+        base_url: the server's address, such as http://127.0.0.1:8000.
+        weights_folder: where weights are written for the server to read. No other run may use it.
         chat_template_kwargs: keyword arguments of `apply_chat_template`, for prompts of messages.
-        timeout: seconds that a server which does not answer is waited for.
-        request_timeout: seconds that one completion may take, to the end of its reply; the time in which it waits for
-            its turn is included.
-        max_concurrency: most requests at a time, of this process.
+        timeout: seconds to wait for a server that does not answer.
+        request_timeout: seconds that one completion may take until its reply is complete, including the time that the
+            request waits in the server's queue.
+        max_concurrency: the most requests that this process sends at a time.
     """
 
     def __init__(
@@ -157,19 +160,19 @@ class VLLMEngine:
         self.tokenizer, self.chat_template_kwargs = tokenizer, chat_template_kwargs
         self.end_token_ids = end_tokens(model, tokenizer)
         url = _url(base_url)
-        # A password is sent, not shown: in no message, nor in the address that an exception of the client tells.
+        # The password is sent in a header and kept out of the address, which messages and exceptions show.
         self._auth = (url.username, url.password) if url.userinfo else None
         self.base_url = str(url.copy_with(userinfo=b"")).rstrip("/")
         self.weights_folder = Path(weights_folder).absolute()
         self.timeout, self.request_timeout, self.max_concurrency = timeout, request_timeout, max_concurrency
         self._is_main = not (dist.is_initialized() and dist.get_rank())
-        self._folder: Path | None = None  # of the current weights
-        self._loaded: str | None = None  # the start of the server that has them
-        self._instance: str | None = None  # the one that requests may be sent to; None: to be found out
-        self._starts: list[str] = []  # all that have answered, in their order
+        self._folder: Path | None = None  # holds the current weights
+        self._loaded: str | None = None  # id of the server instance that has loaded them
+        self._instance: str | None = None  # id of the instance to send requests to; None: not known yet
+        self._starts: list[str] = []  # ids of all instances that have answered, in order
         self._is_lost = False
-        self._failure: Unanswered | None = None  # of the latest attempt to connect
-        # Blocks of the server's prefix cache that other weights have computed must not be found.
+        self._failure: Unanswered | None = None  # why the latest attempt to connect failed
+        # A new salt for each set of weights keeps the server's prefix cache from reusing what older ones computed.
         self._salt = uuid.uuid4().hex
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: httpx2.AsyncClient
@@ -178,13 +181,13 @@ class VLLMEngine:
         return self.complete(encode(self.tokenizer, prompts, self.chat_template_kwargs), options)
 
     def complete(self, prompt_ids: list[list[int]], options: SamplingOptions) -> list[Rollout]:
-        """Continues each row of token ids, up to and including the first token that ends it; at most
-        `options.max_completion_length` further tokens."""
+        """Continues each row of token ids up to and including its first end token, by at most
+        `options.max_completion_length` tokens."""
         if options.step > 0 and self._folder is None:
             raise RolloutError("update_weights was never called: an engine around VLLMEngine must pass it on")
         if options.temperature < LOWEST_TEMPERATURE:
             raise RolloutError(
-                f"temperature must be at least {LOWEST_TEMPERATURE} with vLLM, which has no lower one; got "
+                f"temperature must be at least {LOWEST_TEMPERATURE} with vLLM, which supports no lower one; got "
                 f"{options.temperature}"
             )
         requests = [
@@ -195,8 +198,8 @@ class VLLMEngine:
         return [self._rollout(prompt, answer, options) for prompt, answer in zip(prompt_ids, answers, strict=True)]
 
     def update_weights(self, save: Callable[[Path], None], step: int) -> None:
-        """Sends the server the weights that `save` writes. Every process calls it, and one of them the server; then
-        the folder of the weights before is removed."""
+        """Sends the server the weights that `save` writes, then removes the folder of the previous weights. Every
+        process must call it; the main process tells the server."""
         folder = self.weights_folder / f"weights-{step}"
         aside = folder.with_name(f"{folder.name}-unfinished")
         failure: Exception | None = None
@@ -227,18 +230,18 @@ class VLLMEngine:
                 if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
 
-    # What is sent, and what comes back
+    # One request and its answer
 
     def _request(self, prompt: list[int], seed: int, options: SamplingOptions) -> dict[str, Any]:
         return {
             "prompt": prompt,
             "max_tokens": options.max_completion_length,
             "temperature": options.temperature,
-            # A further turn has the row's seed, too, but not the same random numbers.
+            # Another turn of the same row must not get the same random numbers, so the length is part of the seed.
             "seed": row_seed(seed, options.step, len(prompt)),
             "stop_token_ids": self.end_token_ids,
-            "ignore_eos": True,  # the server's own, which may be another
-            # Whatever the server's defaults are, from the model's generation_config.json or elsewhere.
+            "ignore_eos": True,  # only stop_token_ids end a completion; the server's end token may differ
+            # Given in full, since the server's defaults may come from the model's generation_config.json.
             **{"top_p": 1.0, "top_k": 0, "min_p": 0.0},
             **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
             "return_token_ids": True,
@@ -253,12 +256,12 @@ class VLLMEngine:
         ended = bool(tokens) and tokens[-1] in self.end_token_ids
         if counts[0] != counts[1] or counts[0] > options.max_completion_length:
             raise self._error(
-                f"got {counts[0]} tokens and {counts[1]} log-probabilities; wanted as many, and at most "
-                f"{options.max_completion_length}"
+                f"got {counts[0]} tokens and {counts[1]} log-probabilities; wanted one for each token, and at most "
+                f"{options.max_completion_length} tokens"
             )
         if not ended and counts[0] < options.max_completion_length:
             raise self._error(
-                f"a completion stopped after {counts[0]} tokens, at none that ends it ({answer.stop_reason!s:.60}); "
+                f"a completion stopped after {counts[0]} tokens without an end token ({answer.stop_reason!s:.60}); "
                 "start the server with --generation-config vllm"
             )
         return Rollout(prompt, tokens, ended=ended, logprobs=logprobs)
@@ -266,13 +269,13 @@ class VLLMEngine:
     def _error(self, message: str) -> RolloutError:
         return RolloutError(f"vLLM at {self.base_url}: {message}")
 
-    # Requests run in a loop of their own, so that they may come from any thread, also of one that has a loop.
+    # Requests run in an event loop with its own thread, so that any thread may call, even one that runs a loop.
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.max_concurrency)
-            # A proxy of the environment is meant for the web.
+            # trust_env is off, since a proxy in the environment is not meant for this server.
             self._client = httpx2.AsyncClient(
                 base_url=self.base_url,
                 auth=self._auth,
@@ -285,7 +288,7 @@ class VLLMEngine:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
-        except BaseException:  # Ctrl-C: the server then stops too
+        except BaseException:  # on Ctrl-C, closing the connections makes the server stop too
             future.cancel()
             raise
 
@@ -296,7 +299,7 @@ class VLLMEngine:
         while missing:
             if starts == MOST_STARTS:
                 raise ServerLost(
-                    f"vLLM at {self.base_url} was started anew {starts} times while it was asked for {len(requests)} "
+                    f"vLLM at {self.base_url} was restarted {starts} times during a request for {len(requests)} "
                     "completions"
                 )
             try:
@@ -306,11 +309,11 @@ class VLLMEngine:
                 raise error.exceptions[0] from error.exceptions[0].__cause__
             served = {row: task.result()[0] for row, task in tasks.items()}
             answers = [tasks[row].result()[1] if row in tasks else answer for row, answer in enumerate(answers)]
-            # Started anew while no request was under way, it would not have been missed.
+            # A restart while no request was running has gone unnoticed so far.
             last = self._instance
             try:
                 anew = last is not None and await self._instance_id(options.logprobs) != last
-            except Unanswered:  # it is gone now, and so was there until now
+            except Unanswered:  # the server is gone now, so it had not been restarted before
                 anew, self._instance = False, None
             missing = [row for row in missing if anew and served[row] == last]
             if anew:
@@ -319,7 +322,7 @@ class VLLMEngine:
         return answers
 
     async def _answer(self, request: dict[str, Any], options: SamplingOptions) -> tuple[str, Answer]:
-        """Which start of the server has answered, by the current weights; and what."""
+        """The server instance that answered, with the current weights, and its answer."""
         most_bytes = MOST_BYTES + BYTES_PER_TOKEN * (len(request["prompt"]) + options.max_completion_length)
 
         async def ask() -> tuple[str, Answer]:
@@ -332,15 +335,16 @@ class VLLMEngine:
                 except ValueError as error:
                     raise self._error(f"a bad reply to /v1/completions: {error}") from None
                 if answer.finish_reason not in ("stop", "length"):
-                    raise Unanswered(f"it broke a completion off ({answer.finish_reason!s:.60})")
-                # Another request may have found that the server was gone; this one may be by another start of it.
+                    raise Unanswered(f"it aborted a completion ({answer.finish_reason!s:.60})")
+                # If another request found the server gone meanwhile, this answer may come from another instance.
                 if self._instance != instance and await self._connected() != instance:
-                    raise Unanswered("it was started anew")
+                    raise Unanswered("it was restarted")
                 return instance, answer
 
         return await self._until_answered(ask)
 
     async def _until_answered(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Repeats `ask` until it is answered. Raises ServerLost after `timeout` seconds or MOST_STARTS restarts."""
         since, attempts, starts, instance = time.monotonic(), 0, 0, self._loaded
         while True:
             try:
@@ -348,13 +352,13 @@ class VLLMEngine:
             except Unanswered as error:
                 self._instance = None
                 now = time.monotonic()
-                # One that comes back has all the time again.
+                # A server that was restarted gets the whole timeout again.
                 if attempts == 0 or self._loaded != instance:
                     starts += attempts > 0
                     since, attempts, instance = now, 0, self._loaded
                 if starts == MOST_STARTS:
                     raise ServerLost(
-                        f"vLLM at {self.base_url} was started anew {starts} times, and never answered this request: "
+                        f"vLLM at {self.base_url} was restarted {starts} times, and never answered this request: "
                         f"{error}"
                     ) from error
                 if now - since >= self.timeout:
@@ -363,16 +367,16 @@ class VLLMEngine:
                     ) from error
                 if not self._is_lost:
                     self._is_lost = True
-                    logger.warning(f"vLLM at {self.base_url}: {error}; it is waited for up to {self.timeout:g} s")
+                    logger.warning(f"vLLM at {self.base_url}: {error}; waiting for it up to {self.timeout:g} s")
                 delay = min(FIRST_DELAY * 2**attempts, LONGEST_DELAY) * random.uniform(0.5, 1.0)
                 attempts += 1
                 await asyncio.sleep(min(delay, since + self.timeout - now))
 
     async def _connected(self, logprobs: bool = False) -> str:
-        """Which start of the server answers; it has the current weights."""
+        """The id of the server instance that answers, once it has the current weights."""
         earlier = self._failure
         async with self._connecting:
-            # Where connecting takes long to fail, all that wait here would fail one after another.
+            # If an attempt failed while this one waited for the lock, fail at once: each attempt can take long.
             if self._failure is not earlier and self._instance is None:
                 raise Unanswered(str(self._failure)) from self._failure
             try:
@@ -389,7 +393,7 @@ class VLLMEngine:
         if self._folder is not None and self._loaded != instance:
             await self._load(self._folder)
             if await self._instance_id(logprobs) != instance:
-                raise Unanswered("it was started anew")
+                raise Unanswered("it was restarted")
             self._loaded = instance
         return instance
 
@@ -400,7 +404,7 @@ class VLLMEngine:
         except Unanswered as error:
             with contextlib.suppress(Unanswered):
                 await self._send("GET", "/health")
-                if isinstance(error.__cause__, httpx2.HTTPStatusError):  # it lives, and will say the same again
+                if isinstance(error.__cause__, httpx2.HTTPStatusError):  # the server is up and would refuse again
                     raise self._error(f"the weights in {folder} were not loaded: {error}") from error
             raise
         await self._send("POST", "/reset_prefix_cache")
@@ -413,18 +417,18 @@ class VLLMEngine:
             mode = _field(model_config, "vllm_config.model_config", "logprobs_mode", str)
             instance = _field(config, "vllm_config", "instance_id", str)
         except ValueError as error:
-            raise self._error(f"a bad reply to /server_info: {error}; this is no vLLM that is known here") from None
+            raise self._error(f"a bad reply to /server_info: {error}; this version of vLLM is not supported") from None
         if logprobs and mode != "processed_logprobs":
             raise self._error(
                 f"its log-probabilities are {mode:.60}, not those of the sampling distribution; start it with "
                 "--logprobs-mode processed_logprobs"
             )
         if instance not in self._starts[-1:]:
-            # No start of a server has the name of an earlier one.
+            # Each start of a server has a new id, so an earlier id again means that there are several servers.
             if instance in self._starts:
                 raise self._error(
-                    f"several servers answer by turns ({instance:.60} again after {self._starts[-1]:.60}), each with "
-                    "weights of its own; give the address of one"
+                    f"several servers answer in turn ({instance:.60} again after {self._starts[-1]:.60}), each with "
+                    "its own weights; give the address of one"
                 )
             self._starts.append(instance)
         return instance
@@ -434,7 +438,7 @@ class VLLMEngine:
     ) -> Any:
         limits, body = httpx2.Timeout(timeout, connect=CONNECT_TIMEOUT), bytearray()
         try:
-            # Those limits are for each read, so that a server which sends a byte now and then would never reach one.
+            # httpx's limits hold for each read; the timeout here bounds the whole reply of a server that trickles it.
             async with (
                 asyncio.timeout(timeout),
                 self._client.stream(method, path, timeout=limits, **options) as response,
@@ -445,7 +449,7 @@ class VLLMEngine:
                         break
             response.raise_for_status()
         except TimeoutError:
-            raise Unanswered(f"{path}: no whole reply within {timeout:g} s") from None
+            raise Unanswered(f"{path}: no complete reply within {timeout:g} s") from None
         except httpx2.HTTPStatusError as error:
             said = _message(body)
             if error.response.status_code == 404 and path in ("/server_info", "/collective_rpc", "/reset_prefix_cache"):
@@ -453,7 +457,7 @@ class VLLMEngine:
             if error.response.status_code < 500:
                 raise self._error(f"{path} was refused ({error.response.status_code}): {said}") from error
             raise Unanswered(f"{path} failed ({error.response.status_code}): {said}") from error
-        except (httpx2.RequestError, ValueError) as error:  # no answer, or no whole one
+        except (httpx2.RequestError, ValueError) as error:  # no reply, or an incomplete one
             raise Unanswered(f"{path}: {type(error).__name__} {error}".rstrip()) from error
         if len(body) > most_bytes:
             raise self._error(f"its reply to {path} has more than {most_bytes:,} bytes")
@@ -466,7 +470,7 @@ class VLLMEngine:
 
 
 def _message(body: bytes | bytearray) -> str:
-    """What the server says of an error, in one line."""
+    """The server's error message, in one line."""
     text = body.decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         text = str(json.loads(text)["error"]["message"])

@@ -1,4 +1,4 @@
-"""The trained weights as a whole model in a folder, for a server that has a copy of them."""
+"""Writes the trained weights as a complete model in a folder. A vLLM server loads them from there."""
 
 import copy
 from pathlib import Path
@@ -11,12 +11,13 @@ from .sampling import is_sharded
 
 
 def write_weights(folder: Path, policy: Any, wrapped: nn.Module, accelerator: Any) -> None:
-    """Writes `policy`, which is `wrapped` or a part of it, as safetensors and config.json: gathered where it is
-    sharded, with its adapters merged, and tied weights under each of their names. Every process calls it, the main one
-    writes; the policy is left as it is."""
+    """Writes `policy`, which is `wrapped` or a part of it, as safetensors and config.json.
+
+    Sharded weights are gathered, adapters are merged, and tied weights are written under each of their names. Every
+    process must call it; the main process writes. The policy does not change."""
     if hasattr(policy, "merge_and_unload"):
         if is_sharded(policy):
-            raise ValueError("weights with adapters on them cannot be sent to a server where they are sharded")
+            raise ValueError("a sharded model with adapters cannot be sent to a server")
         if accelerator.is_main_process:
             merged = copy.deepcopy(policy).merge_and_unload()
             merged.save_pretrained(folder, state_dict=_untied(merged.state_dict()))
@@ -33,7 +34,7 @@ def write_weights(folder: Path, policy: Any, wrapped: nn.Module, accelerator: An
 
 
 def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    # vLLM on a CPU keeps an LM head in a layout of its own, which it remakes only where a file names the head.
+    # vLLM on a CPU keeps the LM head in its own layout, and rebuilds it only if the file names the head.
     seen: set[int] = set()
     untied = {}
     for name, weight in weights.items():
