@@ -503,7 +503,7 @@ OF_A_COMMAND = [
     ("sft", {"model": ""}, {}, ["model must name a folder; got ''"]),
     ("sft", {"optim": "adamw_bnb_8bit"}, {}, ["ImportError", "bitsandbytes"]),
     ("sft", {"optim": "stable_adamw"}, {}, ["ImportError", "torch-optimi"]),
-    ("sft", {"optim_args": "x"}, {}, ["optim_args must be name=value, parted by commas; got 'x'"]),
+    ("sft", {"optim_args": "x"}, {}, ["optim_args must be name=value, separated by commas; got 'x'"]),
     ("sft", {"lr_scheduler_kwargs": '{"x": 1}'}, {}, ["TypeError", "'x'"]),
     ("sft", {"model_init_kwargs": '{"dtype": "float99"}'}, {}, ["model: ", "cannot be loaded", "float99"]),
     ("sft", {"model_init_kwargs": '{"x": 1}'}, {}, ["model: ", "cannot be loaded", "'x'"]),
@@ -532,7 +532,7 @@ OF_A_COMMAND = [
             ("seed", "-1"),
         )
     ],
-    ("sft", {"max_length": "9" * 400}, {}, ["max_length must be a number that 64 bits hold; got one of 1329"]),
+    ("sft", {"max_length": "9" * 400}, {}, ["max_length must be a number that fits in 64 bits; got one of 1329"]),
     ("sft", {"save_strategy": "steps", "save_steps": "0"}, {}, ["save_steps must be above 0 with save_strategy steps"]),
 ]
 

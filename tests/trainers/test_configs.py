@@ -155,7 +155,7 @@ def test_read_back(tmp_path):
         ({"save_strategy": "steps", "save_steps": 0}, "save_steps must be above 0 with save_strategy steps; got 0"),
         ({"eval_strategy": "steps", "eval_steps": -1}, "eval_steps must be above 0 with eval_strategy steps; got -1"),
         ({"logging_steps": -1}, "logging_steps must be above 0 with logging_strategy steps; got -1"),
-        ({"reward_weights": [1.0, 10**400]}, "reward_weights must be a number that 64 bits hold; got one of 1329"),
+        ({"reward_weights": [1.0, 10**400]}, "reward_weights must be a number that fits in 64 bits; got one of 1329"),
         ({"output_dir": ""}, "output_dir must name a folder; got ''"),
         ({"log_level": "loud"}, "log_level must be one of .*; got 'loud'"),
         ({"generation_batch_size": 12}, "must be a multiple of per_device_train_batch_size x processes"),
@@ -172,7 +172,7 @@ def test_read_back(tmp_path):
         ({"debug": "underflow_overflow"}, "debug is not supported; got underflow_overflow"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config: dispatch_batches is not supported"),
         ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler is not supported; got False"),
-        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance is not supported: micro-batches are filled"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance is not supported: token_budget"),
         ({"train_sampling_strategy": "sequential"}, "must be random; got sequential. To keep the prompts in"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not supported: the noise"),
         ({"num_completions_to_print": -1}, "num_completions_to_print must be at least 0; got -1"),
@@ -228,7 +228,7 @@ def test_every_process_of_fsdp_reads_the_weights(monkeypatch):
 
 
 def test_deepspeed_is_for_the_launcher():
-    with pytest.raises(ValueError, match="deepspeed is set up by accelerate launch alone: see examples/accelerate"):
+    with pytest.raises(ValueError, match="set up deepspeed by accelerate launch only: see examples/accelerate"):
         SFTConfig(deepspeed={"zero_optimization": {"stage": 2}}, use_cpu=True, report_to="none")
 
 

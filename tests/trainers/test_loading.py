@@ -131,7 +131,7 @@ BROKEN = {
     ),
     "an end token of text": (
         lambda folder: edit(folder / "generation_config.json", eos_token_id=[0, "x"]),
-        r"eos_token_id must be a token's number, or several; got \[0, 'x'\]$",
+        r"eos_token_id must be a token id or a list of them; got \[0, 'x'\]$",
     ),
 }
 

@@ -1,4 +1,7 @@
-"""Chat prompts, and chat templates: programs that come with a tokenizer, and may never end."""
+"""Chat prompts, and chat templates with a time limit. Used wherever prompts or messages become tokens.
+
+A chat template is a program that comes with a tokenizer. It may never end.
+"""
 
 import signal
 import threading
@@ -8,17 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 
 def is_chat(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages, each with a role and a content."""
+    """Whether a prompt is a list of messages, dicts with a role."""
     return isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
 
 
-# Far more than any messages take.
+# Far longer than any conversation takes.
 SECONDS = 60.0
 
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list, **options: Any) -> Any:
-    """As the tokenizer's own; a TimeoutError where it takes longer than SECONDS. Only in the main thread, since signals
-    reach no other."""
+    """Calls tokenizer.apply_chat_template. Raises TimeoutError after SECONDS, in the main thread only: signals do not
+    reach other threads."""
     if threading.current_thread() is not threading.main_thread():
         return tokenizer.apply_chat_template(messages, **options)
 

@@ -1,4 +1,5 @@
-"""What all configs share. Each stands with its trainer; names and defaults are TRL 1.16's."""
+"""The options that all configs share. Each trainer's own config stands in the trainer's file. Names and defaults are
+those of TRL 1.16."""
 
 import copy
 from dataclasses import asdict, dataclass, field
@@ -10,20 +11,21 @@ from transformers import TrainingArguments
 
 from .field_values import check_fields
 
-# Options of the Trainer's own steps, predictions and data, which are others here: what must be off, and what on.
+# Options of transformers' Trainer that our step, evaluation and data do not support: those that must be off, then those
+# that must be on.
 OFF = (
     *("label_smoothing_factor", "torch_empty_cache_steps", "bf16_full_eval", "fp16_full_eval", "use_liger_kernel"),
     *("eval_accumulation_steps", "eval_use_gather_object", "include_for_metrics", "batch_eval_metrics", "label_names"),
-    *("do_predict", "debug", "enable_jit_checkpoint"),  # SIGTERM saves a checkpoint in any case
+    *("do_predict", "debug", "enable_jit_checkpoint"),  # SIGTERM always saves a checkpoint
 )
 ON = ("average_tokens_across_devices", "eval_do_concat_batches", "dataloader_in_order")
-# The same of `accelerator_config`.
+# The same for `accelerator_config`.
 OFF_IN_ACCELERATE = ("split_batches", "dispatch_batches")
 ON_IN_ACCELERATE = ("even_batches", "use_seedable_sampler")
 
 
 def _computes_bf16(use_cpu: bool) -> bool:
-    """Whether the device has bfloat16 instructions; elsewhere bfloat16 is emulated, and slower than float32."""
+    """Whether the device has bfloat16 instructions. Without them bfloat16 is emulated and slower than float32."""
     if torch.cuda.is_available() and not use_cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -32,30 +34,31 @@ def _computes_bf16(use_cpu: bool) -> bool:
 
 def _refuse_others(place: str, options: Any, off: tuple[str, ...], on: tuple[str, ...]) -> None:
     for name in (*off, *on):
-        value = getattr(options, name, name in on)  # older versions of transformers have not all
+        value = getattr(options, name, name in on)  # older versions of transformers lack some
         if bool(value) != (name in on):
             raise ValueError(f"{place}{name} is not supported; got {value}")
 
 
 def router_field() -> Any:
+    """The field router_aux_loss_coef, for configs of trainers that support the router loss."""
     return field(
         default=None,
         metadata={
-            "help": "Weight of the loss by which a mixture of experts uses all of its experts alike, the mean over "
-            "parts of per_device_train_batch_size rows; what the model declares if unset. 0: without."
+            "help": "Weight of the router's load-balancing loss in a mixture of experts. The loss is a mean over parts "
+            "of per_device_train_batch_size rows. If unset, the model's config gives the weight; 0 turns the loss off."
         },
     )
 
 
 def split_userinfo(url: str) -> tuple[str, str]:
-    """User and password of an address, or nothing; and the address without them."""
+    """(user and password, or "" if there are none; the address without them)."""
     scheme, slashes, rest = url.partition("://") if "://" in url else ("", "", url)
     userinfo, _, host = rest.rpartition("@")
     return userinfo, f"{scheme}{slashes}{host}"
 
 
 def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy without tokens of the hub, also those in arguments for `from_pretrained`, and passwords in addresses."""
+    """A copy without hub tokens, also in arguments for `from_pretrained`, and without passwords in addresses."""
     shown = dict(values)
     for name, value in values.items():
         if isinstance(value, dict):
@@ -69,29 +72,31 @@ def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(repr=False)
 class BaseConfig(TrainingArguments):
-    """What every trainer here adds to, or defaults differently from, `transformers.TrainingArguments`.
+    """Options of every trainer: those that are new or have another default than in `transformers.TrainingArguments`.
 
-    Tokens of the hub and passwords in addresses are in none of `repr`, `to_dict` and what is pickled, such as the
-    training_args.bin of a saved model."""
+    `repr`, `to_dict` and pickles, such as training_args.bin, hold no hub tokens and no passwords in addresses."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of AdamW."})
     logging_steps: float = field(
-        default=10, metadata={"help": "Log every so many optimizer steps; below 1, a fraction of all steps."}
+        default=10, metadata={"help": "Log every N optimizer steps; below 1, N is a fraction of all steps."}
     )
     activation_checkpointing: bool | None = field(
         default=None,
-        metadata={"help": "Recompute activations in the backward pass: less memory, about 20%% slower. On if unset."},
+        metadata={
+            "help": "Recompute activations in the backward pass, which takes less memory and about 20%% more time. On "
+            "if unset."
+        },
     )
     gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "The older name of activation_checkpointing, heeded where that is unset."}
+        default=None, metadata={"help": "The older name of activation_checkpointing, used if that is unset."}
     )
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute in bfloat16 over float32 weights. Unset: where the device has bfloat16 instructions, "
-            "unless fp16 is set."
+            "help": "Compute in bfloat16 with float32 weights. If unset, on when the device has bfloat16 instructions "
+            "and fp16 is not set."
         },
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -100,45 +105,45 @@ class BaseConfig(TrainingArguments):
     )
     trust_remote_code: bool = field(
         default=False,
-        metadata={"help": "Run the Python code that models and tokenizers bring along; they are refused without."},
+        metadata={"help": "Run Python code that comes with models and tokenizers. If off, those that need it fail."},
     )
     remove_unused_columns: bool = field(
         default=False,
-        metadata={"help": "Keep only the columns that the trainer itself reads: reward functions then see no other."},
+        metadata={"help": "Keep only the columns that the trainer reads, so that reward functions see no others."},
     )
     token_budget: int = field(
         default=8192,
         metadata={
-            "help": "Most tokens in a micro-batch: an optimizer step of per_device_train_batch_size x "
-            "gradient_accumulation_steps rows runs in as many as it takes. A longer sequence runs alone."
+            "help": "Most tokens in a micro-batch. The per_device_train_batch_size x gradient_accumulation_steps rows "
+            "of an optimizer step are split into as many micro-batches as needed. A longer sequence runs alone."
         },
     )
     padding_free: bool = field(
         default=True,
         metadata={
-            "help": "Lay the sequences of a micro-batch end to end. Without it, and for models that do not keep them "
-            "apart then, they are padded to the longest."
+            "help": "Concatenate the sequences of a micro-batch without padding. If off, or if the model cannot keep "
+            "concatenated sequences apart, they are padded to the longest."
         },
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.deepspeed is not None:  # its engine would divide each micro-batch's loss by the number of them
-            raise ValueError("deepspeed is set up by accelerate launch alone: see examples/accelerate/zero3.yaml")
+        if self.deepspeed is not None:  # its engine would divide each micro-batch's loss by their number
+            raise ValueError("set up deepspeed by accelerate launch only: see examples/accelerate/zero3.yaml")
         _refuse_others("", self, OFF, ON)
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing is not False
-        self.gradient_checkpointing = self.activation_checkpointing  # all that transformers below 5.23 knows
+        self.gradient_checkpointing = self.activation_checkpointing  # transformers below 5.23 reads this one
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _computes_bf16(self.use_cpu)
         super().__post_init__()
-        # It would leave a reference model, a copy of the model, without weights on all processes but the first.
+        # With RAM-efficient loading, a reference model (a copy of the model) would have weights on one process only.
         disable_fsdp_ram_efficient_loading()
         if self.fsdp_plugin_args is not None:
             self.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
         if self.optim_args and not all(pair.count("=") == 1 for pair in self.optim_args.split(",")):
-            raise ValueError(f"optim_args must be name=value, parted by commas; got {self.optim_args!r}")
+            raise ValueError(f"optim_args must be name=value, separated by commas; got {self.optim_args!r}")
         for kind in ("logging", "eval", "save"):
             strategy, steps = getattr(self, f"{kind}_strategy"), getattr(self, f"{kind}_steps")
             if strategy == "steps" and not steps > 0:
@@ -152,10 +157,10 @@ class BaseConfig(TrainingArguments):
                 raise ValueError(f"parallelism_config: {kind}_size above 1 is not supported")
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
-                "train_sampling_strategy batch_rebalance is not supported: micro-batches are filled by token_budget"
+                "train_sampling_strategy batch_rebalance is not supported: token_budget decides on micro-batches"
             )
         if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size is not supported: micro-batches are filled by token_budget")
+            raise ValueError("auto_find_batch_size is not supported: token_budget decides on micro-batches")
 
     def __str__(self) -> str:
         shown = without_secrets(asdict(self))
@@ -164,10 +169,10 @@ class BaseConfig(TrainingArguments):
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()  # in which tokens, but no other secrets, are hidden
+        values = super().to_dict()  # hides tokens, but no other secrets
         return without_secrets(values) | {name: values[name] for name in values if name.endswith("_token")}
 
-    # Pickled as training_args.bin. A copy in this process is as it was.
+    # Pickles, such as training_args.bin, have no secrets. Copies within this process keep them.
 
     def __getstate__(self) -> dict[str, Any]:
         return without_secrets(self.__dict__)

@@ -1,4 +1,4 @@
-"""What is put back afterwards: random numbers, and the mode of a model."""
+"""Contexts that restore something afterwards: the state of random number generators, and a model's mode."""
 
 import contextlib
 import random
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def random_state(device: torch.device) -> Callable[[], None]:
-    """Remembers where all streams of random numbers are; calling the result puts them back."""
+    """Records the state of all random number generators and returns a function that restores it."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
@@ -27,7 +27,7 @@ def random_state(device: torch.device) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers inside come from `seed`; the streams outside do not notice."""
+    """Seeds all random number generators with `seed` for the with block and restores their states after it."""
     restore = random_state(device)
     try:
         set_seed(seed, device_specific=True)
@@ -38,7 +38,7 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, without dropout; then in the mode that it had."""
+    """Sets the model to evaluation mode, without dropout, and then back to its earlier mode."""
     training = model.training
     model.eval()
     try:

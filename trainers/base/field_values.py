@@ -1,5 +1,7 @@
-"""What the fields of a config, or the arguments of a command, may hold: their types, as they are declared, and one
-table of ranges."""
+"""Checks the fields of a config or of a command's arguments: their declared types, and one table of ranges.
+
+Every config calls `check_fields` when it is made, and so does the command line.
+"""
 
 import math
 import os
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# What a number must be, the test for it, and for which fields. None is for the type to allow; so is which is a float.
+# (what a message says is wanted, the test, the fields). Whether a field may be None or a float is its type's matter.
 RANGES = [
     (
         "at least 1",
@@ -48,12 +50,12 @@ RANGES = [
     ("at least 0 and below 1", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
 ]
 RANGE_OF = {name: (wanted, test) for wanted, test, names in RANGES for name in names.split()}
-# Where infinity means something.
+# Fields that may be infinite, which means no limit.
 UNLIMITED = {"reward_timeout", "max_grad_norm"}
-# Declared otherwise than as transformers itself takes them, or leaves them for who copies a config.
+# Fields whose values in transformers do not match their declared types, in use or after a config is copied.
 OF_ANY_TYPE = {"fsdp", "debug", "accelerator_config"}
 OPTIONAL = {"max_grad_norm"}
-# Empty text would be the current folder.
+# Fields that must not be empty text, which would stand for the current folder.
 FOLDERS = {"output_dir", "vllm_weights_folder", "model", "ref_model", "reward_model", "value_model"}
 NAMES = {
     int: "a whole number",
@@ -67,8 +69,8 @@ NAMES = {
 
 
 def check_fields(config: Any) -> None:
-    """TypeError or ValueError of the first field that holds what it must not, naming it, what it holds and what is
-    wanted."""
+    """Raises TypeError or ValueError for the first field with a wrong value. The message says which field, what is
+    wanted and what came."""
     declared = typing.get_type_hints(type(config))
     for field in fields(config):
         name, value = field.name, getattr(config, field.name, None)
@@ -94,7 +96,7 @@ def _check_text(name: str, value: str, choices: Any) -> None:
 
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, Integral) and not -(2**63) <= int(value) < 2**63:
-        raise ValueError(f"{name} must be a number that 64 bits hold; got one of {int(value).bit_length()}")
+        raise ValueError(f"{name} must be a number that fits in 64 bits; got one of {int(value).bit_length()} bits")
     wanted, test = RANGE_OF.get(name, (None, None))
     if test is not None and not test(value):
         raise ValueError(f"{name} must be {wanted}; got {value}")
@@ -120,7 +122,7 @@ def _fits(value: Any, kind: Any) -> bool:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except Exception:  # of a number of too many digits, or of an object's own
+    except Exception:  # an int of too many digits, or an object's own repr, may raise
         return f"a {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:100]}..."
 

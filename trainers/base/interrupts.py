@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: what they ask of a run, and what must not be broken off by them."""
+"""How a run reacts to Ctrl-C and SIGTERM. `BaseTrainer` owns a `StopRequest`.
+
+The first signal lets the run finish its optimizer step and save; another stops it at once, but not amid a write.
+"""
 
 import contextlib
 import os
@@ -7,12 +10,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-# With what Python does of itself. A program that handles them in a way of its own keeps it.
+# Python's default handlers. A program that has replaced one keeps its own.
 DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class Terminated(SystemExit):
-    """SIGTERM stopped a run, as Ctrl-C does by KeyboardInterrupt. Not caught, it ends in exit code 143."""
+    """SIGTERM stopped a run, as KeyboardInterrupt says that Ctrl-C did. If not caught, the process exits with 143."""
 
     def __init__(self, message: str = "terminated") -> None:
         super().__init__(message)
@@ -24,12 +27,12 @@ def stopped_by(number: int, message: str) -> BaseException:
 
 
 class StopRequest:
-    """Whether a run was asked to stop. The first signal is noted, for the run to act on, and answered by a line on
-    stderr; a second one stops it at once, unless something is being finished, which a third does not wait for."""
+    """Whether a run was asked to stop. The first signal is noted for the run to act on, with a line on stderr. A second
+    one stops the run at once, or when the current write is finished; a third one does not wait for the write."""
 
     def __init__(self) -> None:
-        self.number = 0  # the signal that this process got; 0: none
-        self.agreed = 0  # that any process got, once they have told each other
+        self.number = 0  # the signal that this process got; 0 means none
+        self.agreed = 0  # the signal that any process got, once the processes have exchanged theirs
         self.doing = ""
         self.listens = self.tells = False
         self._process = 0
@@ -38,7 +41,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self, tells: bool = True) -> Iterator[None]:
-        """A run that looks at `number` as it goes. Of several processes one tells of a signal that all get."""
+        """Handles signals during a run that reads `number` as it goes. Set `tells` on one process only: all processes
+        get the signal, and one line about it is enough."""
         self.number, self.agreed, self.tells = 0, 0, tells
         with self._handlers():
             self.listens = True
@@ -49,7 +53,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def while_doing(self, what: str) -> Iterator[None]:
-        """Something that may take minutes, to be told to who waits for it."""
+        """Names an activity that may take minutes, for the line that answers a signal."""
         earlier, self.doing = self.doing, what
         try:
             yield
@@ -58,7 +62,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def finishing(self, what: str) -> Iterator[None]:
-        """Something that is not to be broken off."""
+        """Writes `what` to the end before a signal stops the run; another signal stops it at once."""
         with self._handlers(), self.while_doing(f"writing {what}"):
             self._finishes = what
             try:
@@ -71,7 +75,7 @@ class StopRequest:
     @contextlib.contextmanager
     def _handlers(self) -> Iterator[None]:
         earlier, self._process = {}, os.getpid()
-        if threading.current_thread() is threading.main_thread():  # no other may set them
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
             for number, default in DEFAULTS.items():
                 if signal.getsignal(number) == default:
                     earlier[number] = signal.signal(number, self._receive)
@@ -82,7 +86,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
-        if os.getpid() != self._process:  # a worker of a DataLoader, forked from it, which ends it by SIGTERM
+        if os.getpid() != self._process:  # a forked DataLoader worker, which the DataLoader ends with SIGTERM
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
@@ -100,5 +104,5 @@ class StopRequest:
 
 
 def tell(line: str) -> None:
-    # The signal may have come amid a write to sys.stderr, which cannot be entered twice.
+    # The signal may have come during a write to sys.stderr, which is not reentrant.
     os.write(2, f"\n{line}\n".encode())

@@ -1,21 +1,23 @@
-"""What a model can read: which tokens, and how many. What is beyond ends in an IndexError of PyTorch, on GPUs in an
-assertion after which the process can do nothing more."""
+"""A model's limits: which token ids it has, and how many positions. Data and engines are checked against them.
+
+Beyond them PyTorch raises an IndexError on a CPU. On a GPU an assertion fails, and the process can no longer use it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-# Models whose attention knows a number of positions without a table of them, and the option that says how many.
+# Model types whose positions are limited without a table of position vectors, and the config's option for the limit.
 OTHERS = {"mpt": "max_seq_len"}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of one model, or of several that read the same."""
+    """The limits of one model, or the common limits of several models that read the same tokens."""
 
     vocab_size: int  # rows of the embedding
-    positions: int | None  # None: as many as there are, as with rotary embeddings
+    positions: int | None  # None: unlimited, as with rotary embeddings
 
     @classmethod
     def of(cls, *models: Any) -> "Limits":
@@ -23,8 +25,8 @@ class Limits:
         return cls(min(map(embedded, models)), min((size for size in sizes if size is not None), default=None))
 
     def check(self, ids: list[int], completion: int = 0) -> None:
-        """Refuses, by a ValueError, tokens beyond the model, and more of them than it has room for; `completion` more
-        are to follow."""
+        """Raises ValueError if a token is beyond the vocabulary, or if the tokens and `completion` further ones exceed
+        the positions."""
         highest = max(ids, default=0)
         if highest >= self.vocab_size:
             raise ValueError(
@@ -36,28 +38,28 @@ class Limits:
             raise ValueError(f"has {len(ids)} tokens{more}, more than the {self.positions} positions of the model")
 
     def fit(self, tokenizer: Any) -> bool:
-        """Whether nothing that the tokenizer can give is beyond the model."""
+        """Whether the model can read everything that the tokenizer can give."""
         return self.positions is None and len(tokenizer) <= self.vocab_size
 
 
 def embedded(model: Any) -> int:
-    """How many tokens the model has a vector for."""
+    """The number of tokens that the model has an embedding vector for."""
     embedding = model.get_input_embeddings()
-    # The weight of a sharded model may be empty.
+    # num_embeddings first, since the weight of a sharded model may be empty.
     return getattr(embedding, "num_embeddings", None) or len(embedding.weight)
 
 
 def learned_positions(model: Any) -> int | None:
-    """How many positions the model has a vector for; None if it computes them."""
+    """The number of positions that the model has a vector for, or None if it computes positions."""
     config = model.config.get_text_config()
-    tokens = set(model.get_input_embeddings().modules())  # with what PEFT has around them
+    tokens = set(model.get_input_embeddings().modules())  # with the modules that PEFT wraps around them
     size = getattr(config, "max_position_embeddings", None)
     found = [getattr(config, OTHERS[config.model_type])] if config.model_type in OTHERS else []
     for module in model.modules():
         is_other = isinstance(module, nn.Embedding) and module not in tokens
-        # The first rows of some are no position's: OPT's, and those up to the padding token's of RoBERTa.
+        # In some models the first rows belong to no position: OPT's offset, RoBERTa's rows up to its padding token.
         if is_other and module.num_embeddings - getattr(module, "offset", 0) == size:
             found.append(size if module.padding_idx is None else size - module.padding_idx - 1)
-        # A table of sines, one row a position: CTRL, GPT-J, CodeGen.
+        # A table of sines has one row per position in CTRL, GPT-J and CodeGen.
         found += [size for buffer in module.buffers(recurse=False) if buffer.dim() == 2 and len(buffer) == size]
     return min(found, default=None)

@@ -1,4 +1,4 @@
-"""What is logged: means and extremes over steps and processes."""
+"""Collects what trainers log: means and extremes over optimizer steps and processes."""
 
 import itertools
 import math
@@ -9,34 +9,34 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-# In `Metrics`, before the names under which reward functions log, and what others the Trainer logs.
+# Prefix, within `Metrics`, of names that reward functions log under; and names that transformers' Trainer logs.
 LOGGED = "log_metric: "
 TAKEN = {"loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "num_input_tokens_seen", "runtime"}
 TAKEN |= {"samples_per_second", "steps_per_second", "model_preparation_time"}
 
 
 class Metrics:
-    """Weighted means, and extremes, of what was recorded since the last log. Values stay on their device until then."""
+    """Weighted means and extremes of the values added since the last log. They stay on the device until then."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.sums: dict[str, Tensor] = {}
-        self.highest: dict[str, Tensor] = {}  # of a minimum, its negative
+        self.highest: dict[str, Tensor] = {}  # the pair (-minimum, maximum)
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
-        """A NaN value counts for nothing."""
+        """Adds a value to the mean of `name`. NaN is ignored."""
         value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
         weight = torch.as_tensor(weight, dtype=torch.float32, device=self.device) * ~value.isnan()
         pair = torch.stack([value.nan_to_num(0.0) * weight, weight])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def add_range(self, name: str, values: Tensor) -> None:
-        """Logs the least of all values as min_{name} and the greatest as max_{name}."""
+        """Logs the minimum of all values as min_{name} and the maximum as max_{name}."""
         pair = torch.stack([-values.min(), values.max()])
         self.highest[name] = self.highest[name].maximum(pair) if name in self.highest else pair
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What was recorded since the last log, which `load` puts back."""
+        """The values since the last log; `load` restores them."""
         return {"sums": dict(self.sums), "highest": dict(self.highest)}
 
     def load(self, state: dict[str, dict[str, Tensor]]) -> None:
@@ -48,8 +48,8 @@ class Metrics:
         self.highest.clear()
 
     def flush(self, accelerator: Any) -> dict[str, float]:
-        """Over all processes. Names may differ between them: a reward function logs what it likes; where a name is
-        taken by another metric, it becomes name_2."""
+        """The means and extremes over all processes, which are then cleared. Names may differ between processes, since
+        reward functions choose theirs. A reward function's name that another metric has becomes name_2."""
         own = list(self.sums), list(self.highest)
         found = gather_object([own]) if accelerator.num_processes > 1 else [own]
         means, ranges = (sorted({name for names in parts for name in names}) for parts in zip(*found, strict=True))
@@ -70,6 +70,6 @@ class Metrics:
 
 
 def unique(name: str, taken: Container[str]) -> str:
-    """The name, or the first of name_2, name_3, ... that is free."""
+    """The name, or the first of name_2, name_3, ... that is not taken."""
     numbered = (f"{name}_{number}" for number in itertools.count(2))
     return next(each for each in itertools.chain([name], numbered) if each not in taken)

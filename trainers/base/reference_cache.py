@@ -1,5 +1,8 @@
-"""Log-probabilities under a reference model, kept in the cache folder of `datasets`: a file per dataset and reference,
-named by a hash of all that they depend on."""
+"""Keeps log-probabilities under a reference model on disk, for DPOTrainer's precompute_ref_log_probs.
+
+They lie in the cache folder of `datasets`, in one file per dataset and reference, named by a hash of everything that
+they depend on.
+"""
 
 import hashlib
 import json
@@ -21,8 +24,8 @@ logger = logging.get_logger(__name__)
 
 
 def hash_model(model: str | PreTrainedModel, settings: Any) -> str:
-    """Of what the model computes: its weights and config, and `settings`. A folder's files are read, but no model is
-    loaded."""
+    """A hash of everything that decides what the model computes: weights, config and `settings`. For a folder its files
+    are hashed, without loading the model."""
     content = hashlib.sha256(repr(settings).encode())
     if isinstance(model, str):
         for file in sorted(model_folder(model).iterdir()):
@@ -47,7 +50,7 @@ def _plain(value: Any) -> Any:
 
 
 def cache_file(rows: datasets.Dataset, reference: str) -> Path:
-    """Where the log-probabilities of the rows of `data.prepare` are, under the reference of that hash."""
+    """The file for the log-probabilities of `rows`, as `data.prepare` made them, under the reference with this hash."""
     content = hashlib.sha256(reference.encode())
     for row in rows:
         for sequence in row["sequences"]:
@@ -58,20 +61,20 @@ def cache_file(rows: datasets.Dataset, reference: str) -> Path:
 
 
 def read(file: Path) -> np.ndarray | None:
-    """[2, rows], or None where there is no whole file."""
+    """The log-probabilities [2, rows], or None if there is no file or it is damaged."""
     if not file.is_file():
         return None
     try:
         with np.load(file) as content:  # a zip file: each part has a checksum
             values = content["logps"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning(f"{file} is damaged, and is made anew: {error}")
+        logger.warning(f"{file} is damaged and will be written again: {error}")
         return None
     return values
 
 
 def write(file: Path, values: np.ndarray) -> None:
-    """Whole or, with a warning, not at all."""
+    """Writes the complete file, or warns and writes nothing."""
     with warned_of(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:

@@ -1,4 +1,7 @@
-"""Files that a run leaves to look at: how they are written, and curves.png."""
+"""Files that a run writes for people: curves.png, and helpers that write any such file without risk to the run.
+
+Every trainer adds `CurvesCallback`; `rollouts.completions` and `reference_cache` use the helpers.
+"""
 
 import contextlib
 import math
@@ -13,7 +16,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Panels of curves.png, each with the names under which trainers log what it shows.
+# The panels of curves.png: title -> names under which trainers log the panel's metric.
 ONLINE = {
     "reward": ("reward",),
     "KL to the reference": ("kl", "objective/kl"),
@@ -29,7 +32,8 @@ OFFLINE = {
 
 @contextlib.contextmanager
 def written_aside(file: Path) -> Iterator[Path]:
-    """A path beside `file` that is renamed to it in the end, so that an interrupted run leaves no half of a file."""
+    """Yields a path in the folder of `file` to write to, and renames it to `file` at the end. An interrupted run thus
+    leaves no incomplete file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.unfinished")
     try:
@@ -41,7 +45,7 @@ def written_aside(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def warned_of(file: Path) -> Iterator[None]:
-    """A file that cannot be written, on a full disk, costs a warning and not the run."""
+    """Turns an OSError while `file` is written, as on a full disk, into a warning."""
     try:
         yield
     except OSError as error:
@@ -49,7 +53,7 @@ def warned_of(file: Path) -> Iterator[None]:
 
 
 def missing(package: str, what: str) -> bool:
-    """Whether a package is not installed; then says, in one line, what there will not be."""
+    """Whether a package is not installed. If so, warns that there will be `what`, such as "no curves.png"."""
     if find_spec(package) is not None:
         return False
     logger.warning(f"{package} is not installed, so there is {what}: pip install {package}")
@@ -57,7 +61,7 @@ def missing(package: str, what: str) -> bool:
 
 
 class CurvesCallback(TrainerCallback):
-    """Draws what a run logged to curves.png in the output folder, when the run is done."""
+    """Draws the logged metrics as curves.png in the output folder when the run ends."""
 
     def __init__(self) -> None:
         self.draws = not missing("matplotlib", "no curves.png")
@@ -73,7 +77,7 @@ Curve = tuple[list[int], list[float]]  # steps and values
 
 
 def curves_of(history: list[dict[str, float]], names: tuple[str, ...]) -> dict[str, Curve]:
-    """By what the legend calls them, those of the metrics `names` that were logged, in training and in evaluation."""
+    """The curves of the metrics `names`, by label: one in training, and one for each evaluation set."""
     curves: dict[str, Curve] = {}
     for entry in history:
         for key, value in entry.items():
@@ -86,6 +90,7 @@ def curves_of(history: list[dict[str, float]], names: tuple[str, ...]) -> dict[s
 
 
 def label_of(key: str, names: tuple[str, ...]) -> str | None:
+    """What the legend calls a logged key, or None if it is none of the metrics `names`."""
     if key in names:
         return "training"
     # With several evaluation sets a key is eval_{set}_{name}.
@@ -94,14 +99,14 @@ def label_of(key: str, names: tuple[str, ...]) -> str | None:
 
 
 def rewards_of(history: list[dict[str, float]]) -> dict[str, Curve]:
-    """The curves in training of each reward, where there are several."""
+    """The training curve of each reward function, or nothing if there is only one."""
     keys = dict.fromkeys(key for entry in history for key in entry if re.fullmatch("rewards/.*/mean", key))
     curves = {key[len("rewards/") : -len("/mean")]: curves_of(history, (key,))["training"] for key in keys}
     return curves if len(curves) > 1 else {}
 
 
 def draw_curves(file: Path, history: list[dict[str, float]]) -> None:
-    """A panel for each of reward, KL, length and entropy, or of loss, accuracy and margin, as far as logged."""
+    """Draws a panel for each logged metric among reward, KL, length and entropy, or among loss, accuracy and margin."""
     from matplotlib.figure import Figure
 
     online = any("reward" in entry for entry in history)

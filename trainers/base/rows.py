@@ -1,4 +1,4 @@
-"""The rows of a dataset, and the order in which steps see them."""
+"""Checks on the rows of a dataset, and samplers that decide in which order optimizer steps see them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +9,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 def check_columns(name: str, dataset: Any, *columns: str) -> None:
+    """Raises TypeError or ValueError unless `dataset` is a sequence of rows with these columns."""
     if isinstance(dataset, dict) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(f"{name} must be a sequence of rows; got {type(dataset).__name__}")
     if len(dataset) == 0:
@@ -20,15 +21,14 @@ def check_columns(name: str, dataset: Any, *columns: str) -> None:
 
 
 def each_part(eval_dataset: Any, function: Callable[[str, Any], Any]) -> Any:
-    """function(name, dataset) of an evaluation set, or of each in a dict of them; None of none."""
+    """Applies function(name, dataset) to an evaluation set, or to each in a dict of them. None stays None."""
     if isinstance(eval_dataset, dict):
         return {key: function(f"eval_dataset['{key}']", part) for key, part in eval_dataset.items()}
     return None if eval_dataset is None else function("eval_dataset", eval_dataset)
 
 
 class NumberedRows(Dataset):
-    """A dataset whose rows know their place in it, `_row_id`, if they do not already know that in the one it was made
-    from."""
+    """A dataset whose rows hold their index as `_row_id`, unless they already have one."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -41,8 +41,8 @@ class NumberedRows(Dataset):
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Indices at random, but so that each batch has rows of about one length. The order of an epoch depends on the seed
-    and the epoch alone, so that a resumed run, and every process, sees the same; transformers' own does not."""
+    """Random indices, with rows of similar length in each batch. The order depends only on the seed and the epoch, so
+    that it is the same in a resumed run and on every process. transformers' own sampler does not ensure that."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
@@ -56,9 +56,10 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class GroupSampler(Sampler[int]):
-    """Indices of prompts, each `num_generations` times in a row; each run of `prompts` prompts `repeats` times over.
+    """Indices of prompts: each is repeated `num_generations` times in a row, and each block of `prompts` prompts is
+    repeated `repeats` times.
 
-    The order of an epoch depends on the seed and the epoch alone, so that a resumed run sees what the first would have.
+    The order depends only on the seed and the epoch, so that a resumed run sees the same prompts.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class GroupSampler(Sampler[int]):
             yield from self._batch(order, start) * self.repeats
 
     def of_step(self, step: int) -> list[int]:
-        """The indices of one optimizer step of the whole run."""
+        """The indices of one optimizer step, counted over the whole run."""
         epoch, step = divmod(step, self.size // self.prompts * self.repeats)
         return self._batch(self._order(epoch), step // self.repeats * self.prompts)
 
