@@ -14,7 +14,8 @@ import torch
 
 import rlkernels
 from rlkernels import _backends
-from rlkernels.cli_train import COMMANDS, BadValue, Stopped, local_rank, train
+from rlkernels.cli_commands import COMMANDS
+from rlkernels.cli_errors import BadValue, Stopped, local_rank
 
 # How much later than the first another process on the machine may come to an error that both have.
 SECONDS_ALONE = 10
@@ -88,6 +89,22 @@ def bench(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         raise BadValue(f"{error.name} is not installed") from error
     return module.main(arguments)
+
+
+# rlkernels sft|reward|dpo|ppo|grpo
+
+
+def train(command: str, arguments: list[str]) -> None:
+    # Imported here, since the trainers need packages that `info` and `bench` do without, and take seconds to import.
+    try:
+        import rlkernels.trainers  # noqa: F401
+    except ImportError as error:
+        if "pip install rlkernels[trainers]" not in str(error):
+            raise  # a mistake, not something that can be installed
+        raise BadValue(str(error)) from error
+    from rlkernels import cli_train
+
+    cli_train.train(command, arguments)
 
 
 def tell(message: str) -> None:

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
+from datasets import Dataset, load_dataset, load_dataset_builder
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # How deep objects and lists may stand in each other: far less than what Python's own recursion bears.
 DEEPEST = 100
@@ -46,8 +49,6 @@ def load_split(path: str, configuration: str | None, split: str) -> Any:
     file = local_file(Path(path), split)
     files = files_of_others(Path(path), configuration, split) if file is None else [file]
     if not files:
-        from datasets import load_dataset
-
         try:
             rows = load_dataset(path, configuration, split=split)
         except (OSError, ValueError):
@@ -86,8 +87,6 @@ def files_of_others(folder: Path, configuration: str | None, split: str) -> list
     is a card, which may say how, or they are neither CSV nor JSON."""
     if not folder.is_dir() or configuration is not None or (folder / "README.md").exists():
         return []
-    from datasets import load_dataset_builder
-
     try:
         found = load_dataset_builder(str(folder)).config.data_files or {}
     except Exception:  # `load_dataset` raises it again
@@ -108,9 +107,6 @@ def naming(file: Path, given: str) -> Iterator[None]:
 
 
 def read_parquet(file: Path) -> Any:
-    import pyarrow.parquet
-    from datasets import Dataset
-
     try:
         return Dataset(pyarrow.parquet.read_table(file))
     except (NotImplementedError, LookupError, TypeError) as error:  # of kinds of columns

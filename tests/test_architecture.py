@@ -37,8 +37,14 @@ MAY_IMPORT = {
     "trainers/**/*.py": {"rlkernels.trainers"},
     "rlkernels/integrations/*.py": {"rlkernels.integrations", "rlkernels.trainers"},
     # `rlkernels info` reports on the backends and the extension themselves.
-    "rlkernels/cli.py": {"rlkernels.cli_train", "rlkernels._backends", "rlkernels._C"},
-    "rlkernels/cli_*.py": {"rlkernels.trainers", "rlkernels.cli_data"},
+    "rlkernels/cli.py": {
+        *("rlkernels.cli_commands", "rlkernels.cli_errors", "rlkernels.cli_train", "rlkernels.trainers"),
+        *("rlkernels._backends", "rlkernels._C"),
+    },
+    "rlkernels/cli_*.py": {
+        *("rlkernels.cli_commands", "rlkernels.cli_data", "rlkernels.cli_errors", "rlkernels.cli_options"),
+        "rlkernels.trainers",
+    },
     "rlkernels/__main__.py": {"rlkernels.cli"},
     "examples/*.py": {"rlkernels.trainers", "rlkernels.cli"},
 }

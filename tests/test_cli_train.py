@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from cases import thorough
-from rlkernels import cli, cli_data, cli_train, trainers
+from rlkernels import cli, cli_commands, cli_data, cli_options, trainers
 
 REWARDS = """
 import asyncio
@@ -255,7 +255,7 @@ def test_options_of_a_file_are_as_they_are_written(workplace):
     text += "lr_scheduler_kwargs: {min_lr: 1e-7, b: -2.5E3, c: .5e+1, d: '1e-7', e: 1.e2, f: e1, g: 1-2}\n"
     (workplace / "x.yaml").write_text(text)
     arguments = ["--config", "x.yaml", "--model", "m", "--dataset", "d", "--use_cpu", "True"]
-    run, config = cli_train.parse_run("grpo", trainers.GRPOConfig, arguments)
+    run, config = cli_options.parse_run("grpo", trainers.GRPOConfig, arguments)
     assert (config.run_name, config.project, config.hub_model_id) == ("2024-1-31", "007", "1.10")
     assert (config.eval_strategy, config.seed, config.reward_timeout) == ("no", 42, float("inf"))
     assert (run.use_peft, run.reward) == (True, ["a:b", "1:30"])
@@ -727,7 +727,7 @@ def test_failed_run_leaves_an_older_run_as_it_was(run, workplace):
 
 @commands("dpo", "ppo")
 def test_loss_that_is_not_finite_ends_in_one_line(run, monkeypatch, capsys, command):
-    trainer = getattr(trainers, f"{cli_train.COMMANDS[command].method}Trainer")
+    trainer = getattr(trainers, f"{cli_commands.COMMANDS[command].method}Trainer")
     compute = trainer.compute_loss
     monkeypatch.setattr(trainer, "compute_loss", lambda *args, **options: compute(*args, **options) * torch.nan)
     assert run(command) == 2
@@ -810,7 +810,7 @@ def test_help_names_every_option(capsys, command):
         cli.main([command, "--help"])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    entry = cli_train.COMMANDS[command]
+    entry = cli_commands.COMMANDS[command]
     parts = (entry.arguments, getattr(trainers, f"{entry.method}Config"))
     options = [option.name for part in parts for option in fields(part) if option.init]
     assert not [name for name in options if f"--{name} " not in text]

@@ -1,0 +1,97 @@
+"""What the training commands are, and the arguments that each takes besides its config.
+
+`cli` lists them for --help, and `cli_train` runs them. This module needs neither transformers nor the trainers, so that
+`rlkernels info` and `rlkernels bench` start without them.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class RunArguments:
+    """What a run needs beside its config."""
+
+    model: str = field(metadata={"help": "Folder of the model, or its name in the local Hugging Face cache."})
+    dataset: str = field(
+        metadata={
+            "help": "A .jsonl, .json, .csv or .parquet file, a folder of such, named after their splits (train.jsonl, "
+            "test.jsonl), or a dataset on the Hugging Face hub."
+        }
+    )
+    config: str | None = field(
+        default=None, metadata={"help": "YAML file of options; the command line goes before the file."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on, where eval_strategy asks for evaluation."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train and save a LoRA adapter, not the model itself."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "What the adapter adds is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers that get an adapter, or all-linear; PEFT's choice if unset."},
+    )
+
+
+@dataclass(kw_only=True)
+class DPOArguments(RunArguments):
+    ref_model: str | None = field(default=None, metadata={"help": "The reference model; the model at start if unset."})
+
+
+@dataclass(kw_only=True)
+class GRPOArguments(RunArguments):
+    reward: list[str] = field(metadata={"help": "Reward functions, each as module:function."})
+
+
+@dataclass(kw_only=True)
+class PPOArguments(DPOArguments):
+    reward: list[str] | None = field(default=None, metadata={"help": "Reward functions, each as module:function."})
+    reward_model: str | None = field(
+        default=None, metadata={"help": "A reward model, as `rlkernels reward` trains them; one more reward."}
+    )
+    value_model: str | None = field(
+        default=None, metadata={"help": "A classifier with one label to start the value model from."}
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """A way to train: {method}Trainer of rlkernels.trainers with its {method}Config."""
+
+    method: str
+    help: str
+    rows: str
+    arguments: type[RunArguments] = RunArguments
+    samples: bool = False
+    task_type: str = "CAUSAL_LM"
+
+
+COMMANDS = {
+    "sft": Command("SFT", "imitate texts", "prompt and completion, messages, or text"),
+    "reward": Command(
+        "Reward",
+        "train a reward model on pairs of texts of which one is preferred",
+        "chosen and rejected, with or without prompt and margin",
+        task_type="SEQ_CLS",
+    ),
+    "dpo": Command(
+        "DPO", "learn from pairs of completions of which one is preferred", "prompt, chosen and rejected", DPOArguments
+    ),
+    "ppo": Command(
+        "PPO",
+        "learn from rewards of sampled completions, with a value model",
+        "prompt, and what the reward functions take",
+        PPOArguments,
+        samples=True,
+    ),
+    "grpo": Command(
+        "GRPO",
+        "learn from rewards of groups of sampled completions",
+        "prompt, and what the reward functions take",
+        GRPOArguments,
+        samples=True,
+    ),
+}
