@@ -9,36 +9,38 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class RunArguments:
-    """What a run needs beside its config."""
+    """Arguments of every training command. Every field of the trainer's config is an option too."""
 
     model: str = field(metadata={"help": "Folder of the model, or its name in the local Hugging Face cache."})
     dataset: str = field(
         metadata={
-            "help": "A .jsonl, .json, .csv or .parquet file, a folder of such, named after their splits (train.jsonl, "
-            "test.jsonl), or a dataset on the Hugging Face hub."
+            "help": "A .jsonl, .json, .csv or .parquet file, a folder of such files named after their splits "
+            "(train.jsonl, test.jsonl), or a dataset on the Hugging Face hub."
         }
     )
     config: str | None = field(
-        default=None, metadata={"help": "YAML file of options; the command line goes before the file."}
+        default=None, metadata={"help": "YAML file of options. Options on the command line override it."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on, where eval_strategy asks for evaluation."}
+        default="test", metadata={"help": "Split to evaluate on, if eval_strategy asks for evaluation."}
     )
     use_peft: bool = field(default=False, metadata={"help": "Train and save a LoRA adapter, not the model itself."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "What the adapter adds is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the layers that get an adapter, or all-linear; PEFT's choice if unset."},
+        metadata={"help": "Names of the layers that get an adapter, or all-linear. PEFT chooses if unset."},
     )
 
 
 @dataclass(kw_only=True)
 class DPOArguments(RunArguments):
-    ref_model: str | None = field(default=None, metadata={"help": "The reference model; the model at start if unset."})
+    ref_model: str | None = field(
+        default=None, metadata={"help": "The reference model. The model at the start if unset."}
+    )
 
 
 @dataclass(kw_only=True)
@@ -50,20 +52,21 @@ class GRPOArguments(RunArguments):
 class PPOArguments(DPOArguments):
     reward: list[str] | None = field(default=None, metadata={"help": "Reward functions, each as module:function."})
     reward_model: str | None = field(
-        default=None, metadata={"help": "A reward model, as `rlkernels reward` trains them; one more reward."}
+        default=None,
+        metadata={"help": "A model trained by `rlkernels reward`. Its score is one more reward."},
     )
     value_model: str | None = field(
-        default=None, metadata={"help": "A classifier with one label to start the value model from."}
+        default=None, metadata={"help": "A classifier with one label that initialises the value model."}
     )
 
 
 @dataclass(frozen=True)
 class Command:
-    """A way to train: {method}Trainer of rlkernels.trainers with its {method}Config."""
+    """A training command. It runs {method}Trainer of rlkernels.trainers with a {method}Config."""
 
     method: str
     help: str
-    rows: str
+    rows: str  # the columns that a row of the dataset has
     arguments: type[RunArguments] = RunArguments
     samples: bool = False
     task_type: str = "CAUSAL_LM"
@@ -73,12 +76,12 @@ COMMANDS = {
     "sft": Command("SFT", "imitate texts", "prompt and completion, messages, or text"),
     "reward": Command(
         "Reward",
-        "train a reward model on pairs of texts of which one is preferred",
+        "train a reward model on pairs of texts, one of them preferred",
         "chosen and rejected, with or without prompt and margin",
         task_type="SEQ_CLS",
     ),
     "dpo": Command(
-        "DPO", "learn from pairs of completions of which one is preferred", "prompt, chosen and rejected", DPOArguments
+        "DPO", "learn from pairs of completions, one of them preferred", "prompt, chosen and rejected", DPOArguments
     ),
     "ppo": Command(
         "PPO",

@@ -1,5 +1,8 @@
-"""Datasets of the command line. Local files are read here rather than by `load_dataset`, which does not say which line
-or row is wrong, and gives a column one type, to which it changes what is in the file."""
+"""Loads the dataset of a training command, for `cli_train`.
+
+Local files are read here. `datasets.load_dataset` does not say which line or row is wrong, and converts all values of a
+column to one type.
+"""
 
 import contextlib
 import csv
@@ -16,13 +19,13 @@ import pyarrow.parquet
 from datasets import Dataset, load_dataset, load_dataset_builder
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-# How deep objects and lists may stand in each other: far less than what Python's own recursion bears.
+# Objects and lists may be nested this deep, which is far below Python's recursion limit.
 DEEPEST = 100
 
 
 class Rows(Sequence):
-    """Rows as the JSON text that each was read from, parsed whenever one is looked at: no column has a type, and what a
-    reward function does to its values stays with it. A column that a row has not is None."""
+    """Rows kept as JSON text and parsed at each access. So columns have no type, and a reward function that changes a
+    row's values changes only its own copy. A column that a row lacks is None."""
 
     def __init__(self, rows: Iterable[tuple[bytes, Iterable[str]]]) -> None:
         self.texts: list[bytes] = []
@@ -36,14 +39,14 @@ class Rows(Sequence):
         return len(self.texts)
 
     def __getitem__(self, index: Any) -> Any:
-        """A row, or of a column's name the column, as of a `datasets.Dataset`."""
+        """A row by its index, or a column by its name, as in a `datasets.Dataset`."""
         if isinstance(index, str):
             return [row[index] for row in self]
         return dict.fromkeys(self.column_names) | json.loads(self.texts[index])
 
 
 def load_split(path: str, configuration: str | None, split: str) -> Any:
-    """The rows of a split; ValueError or OSError if there are none."""
+    """The rows of a split. Raises ValueError or OSError if they cannot be read or there are none."""
     if not path:
         raise ValueError(f"want a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, a folder or a name; got ''")
     file = local_file(Path(path), split)
@@ -53,7 +56,7 @@ def load_split(path: str, configuration: str | None, split: str) -> Any:
             rows = load_dataset(path, configuration, split=split)
         except (OSError, ValueError):
             raise
-        except Exception as error:  # each format raises what it likes
+        except Exception as error:  # file formats raise exceptions of any type
             raise ValueError(f"{type(error).__name__}: {error}") from error
     elif files[0].suffix == ".parquet":
         with naming(files[0], path):
@@ -66,7 +69,7 @@ def load_split(path: str, configuration: str | None, split: str) -> Any:
 
 
 def local_file(path: Path, split: str) -> Path | None:
-    """The file of a split; None if `load_dataset` is to find it."""
+    """The file of a split, or None if `load_dataset` must find it."""
     if path.is_dir():
         named = [path / f"{split}{suffix}" for suffix in SUFFIXES]
         return next((file for file in named if file.is_file()), None)
@@ -83,13 +86,13 @@ def local_file(path: Path, split: str) -> Path | None:
 
 
 def files_of_others(folder: Path, configuration: str | None, split: str) -> list[Path]:
-    """The files of a folder, named otherwise, that `load_dataset` takes for a split. None if it is to read them: there
-    is a card, which may say how, or they are neither CSV nor JSON."""
+    """The files with other names that `load_dataset` would take for a split of a folder. Empty if `load_dataset` must
+    read them: the folder has a dataset card, which may say how, or the files are neither CSV nor JSON."""
     if not folder.is_dir() or configuration is not None or (folder / "README.md").exists():
         return []
     try:
         found = load_dataset_builder(str(folder)).config.data_files or {}
-    except Exception:  # `load_dataset` raises it again
+    except Exception:  # `load_dataset` will raise it again
         return []
     files = [Path(file) for name, each in found.items() if str(name) == split for file in each]
     return files if {file.suffix for file in files} <= {".csv", ".json", ".jsonl"} else []
@@ -97,7 +100,7 @@ def files_of_others(folder: Path, configuration: str | None, split: str) -> list
 
 @contextlib.contextmanager
 def naming(file: Path, given: str) -> Iterator[None]:
-    """Says which file an error is of, where it was not named."""
+    """Adds the file's name to a ValueError, unless the user named this file."""
     try:
         yield
     except ValueError as error:
@@ -109,12 +112,16 @@ def naming(file: Path, given: str) -> Iterator[None]:
 def read_parquet(file: Path) -> Any:
     try:
         return Dataset(pyarrow.parquet.read_table(file))
-    except (NotImplementedError, LookupError, TypeError) as error:  # of kinds of columns
+    except (
+        NotImplementedError,
+        LookupError,
+        TypeError,
+    ) as error:  # a column type that datasets does not support
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 Texts = Iterator[tuple[bytes, Iterable[str]]]
-"""Rows as JSON, and the names of their columns."""
+"""For each row its JSON text and the names of its columns."""
 
 
 def read_texts(files: list[Path], given: str) -> Texts:
@@ -143,7 +150,7 @@ def read_lines(file: Path) -> Texts:
 
 
 def read_list(file: Path) -> Texts:
-    """A list of rows; or JSON lines, as which many files of that name are written."""
+    """Reads a JSON list of rows, or JSON lines, which many .json files hold."""
     try:
         rows = parse(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -160,7 +167,7 @@ def read_list(file: Path) -> Texts:
 
 
 def read_csv(file: Path) -> Texts:
-    """All that CSV holds is text; a field that is empty is empty text."""
+    """Reads CSV. All values are text; an empty field is empty text."""
     csv.field_size_limit(sys.maxsize)
     with file.open(encoding="utf-8-sig", newline="") as text:
         lines = csv.reader(text, strict=True)
@@ -178,7 +185,7 @@ def read_csv(file: Path) -> Texts:
 
 
 def parse(text: str) -> Any:
-    """What JSON text stands for; ValueError if Python cannot hold all of it."""
+    """Parses JSON. Raises ValueError for a doubled key, a number too large, deep nesting, or half a surrogate pair."""
     try:
         value = json.loads(text, object_pairs_hook=once, parse_float=finite)
         too_deep = text.count("[") + text.count("{") > DEEPEST and depth(value) > DEEPEST
@@ -186,7 +193,7 @@ def parse(text: str) -> Any:
         too_deep = True
     if too_deep:
         raise ValueError(f"want objects and lists at most {DEEPEST} deep in each other; got more")
-    if re.search(r"\\u[dD][89a-fA-F]", text):  # else text that is UTF-8 stays so
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # only such an escape can make text that UTF-8 cannot encode
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -195,6 +202,7 @@ def parse(text: str) -> Any:
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a dict. Raises ValueError for a name that stands twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -210,6 +218,7 @@ def finite(text: str) -> float:
 
 
 def depth(value: Any) -> int:
+    """How deep objects and lists are nested."""
     level, count = [value], 0
     while level:
         level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
@@ -219,6 +228,7 @@ def depth(value: Any) -> int:
 
 
 def check_prompts(rows: Any) -> None:
+    """Raises ValueError unless every row has a prompt, and all are text or all are messages."""
     if "prompt" not in rows.column_names:
         raise ValueError(f"no column 'prompt'; its columns are {', '.join(rows.column_names)}")
     prompts = rows["prompt"]
@@ -236,6 +246,6 @@ def is_prompt(prompt: Any) -> bool:
 
 
 def kind(value: Any) -> str:
-    """What JSON calls it."""
+    """What a message calls a JSON value's type."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

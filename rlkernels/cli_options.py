@@ -15,10 +15,11 @@ from rlkernels.cli_commands import COMMANDS
 from rlkernels.cli_errors import BadValue, show
 from rlkernels.trainers.base.field_values import check_fields
 
-# The longest mapping in a file of options, as JSON; what else than a mapping a file could be; and the
-# tags that YAML gives to single values.
+# The most characters of an option that is a mapping, as JSON.
 LONGEST_MAPPING = 1_000_000
+# What messages call the YAML nodes other than a mapping.
 NODES = {"sequence": "list", "scalar": "single value"}
+# The tags that YAML gives to single values.
 SCALARS = {"str", "bool", "int", "float", "null", "timestamp", "merge", "value"}
 
 
@@ -28,6 +29,7 @@ class Parser(HfArgumentParser):
 
 
 def parse_run(name: str, config_class: type, arguments: list[str]) -> tuple[Any, Any]:
+    """The arguments (a RunArguments) and the config of a training command. Raises BadValue."""
     command = COMMANDS[name]
     parts = (command.arguments, config_class)
     known = {entry.name for part in parts for entry in fields(part) if entry.init}
@@ -41,7 +43,7 @@ def parse_run(name: str, config_class: type, arguments: list[str]) -> tuple[Any,
         check_fields(run)
     except BadValue:
         raise
-    except Exception as error:  # all that it reads was given, and transformers raises what it likes
+    except Exception as error:  # transformers raises exceptions of any type, and everything it reads came from the user
         told = isinstance(error, ValueError | TypeError | ImportError)
         raise BadValue(str(error) if told else show(error)) from error
     if rest:
@@ -52,7 +54,7 @@ def parse_run(name: str, config_class: type, arguments: list[str]) -> tuple[Any,
 
 
 def yaml_loader() -> Any:
-    """Which takes 1e-5 for a number, as JSON does, also in a mapping; YAML 1.1 wants a point in it."""
+    """A loader that reads 1e-5 as a number, as JSON does. YAML 1.1 reads it as text, since it has no point."""
 
     class Loader(yaml.SafeLoader):
         pass
@@ -63,7 +65,7 @@ def yaml_loader() -> Any:
 
 
 def options_in_file(arguments: list[str], known: set[str]) -> list[str]:
-    """The options of the file that `--config` names, as they would stand on the command line."""
+    """The options in the file that `--config` names, as command line arguments."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config")
     try:
@@ -90,7 +92,7 @@ def options_in_file(arguments: list[str], known: set[str]) -> list[str]:
 
 
 def option_in_file(name: Any, value: Any, known: set[str]) -> list[str]:
-    """An option as it would stand on the command line: the text of the file, which YAML would have typed."""
+    """An option as command line arguments. Single values keep the file's text, which YAML would have converted."""
     if not isinstance(name, str) or name not in known - {"config"}:
         raise ValueError(f"unknown option '{name}'")
     if isinstance(value, yaml.ScalarNode):
@@ -107,7 +109,7 @@ def option_in_file(name: Any, value: Any, known: set[str]) -> list[str]:
     finally:
         loader.dispose()
     text = ""
-    for part in json.JSONEncoder().iterencode(mapping):  # piece by piece: aliases of aliases have no end
+    for part in json.JSONEncoder().iterencode(mapping):  # in pieces, since nested aliases can expand without bound
         text += part
         if len(text) > LONGEST_MAPPING:
             raise ValueError(f"{name}: want at most {LONGEST_MAPPING} characters as JSON; got more")
@@ -115,7 +117,7 @@ def option_in_file(name: Any, value: Any, known: set[str]) -> list[str]:
 
 
 def text_of(scalar: Any) -> str:
-    """Where YAML has a spelling of its own for what is no text, that of the command line."""
+    """The text of a single value, with YAML's spellings of booleans and numbers changed to the command line's."""
     kind = scalar.tag.removeprefix("tag:yaml.org,2002:")
     if kind not in SCALARS:
         raise ValueError(f"unknown tag {scalar.tag}")

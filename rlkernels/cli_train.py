@@ -1,4 +1,7 @@
-"""Runs a training command: reads what was given, builds the trainer, trains, and saves or says how it ended."""
+"""Runs a training command, called by `cli.main`: checks the arguments, builds the trainer, trains and saves.
+
+`train` is the whole of it; the functions above it prepare its arguments, those below clean up.
+"""
 
 import importlib
 import logging
@@ -48,7 +51,7 @@ def import_reward(name: str) -> Callable:
             function = getattr(importlib.import_module(module_name), attribute, None)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # also sys.exit, after which there would be no run, and no error
+    except BaseException as error:  # also SystemExit, which would end the command without an error
         told = text_of(error, show)
         raise BadValue(f"--reward {name}: cannot import module '{module_name}': {told}") from error
     if function is None:
@@ -89,7 +92,7 @@ def adapter(run: RunArguments, task_type: str) -> Any:
         r=run.lora_r,
         lora_alpha=run.lora_alpha,
         lora_dropout=run.lora_dropout,
-        # By itself a name is a pattern, or one that PEFT reserves, such as all-linear.
+        # A single name is passed as text, which PEFT reads as a pattern or as a word such as all-linear.
         target_modules=targets[0] if targets is not None and len(targets) == 1 else targets,
     )
 
@@ -98,6 +101,7 @@ def adapter(run: RunArguments, task_type: str) -> Any:
 
 
 def checkpoint_to_resume(config: Any) -> str | bool | None:
+    """What `Trainer.train` takes as resume_from_checkpoint: a folder, True for the last one, or None."""
     given, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
     try:
         saving.settle(config)
@@ -110,8 +114,8 @@ def checkpoint_to_resume(config: Any) -> str | bool | None:
                 "or --resume_from_checkpoint True to go on from there"
             )
         return None
-    if given == "True":  # as for transformers.Trainer, the last one
-        # The latter tells why those that there are do not count; the trainer, which of them have changed.
+    if given == "True":  # the last checkpoint, as for transformers.Trainer
+        # last_checkpoint raises an error that says why the checkpoints there cannot be used.
         if not checkpoints.whole_checkpoints(output_dir) and checkpoints.last_checkpoint(output_dir) is None:
             raise BadValue(f"--resume_from_checkpoint True: no whole checkpoint in --output_dir {output_dir}")
         return True
@@ -123,8 +127,8 @@ def checkpoint_to_resume(config: Any) -> str | bool | None:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Those of the folder and the ones above it that were not there, once it is known that it can be written to."""
-    if local_rank() > 0:  # its first process makes it, and takes it away
+    """Makes the folder and checks that it can be written to. Returns those of it and its parents that were new."""
+    if local_rank() > 0:  # the machine's first process makes and removes it
         return []
     made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
@@ -143,7 +147,7 @@ def remove_empty(folders: list[Path]) -> None:
 
 
 def close_progress_bars(trainer: Any) -> None:
-    """Else they would write over what is said next, and once more when they are collected."""
+    """Closes the progress bars, which would otherwise overwrite the next message and print again when collected."""
     for callback in trainer.callback_handler.callbacks:
         for name in ("prediction_bar", "training_bar"):
             bar = getattr(callback, name, None)
@@ -152,14 +156,14 @@ def close_progress_bars(trainer: Any) -> None:
 
 
 def progress(trainer: Any) -> str:
-    """How far a run has come, and what is left of it."""
+    """Text that says how far a run has come and which checkpoint goes on from there."""
     saved = checkpoints.whole_checkpoints(Path(trainer.args.output_dir))
     kept = f"--resume_from_checkpoint {saved[-1]} goes on" if saved else "there is no checkpoint yet"
     return f"after step {trainer.state.global_step} of {trainer.state.max_steps}; {kept}"
 
 
 def train(name: str, arguments: list[str]) -> None:
-    """Runs a command of the table. Nothing is written before all that was given has been looked at."""
+    """Runs a command of COMMANDS. Nothing is written before all arguments have been checked."""
     if local_rank() > 0:
         silence()
     command = COMMANDS[name]
@@ -174,12 +178,12 @@ def train(name: str, arguments: list[str]) -> None:
     options["callbacks"] = [first]
     build = getattr(trainers, f"{command.method}Trainer")
 
-    # Absolute, as for the trainer: the user's functions may change the current folder.
+    # Absolute, since the user's functions may change the current folder.
     output_dir, trainer = Path(os.path.abspath(config.output_dir)), None
     made = [folder.absolute() for folder in make_folder(Path(config.output_dir))]
 
     def told(text: object) -> str:
-        """With paths as the user gave them."""
+        """The text with paths as the user gave them, not absolute."""
         for given in (checkpoint, config.output_dir):
             if isinstance(given, str):
                 text = str(text).replace(os.path.abspath(given), str(Path(given)))
@@ -192,9 +196,9 @@ def train(name: str, arguments: list[str]) -> None:
             trainer.save_model()
     except BaseException as error:
         has_begun = trainer is not None and trainer.state.global_step > 0
-        in_use = isinstance(error, checkpoints.FolderInUse)  # what is there is another run's
+        in_use = isinstance(error, checkpoints.FolderInUse)  # the files in it are another run's
         if output_dir in made and not (has_begun or in_use or checkpoints.whole_checkpoints(output_dir)):
-            shutil.rmtree(output_dir, ignore_errors=True)  # what loggers made at the start
+            shutil.rmtree(output_dir, ignore_errors=True)  # holds only what loggers wrote at the start
         remove_empty(made)
         if trainer is None:
             raise
@@ -212,7 +216,7 @@ def train(name: str, arguments: list[str]) -> None:
             raise BadValue(f"--{told(error)}") from error
         if checkpoint is not None and not first.begun:
             raise BadValue(f"--resume_from_checkpoint {checkpoint}: {show(error)}") from error
-        if isinstance(error, REFUSALS) and not first.begun:  # by the optimizer, say, or the scheduler
+        if isinstance(error, REFUSALS) and not first.begun:  # for example, the optimizer refused an option
             raise BadValue(show(error)) from error
         raise
     if trainer.is_world_process_zero():
@@ -221,13 +225,13 @@ def train(name: str, arguments: list[str]) -> None:
 
 
 def leave_process_group() -> None:
-    """Where all processes end together. Its threads would go on while Python shuts down, and could abort it."""
+    """Ends this process's part in the process group. Its threads could otherwise abort Python's shutdown."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def silence() -> None:
-    """What the first process of the machine says, too, this one does not."""
+    """Turns off messages and progress bars in a process that is not the first of its machine."""
     for library in (transformers, datasets):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -236,7 +240,7 @@ def silence() -> None:
 
 
 class FirstStep(TrainerCallback):
-    """A callback that knows whether a step was begun, and so whether the checkpoint, if any, was read."""
+    """Notes whether a first step was begun. Before it, errors come from the arguments or from the checkpoint."""
 
     begun = False
 
@@ -244,12 +248,12 @@ class FirstStep(TrainerCallback):
         self.begun = True
 
 
-# What was given is refused by these, before the first step; what is raised later is a defect of ours.
+# Exceptions that mean, before the first step, that an argument was refused. Later ones are defects of ours.
 REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
 def checked(build: Callable, *args: Any, **options: Any) -> Any:
-    """The trainer."""
+    """Builds the trainer. An argument that it refuses becomes a BadValue."""
     try:
         return build(*args, **options)
     except REFUSALS as error:

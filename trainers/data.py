@@ -1,9 +1,10 @@
-"""Rows of a dataset to sequences of tokens, by TRL's formats: what a row may hold, where its prompt ends, what
-truncation leaves of it.
+"""Turns rows of a dataset into sequences of tokens, by TRL's formats, for SFTTrainer, DPOTrainer and RewardTrainer.
 
-Text ends with the end-of-sequence token, which is added where it is missing; messages end as the chat template ends
-them. A row of messages may bring `tools` and `chat_template_kwargs` of its own. A column that is None in a row is not
-there.
+`prepare` tokenizes a dataset with one of `supervised`, `preference_pair` and `reward_pair`; `Packed` puts several rows
+in one place of a batch. PPOTrainer and GRPOTrainer use `check_prompts` only.
+
+Text ends with the end-of-sequence token, which is added if it is missing. Messages end as the chat template ends them.
+A row of messages may have its own `tools` and `chat_template_kwargs`. A column that is None in a row counts as missing.
 """
 
 import contextlib
@@ -48,20 +49,20 @@ def prepare(
     limits: Limits | None = None,
     num_proc: int | None = None,
 ) -> Dataset:
-    """The sequences that `tokenize` gives for each row, in a dataset of the columns
+    """Applies `tokenize` to each row. Returns a dataset with the columns
 
         _row_id     the row's index in the given dataset
-        sequences   for `sequences_of`
-        num_tokens  of all its sequences
-        keep        columns of finite numbers, as they are; None if the dataset has no such column
+        sequences   the row's sequences, which `sequences_of` reads
+        num_tokens  the number of tokens in all of them
+        keep        these columns of finite numbers, unchanged; None if the dataset has no such column
 
-    Rows for which it gives None, as nothing can be learned from them, are left out. All rows are read now: a wrong one
-    is known before the training starts. A dataset that was made here is given back. A warning tells of rows in which a
-    special token of the tokenizer, if it is given, stands twice.
+    Rows for which `tokenize` gives None have nothing to learn from and are left out. All rows are read now, so that a
+    wrong one is found before training starts. A dataset that `prepare` made is returned as it is. If a tokenizer is
+    given, a warning tells of rows in which its first or last special token stands twice.
 
     Raises:
-        TypeError, ValueError: naming the dataset, if it is no sequence of rows, or without one of `columns`; and the
-            row, if `tokenize` refuses it or it is beyond `limits`, the model's; if no row is left.
+        TypeError, ValueError: if the dataset is no sequence of rows, lacks one of `columns`, or no row is left; and,
+            naming the row, if `tokenize` refuses a row or it is beyond `limits`, the model's.
     """
     if set(PREPARED).issubset(getattr(dataset, "column_names", None) or ()):
         return dataset
@@ -77,7 +78,7 @@ def prepare(
                 limits.check(sequence.input_ids)
                 limits.check(sequence.labels)
             kept = {column: _number(column, row.get(column)) for column in keep if column in row or column in present}
-        except Exception as error:  # chat templates raise what they like
+        except Exception as error:  # chat templates raise exceptions of any type
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{name}, row {index}: {kind}{error}") from error
         return {
@@ -96,20 +97,20 @@ def prepare(
         doubled=Value("bool"),
         **{column: Value("float64") for column in keep},
     )
-    # A transform of the user's would go on to change what is found.
+    # A dataset with the user's transform would apply it to our columns too.
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
         rows, function, fingerprint = dataset.with_format(None), read, None
     else:
         rows = Dataset.from_dict({"_row_id": range(len(dataset))})
         function = partial(_read_at, read, dataset)
-        fingerprint = generate_random_fingerprint()  # else all of the dataset would be hashed for it
+        fingerprint = generate_random_fingerprint()  # computing one would hash the whole dataset
     rows = rows.map(
         function,
         with_indices=True,
         remove_columns=rows.column_names,
         features=features,
         num_proc=num_proc,
-        # The cache knows a function by its name: it would give what an older version of this module found.
+        # The cache identifies a function by its name, so it could return what an older version of this module made.
         load_from_cache_file=False,
         new_fingerprint=fingerprint,
         desc=f"Tokenizing {name}",
@@ -142,8 +143,8 @@ def is_doubled(tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> boo
 
 
 def _number(column: str, value: Any) -> float:
-    plain = value.item() if hasattr(value, "item") else value  # of NumPy and PyTorch
-    if isinstance(plain, str):  # CSV holds nothing else
+    plain = value.item() if hasattr(value, "item") else value  # NumPy and PyTorch scalars
+    if isinstance(plain, str):  # all values of a CSV file are text
         with contextlib.suppress(ValueError):
             plain = float(plain)
     if isinstance(plain, bool) or not isinstance(plain, int | float) or not math.isfinite(plain):
@@ -152,12 +153,12 @@ def _number(column: str, value: Any) -> float:
 
 
 def sequences_of(row: Row) -> list[Sequence]:
-    """Those of a row that `prepare` made."""
+    """The sequences of a row that `prepare` made."""
     return [Sequence(**sequence) for sequence in row["sequences"]]
 
 
 def check_rows(name: str, rows: Dataset, limits: Limits) -> None:
-    """Refuses, by a ValueError, a row of `prepare` that is beyond the limits of a further model."""
+    """Raises ValueError for a row of `prepare` that is beyond the limits of another model."""
     for row in rows:
         try:
             for sequence in row["sequences"]:
@@ -176,10 +177,14 @@ def check_prompts(
     chat_template_kwargs: Any = None,
     others: Rows[Callable[[Any], None]] = (),
 ) -> None:
-    """Refuses, by a ValueError that names it, a row whose prompt is neither text nor messages, or not what the first
-    row's is; one that with a completion of that many tokens is beyond `limits`; and one that any of `others` refuses.
-    The first prompt is encoded, the others only if some could be beyond. Warnings tell of text that begins with the
-    token that the tokenizer puts before it, and of a tokenizer that ends prompts."""
+    """Raises ValueError, naming the row, if a prompt
+
+        is neither text nor messages, or is not of the same kind as the first row's,
+        is beyond `limits` with a completion of `completion` tokens, or
+        is refused by one of `others`.
+
+    The first prompt is encoded; the others are only if some could be beyond the limits. A warning tells of text that
+    already begins with the token that the tokenizer adds, and of a tokenizer that adds an end token to prompts."""
     ids = tokenizer("a")["input_ids"]
     begins, ends = (len(ids) > 1 and ids[0] == tokenizer.bos_token_id), ids[1:][-1:] == [tokenizer.eos_token_id]
     doubled: list[int] = []
@@ -201,21 +206,21 @@ def check_prompts(
                 limits.check(encode(tokenizer, [prompt], chat_template_kwargs)[0], completion)
             for check in others:
                 check(prompt)
-        except Exception as error:  # chat templates raise what they like
+        except Exception as error:  # chat templates raise exceptions of any type
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{name}, row {index}: {kind}{error}") from error
 
     for rows, fault in (
         (doubled, f"begin with {tokenizer.bos_token!r} twice: the text holds it, and the tokenizer adds it"),
-        (ended, f"end with {tokenizer.eos_token!r}, which the tokenizer adds: completions follow an end"),
+        (ended, f"end with {tokenizer.eos_token!r}, which the tokenizer adds: completions follow an end token"),
     ):
         if rows:
             logger.warning(f"{name}: {len(rows)} of {len(dataset)} prompts, the first of them row {rows[0]}, {fault}.")
 
 
 class Packed(data.Dataset):
-    """Rows of `prepare`, several in the place of one: as many as `size` tokens hold. The longest goes first, each into
-    the place that it fills best."""
+    """Rows of `prepare`, packed into places of at most `size` tokens, for SFT's `packing`. Rows go in from the longest
+    to the shortest, each into the place that it fills best (best-fit decreasing)."""
 
     column_names = list(PREPARED)
 
@@ -223,7 +228,7 @@ class Packed(data.Dataset):
         self.rows = rows
         self.places: list[list[int]] = []
         lengths = rows["num_tokens"][:]
-        rooms: list[int] = []  # of the places that are not full, in order
+        rooms: list[int] = []  # the free tokens of places that are not full, without repeats, in ascending order
         with_room: dict[int, list[int]] = defaultdict(list)
         for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
             fits = bisect_left(rooms, lengths[index])
@@ -264,15 +269,15 @@ def supervised(
     assistant_only_loss: bool = False,
     text_field: str = "text",
 ) -> list[Sequence] | None:
-    """The one sequence of a row for supervised fine-tuning, or None if no token in the loss is left of it. A row holds
+    """The one sequence of a row for supervised fine-tuning, or None if truncation leaves no token in the loss. Rows:
 
         prompt, completion   text or messages
-        messages             or conversations, of role and content or of from and value
+        messages             or conversations: dicts of role and content, or of from and value
         text                 in the column `text_field`
-        input_ids            tokens, with labels, or with completion_mask and assistant_masks, or with neither
+        input_ids            tokens, optionally with labels, or with completion_mask and assistant_masks
 
-    In the loss are the tokens of the completion, if there is one and completion_only_loss is not False; with
-    assistant_only_loss those that the chat template marks as the assistant's; labels as given; else all tokens.
+    The loss covers the completion, if there is one and completion_only_loss is not False; with assistant_only_loss, the
+    tokens that the chat template marks as the assistant's; with labels, those that are not -100; else all tokens.
     """
     row = _normalized(row)
     masks: dict[str, list[int]] = {}
@@ -319,9 +324,9 @@ def preference_pair(
     truncation_mode: str = "keep_start",
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Sequence] | None:
-    """Prompt and chosen, prompt and rejected, of a row of `chosen` and `rejected` (text or messages), with a `prompt`,
-    or else with what both start with for one. In the loss are the tokens of chosen and rejected. None if truncation
-    leaves no such token of one of them: the row is to be left out."""
+    """The sequences (prompt + chosen, prompt + rejected) of a preference row, text or messages. Without a `prompt`, the
+    common beginning of chosen and rejected is the prompt. The loss covers the tokens after the prompt. None if
+    truncation leaves no such token in one of the sequences; the row is then left out."""
     row = _with_prompt(_normalized(row, chat_template_kwargs))
     prompt, chosen, rejected = _ended_alike(tokenizer, row, "prompt", "chosen", "rejected")
     both = [_encode(tokenizer, prompt + completion, row) for completion in (chosen, rejected)]
@@ -336,8 +341,8 @@ def reward_pair(
     max_length: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Sequence] | None:
-    """The two sequences that a reward model compares, of the same rows; none of their tokens is in a loss. None if one
-    is longer than max_length, as scores are of whole sequences: the row is to be left out."""
+    """The two sequences that a reward model compares, from the same rows as `preference_pair`. No token is in the loss.
+    None if one is longer than max_length, since only complete sequences have a score; the row is then left out."""
     row = _normalized(row, chat_template_kwargs)
     names = ("prompt", "chosen", "rejected") if "prompt" in row else ("chosen", "rejected")
     *prompt, chosen, rejected = _ended_alike(tokenizer, row, *names)
@@ -350,7 +355,7 @@ def reward_pair(
     return None if max_length is not None and max(map(len, pair)) > max_length else pair
 
 
-# What the formats have in common
+# Shared by the formats
 
 
 def _normalized(row: Row, chat_template_kwargs: dict[str, Any] | None = None) -> Row:
@@ -358,7 +363,7 @@ def _normalized(row: Row, chat_template_kwargs: dict[str, Any] | None = None) ->
     if chat_template_kwargs:
         row["chat_template_kwargs"] = {**chat_template_kwargs, **row.get("chat_template_kwargs", {})}
     if isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list):
-        del row["prompt"]  # the messages of chosen and rejected hold it as well
+        del row["prompt"]  # chosen and rejected also begin with it
     return row
 
 
@@ -379,7 +384,7 @@ def _messages(column: str, value: Any) -> list[dict[str, Any]]:
         role, content = turn["role"], turn.get("content")
         if not isinstance(role, str):
             raise ValueError(f"{column}, message {number}: role must be text; got {_short(role)}")
-        # A message may call tools, or think, and say nothing.
+        # A message that calls tools, or only thinks, may have no content.
         says_nothing = content is None and any(turn[name] for name in turn.keys() - {"role", "content"})
         parts = content if isinstance(content, list) else [content]
         if not (says_nothing or all(map(_is_part, parts))):
@@ -395,7 +400,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _ended_alike(tokenizer: PreTrainedTokenizerBase, row: Row, *columns: str) -> list[Any]:
-    """The columns, all text or all messages; text, but a prompt, with its end-of-sequence token."""
+    """The columns, all text or all messages. Text gets the end-of-sequence token at its end, but not a prompt."""
     for column in columns:
         if column not in row:
             raise ValueError(f"wanted the columns {', '.join(columns)}; got {_names(row)}")
@@ -411,7 +416,8 @@ def _ended_alike(tokenizer: PreTrainedTokenizerBase, row: Row, *columns: str) ->
 
 
 def _with_prompt(row: Row) -> Row:
-    """The row with what chosen and rejected both start with as its prompt, unless it has one; TRL's rule."""
+    """The row with a prompt. If it has none, the common beginning of chosen and rejected is cut off as the prompt, by
+    TRL's rule."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if "prompt" in row or not chosen or not rejected:
         return row
@@ -431,7 +437,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, value: Any, row: Row, **options:
 def _encode_marked(
     tokenizer: PreTrainedTokenizerBase, value: Any, row: Row, mark: bool
 ) -> tuple[list[int], dict[str, list[int]]]:
-    """Token ids, and with `mark`, for messages, which of them are the assistant's."""
+    """Token ids, and with `mark` a mask of the tokens that the assistant said, for messages."""
     if isinstance(value, str) or not mark:
         return _encode(tokenizer, value, row), {}
     template = row.get("chat_template_kwargs", {}).get("chat_template") or tokenizer.get_chat_template()
@@ -452,25 +458,25 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], ro
 
 
 def _common(one: Any, other: Any) -> int:
-    """How many items two lists, or two texts, have in common at the start."""
+    """The length of the common beginning of two lists or texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _shared(prompt: list[int], whole: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens of the prompt are there with the completions as well: these start after them."""
+    """How many tokens of the prompt stand at the start of all `whole` sequences. The completions start after them."""
     start = min(_common(prompt, ids) for ids in whole)
     if start < len(prompt):
         logger.warning_once(
-            "The tokens of a prompt alone are not those of prompt and completion together, by the chat template or as "
-            "tokens merge across the boundary; the completion starts where they part, before "
-            f"{tokenizer.decode(prompt[start:])!r}. Said once; other rows may be alike."
+            "A prompt alone has other tokens than the beginning of prompt and completion together, because of the chat "
+            "template or because tokens merge across the boundary. The completion starts where they differ, before "
+            f"{tokenizer.decode(prompt[start:])!r}. This warning comes once; other rows may have the same."
         )
     return start
 
 
 def _truncate(sequences: list[Sequence], max_length: int | None, mode: str) -> list[Sequence] | None:
-    """At most max_length tokens of each, from the start or from the end; None unless all have tokens in the loss."""
+    """Keeps max_length tokens at the start or end of each sequence. None if one has no token in the loss left."""
     if max_length is not None:
         cut = slice(max_length) if mode == "keep_start" else slice(-max_length, None)
         sequences = [Sequence(sequence.input_ids[cut], sequence.labels[cut]) for sequence in sequences]

@@ -386,7 +386,7 @@ def test_special_tokens_of_prompts(tokenizer, adding, warnings):
         "train_dataset: 2 of 3 prompts, the first of them row 1, begin with 'B' twice: the text holds it, and the "
         "tokenizer adds it.",
         "train_dataset: 3 of 3 prompts, the first of them row 0, end with '<eos>', which the tokenizer adds: "
-        "completions follow an end.",
+        "completions follow an end token.",
     ]
     warnings.clear()
     check_prompts("train_dataset", [{"prompt": say("Bab")}], adding, Limits(67, None), 6)
