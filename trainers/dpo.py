@@ -43,21 +43,21 @@ class DPOConfig(BaseConfig):
     on each device."""
 
     dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize the dataset; this one alone if unset."}
+        default=None, metadata={"help": "Number of processes that tokenize the dataset; this process alone if unset."}
     )
     max_length: int | None = field(
         default=1024,
         metadata={
-            "help": "Most tokens of a prompt and a completion: what is beyond is cut off, and pairs whose prompt is as "
-            "long are left out."
+            "help": "Most tokens of a prompt with a completion. Longer sequences are truncated at the end; pairs whose "
+            "prompt leaves no room for a completion are left out."
         },
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={
-            "help": "Compute the reference's log-probabilities of all pairs before training, so that no reference is "
-            "kept in memory. They are kept on disk, in the cache of `datasets`, for other runs on the same pairs."
+            "help": "Compute the reference's log-probabilities of all pairs before training, so that the reference "
+            "does not stay in memory. The cache of `datasets` keeps them on disk for other runs on the same pairs."
         },
     )
 
@@ -65,8 +65,8 @@ class DPOConfig(BaseConfig):
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
-            "help": "One or several losses of `rlkernels.preference_loss`, added up; sft, simpo and orpo need no "
-            "reference.",
+            "help": "One or several losses of `rlkernels.preference_loss`, which are added. sft, simpo and orpo need "
+            "no reference.",
             "choices": [
                 *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
                 *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "simpo", "orpo"),
@@ -74,55 +74,55 @@ class DPOConfig(BaseConfig):
         },
     )
     loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per loss, such as 0.8 0.2 1.0 for MPO; 1 each if unset."}
+        default=None, metadata={"help": "One weight per loss, such as 0.8 0.2 1.0 for MPO; all 1 if unset."}
     )
     beta: float = field(
-        default=0.1, metadata={"help": "The higher, the nearer to the reference the model is kept (tau of IPO)."}
+        default=0.1, metadata={"help": "A higher beta keeps the model closer to the reference (tau of IPO)."}
     )
     label_smoothing: float = field(
         default=0.0,
         metadata={
-            "help": "The share of pairs taken to be the wrong way round, in sigmoid (cDPO; TRL's sigmoid ignores it), "
-            "exo_pair, robust, aot, aot_unpaired and simpo."
+            "help": "Assumed share of pairs in which chosen and rejected are swapped, in sigmoid (cDPO; TRL's sigmoid "
+            "ignores it), exo_pair, robust, aot, aot_unpaired and simpo."
         },
     )
     f_divergence_type: str = field(
         default="reverse_kl",
         metadata={
-            "help": "The divergence from the reference; others than reverse_kl go with sigmoid, sigmoid_norm, hinge, "
-            "ipo, exo_pair, robust, discopop and sft.",
+            "help": "The divergence from the reference. Those other than reverse_kl work with sigmoid, sigmoid_norm, "
+            "hinge, ipo, exo_pair, robust, discopop and sft.",
             "choices": ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
         },
     )
     f_alpha_divergence_coef: float = field(
-        default=0.5, metadata={"help": "Alpha of alpha_divergence, which at 1 is reverse_kl."}
+        default=0.5, metadata={"help": "Alpha of alpha_divergence. At 1 it is reverse_kl."}
     )
     discopop_tau: float = field(default=0.05, metadata={"help": "Temperature tau of discopop."})
-    simpo_gamma: float = field(default=0.5, metadata={"help": "By how much simpo wants chosen above rejected."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "The margin by which simpo wants chosen above rejected."})
     ld_alpha: float | None = field(
         default=None,
         metadata={
-            "help": "LD-DPO: the weight, from 0 to 1, of the tokens by which a completion is longer than the other of "
-            "its pair; 1 if unset."
+            "help": "LD-DPO: the weight, from 0 to 1, of a completion's tokens beyond the length of the pair's other "
+            "completion; 1 if unset."
         },
     )
     use_weighting: bool = field(
         default=False,
-        metadata={"help": "WPO: weigh each pair by how likely its completions are under the model as it is."},
+        metadata={"help": "WPO: weight each pair by the probability of its completions under the current model."},
     )
     sync_ref_model: bool = field(
         default=False,
         metadata={
-            "help": "TR-DPO: every ref_model_sync_steps steps the reference becomes (1 - ref_model_mixup_alpha) x "
-            "itself + ref_model_mixup_alpha x the model."
+            "help": "TR-DPO: every ref_model_sync_steps steps, replace the reference by (1 - ref_model_mixup_alpha) x "
+            "reference + ref_model_mixup_alpha x model."
         },
     )
     ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "Share of the model in the reference when sync_ref_model renews it."}
+        default=0.6, metadata={"help": "The model's share when sync_ref_model updates the reference."}
     )
     ref_model_sync_steps: int = field(
         default=512,
-        metadata={"help": "Optimizer steps from one renewal of the reference by sync_ref_model to the next."},
+        metadata={"help": "Optimizer steps between updates of the reference by sync_ref_model."},
     )
 
     def __post_init__(self) -> None:
@@ -164,7 +164,7 @@ class DPOConfig(BaseConfig):
                 ) from error
 
     def loss_options(self, loss: str) -> dict[str, Any]:
-        """Those of `rlkernels.preference_loss` for one of the losses."""
+        """Keyword arguments of `rlkernels.preference_loss` for one of the losses."""
         return {
             "loss": loss,
             "beta": self.beta,

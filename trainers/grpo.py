@@ -30,62 +30,67 @@ from .rollouts.online import OnlineTrainer, Samples
 
 @dataclass(repr=False)
 class GRPOConfig(OnlineConfig):
-    """Options of `GRPOTrainer`. An optimizer step is `gradient_accumulation_steps` micro-batches of
-    `per_device_train_batch_size` completions; `steps_per_generation` micro-batches are generated at a time."""
+    """Options of `GRPOTrainer`. On each process an optimizer step learns from `gradient_accumulation_steps` x
+    `per_device_train_batch_size` completions; `steps_per_generation` x `per_device_train_batch_size` are sampled at a
+    time."""
 
-    num_generations: int = field(default=8, metadata={"help": "Completions sampled per prompt: the size of a group."})
+    num_generations: int = field(
+        default=8, metadata={"help": "Completions sampled per prompt, which is the size of a group."}
+    )
     num_generations_eval: int | None = field(
         default=None, metadata={"help": "Completions per prompt in evaluation; num_generations if unset."}
     )
     generation_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Completions generated at a time, over all processes; excludes steps_per_generation."},
+        metadata={
+            "help": "Completions sampled at a time, over all processes. Set this or steps_per_generation, not both."
+        },
     )
     steps_per_generation: int | None = field(
         default=None,
         metadata={
-            "help": "Micro-batches generated at a time, a multiple of gradient_accumulation_steps, which is the "
-            "default."
+            "help": "How many times per_device_train_batch_size completions each process samples at a time: a multiple "
+            "of gradient_accumulation_steps, which is the default."
         },
     )
 
     beta: float = field(
         default=0.0,
-        metadata={"help": "Coefficient of the KL penalty to the model at start; 0 keeps no reference model."},
+        metadata={"help": "Coefficient of the KL penalty to the initial model. With 0 no reference model is kept."},
     )
     use_bias_correction_kl: bool = field(
         default=True,
         metadata={
-            "help": "Multiply the KL penalty by the importance ratio, which makes its gradient that of the reverse KL."
+            "help": "Multiply the KL penalty by the importance ratio, so that its gradient is that of the reverse KL."
         },
     )
-    num_iterations: int = field(default=1, metadata={"help": "Passes over each batch of completions."})
+    num_iterations: int = field(default=1, metadata={"help": "Passes over the completions that were sampled together."})
     epsilon: float = field(
         default=0.2,
         metadata={
-            "help": "The importance ratio is clipped from below at 1 - epsilon; loss_type gmpo clips its logarithm, "
-            "dppo_tv and dppo_kl drop tokens whose probability moved further."
+            "help": "The importance ratio is clipped from below at 1 - epsilon. loss_type gmpo clips its logarithm; "
+            "dppo_tv and dppo_kl drop tokens whose probability changed by more than epsilon."
         },
     )
     epsilon_high: float | None = field(
         default=None,
         metadata={
-            "help": "The ratio is clipped from above at 1 + epsilon_high, epsilon if unset; with loss_type cispo at "
-            "epsilon_high, such as 5.0."
+            "help": "The ratio is clipped from above at 1 + epsilon_high; epsilon if unset. With loss_type cispo it is "
+            "clipped at epsilon_high itself, such as 5.0."
         },
     )
     delta: float | None = field(
         default=None,
         metadata={
-            "help": "The ratio is at most delta where the advantage is negative too; above 1 + epsilon_high. For "
-            "loss_type grpo, bnpo, dr_grpo, dapo, luspo; dppo bounds its weights by it, by 20 if unset."
+            "help": "Upper bound of the ratio where the advantage is negative; it must be above 1 + epsilon_high. For "
+            "loss_type grpo, bnpo, dr_grpo, dapo, luspo. dppo_tv and dppo_kl bound their weights by it; by 20 if unset."
         },
     )
     importance_sampling_level: str = field(
         default="token",
         metadata={
-            "help": "One importance ratio per token, or one per sequence, its tokens' geometric mean (GSPO). For "
-            "loss_type grpo, bnpo, dr_grpo, dapo, luspo; the others have a level of their own.",
+            "help": "token: one importance ratio per token. sequence: one per completion, the geometric mean over its "
+            "tokens (GSPO). For loss_type grpo, bnpo, dr_grpo, dapo, luspo; the others have a fixed level.",
             "choices": ["token", "sequence"],
         },
     )
@@ -122,53 +127,54 @@ class GRPOConfig(OnlineConfig):
     top_entropy_quantile: float = field(
         default=1.0,
         metadata={
-            "help": "Keep in the policy loss only this fraction of an optimizer step's tokens, over all processes: "
-            "those where the model's entropy is highest. 1 keeps all; less costs a forward pass."
+            "help": "The policy loss covers only this fraction of an optimizer step's tokens, over all processes: "
+            "those with the highest entropy. Below 1 it costs another forward pass."
         },
     )
     mask_truncated_completions: bool = field(
-        default=False, metadata={"help": "Leave completions that did not end by themselves out of the loss."}
+        default=False, metadata={"help": "Leave completions without an end token out of the loss."}
     )
 
     overlong_buffer_length: int | None = field(
         default=None,
         metadata={
-            "help": "Punish length (DAPO): a further reward falls from 0 to -1 over the last so many tokens before "
-            "max_completion_length, tools' tokens not counted. No such reward if unset."
+            "help": "Penalize length (DAPO): another reward falls from 0 to -1 over this many tokens before "
+            "max_completion_length. Tools' tokens do not count. No such reward if unset."
         },
     )
-    overlong_penalty: float = field(default=1.0, metadata={"help": "The weight of that reward among the others."})
+    overlong_penalty: float = field(default=1.0, metadata={"help": "Weight of the reward of overlong_buffer_length."})
     dynamic_sampling_max_rounds: int = field(
         default=0,
         metadata={
-            "help": "Where the rewards of a group are all equal, and so teach nothing, sample another prompt in its "
-            "place, at most so many times per generation batch (DAPO)."
+            "help": "Replace groups whose rewards are all equal, which teach nothing, by sampling other prompts, at "
+            "most this many times whenever completions are sampled (DAPO). 0: keep them."
         },
     )
 
     advantage: str = field(
         default="grpo",
         metadata={
-            "help": "What a completion's reward is held against. grpo: the mean of its group. rloo: the mean of the "
-            "others of its group; with loss_type luspo, a step is one of RLOO. reinforce_plus_plus: the mean over "
-            "all tokens of the batch, divided by their standard deviation. With the last two, beta x KL is part of "
-            "the reward, not of the loss.",
+            "help": "The baseline of a completion's reward. grpo: the mean of its group. rloo: the mean of the group's "
+            "other completions; with loss_type luspo a step is RLOO's. reinforce_plus_plus: the mean over all tokens "
+            "that were sampled together; the difference is divided by their standard deviation. With the last two, "
+            "beta x KL is part of the reward, not of the loss.",
             "choices": ["grpo", "rloo", "reinforce_plus_plus"],
         },
     )
     scale_rewards: str = field(
         default="group",
         metadata={
-            "help": "With advantage grpo, divide by the standard deviation of the rewards of the group, of the batch, "
-            "or not at all (none).",
+            "help": "With advantage grpo, divide by the standard deviation of the rewards in the group (group), of all "
+            "completions sampled together (batch), or not at all (none).",
             "choices": ["group", "batch", "none"],
         },
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
         metadata={
-            "help": "Several rewards: sum them, then normalise in each group (sum_then_normalize), or normalise each "
-            "in its group, sum, and normalise over the batch (normalize_then_sum).",
+            "help": "With several rewards. sum_then_normalize: sum them, then normalize in each group. "
+            "normalize_then_sum: normalize each reward in its group, sum, then normalize over all completions sampled "
+            "together.",
             "choices": ["sum_then_normalize", "normalize_then_sum"],
         },
     )
@@ -213,7 +219,7 @@ class GRPOConfig(OnlineConfig):
     def _set_generation_batch(self) -> None:
         step = self.per_device_train_batch_size * self.world_size
         if self.generation_batch_size is not None:
-            # Both are set, and agree, where an already processed config is read back.
+            # A config that was processed before and is read back has both, and they agree.
             if self.steps_per_generation not in (None, self.generation_batch_size / step):
                 raise ValueError("generation_batch_size and steps_per_generation exclude each other; set one")
             if self.generation_batch_size % step:

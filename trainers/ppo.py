@@ -34,35 +34,36 @@ from .value import PolicyAndValue
 
 @dataclass(repr=False)
 class PPOConfig(OnlineConfig):
-    """Options of `PPOTrainer`. `per_device_train_batch_size` x `gradient_accumulation_steps` prompts per process are
-    completed at a time, and serve `num_ppo_epochs` x `num_mini_batches` optimizer steps. Names and defaults are those
-    of TRL 1.8.0, the last that had a PPO trainer."""
+    """Options of `PPOTrainer`. Each process samples completions of `per_device_train_batch_size` x
+    `gradient_accumulation_steps` prompts at a time and takes `num_ppo_epochs` x `num_mini_batches` optimizer steps on
+    them. Names and defaults are those of TRL 1.8.0, the last version with a PPO trainer."""
 
     learning_rate: float = field(default=3e-6, metadata={"help": "The initial learning rate of AdamW."})
     temperature: float = field(
         default=0.7, metadata={"help": "Temperature of sampling, and of the log-probabilities in the loss."}
     )
     max_completion_length: int = field(
-        init=False, metadata={"help": "response_length, under the name that it has in GRPO."}
+        init=False, metadata={"help": "Equal to response_length; this is its name in GRPO."}
     )
-    response_length: int = field(default=53, metadata={"help": "Longest completion, in tokens."})
+    response_length: int = field(default=53, metadata={"help": "Longest completion in tokens."})
     total_episodes: int | None = field(
         default=None,
-        metadata={"help": "Completions to learn from, over all processes; instead of num_train_epochs and max_steps."},
+        metadata={"help": "Completions to learn from, over all processes. Replaces num_train_epochs and max_steps."},
     )
-    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each batch of completions."})
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over the completions that were sampled together."})
     num_mini_batches: int = field(
-        default=1, metadata={"help": "Optimizer steps in a pass: parts into which the batch is split at random."}
+        default=1,
+        metadata={"help": "Optimizer steps in a pass. The completions are split at random into as many parts."},
     )
 
     missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Taken off the score of a completion that did not end by itself."}
+        default=None, metadata={"help": "Subtracted from the score of a completion without an end token."}
     )
     score_at: str = field(
         default="last",
         metadata={
-            "help": "Where a completion's score is given: at its last token (last), or, as in TRL, behind it, in a "
-            "state with a value of its own (after_last; at the last token if it has response_length tokens).",
+            "help": "Where a completion's score is given. last: at its last token. after_last: after it, as in TRL, in "
+            "a state with its own value; at the last token if the completion has response_length tokens.",
             "choices": ["last", "after_last"],
         },
     )
@@ -71,7 +72,7 @@ class PPOConfig(OnlineConfig):
     )
     kl_coef: float = field(
         default=0.05,
-        metadata={"help": "Coefficient of the KL penalty to the model at start; 0 keeps no reference model."},
+        metadata={"help": "Coefficient of the KL penalty to the initial model. With 0 no reference model is kept."},
     )
     kl_estimator: str = field(
         default="k1",
@@ -82,21 +83,21 @@ class PPOConfig(OnlineConfig):
     )
     adap_kl_ctrl: bool = field(
         default=False,
-        metadata={"help": "Adapt the KL coefficient, from kl_coef, so that objective/kl nears target_kl."},
+        metadata={"help": "Adapt the KL coefficient, starting at kl_coef, so that objective/kl nears target_kl."},
     )
-    target_kl: float = field(default=6.0, metadata={"help": "What adap_kl_ctrl aims at, per completion."})
+    target_kl: float = field(default=6.0, metadata={"help": "The KL per completion that adap_kl_ctrl aims at."})
     horizon: float = field(
         default=10000,
-        metadata={"help": "In how many completions adap_kl_ctrl changes the coefficient by a fifth, at most."},
+        metadata={"help": "Completions in which adap_kl_ctrl changes the coefficient by at most a fifth."},
     )
 
     cliprange: float = field(default=0.2, metadata={"help": "The importance ratio is clipped at 1 +- cliprange."})
     vf_coef: float = field(default=0.1, metadata={"help": "Coefficient of the value loss."})
     cliprange_value: float = field(
-        default=0.2, metadata={"help": "Values are clipped at those of the rollout +- cliprange_value."}
+        default=0.2, metadata={"help": "Values are clipped at the values of sampling time +- cliprange_value."}
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
 
     def __post_init__(self) -> None:
         self.max_completion_length = self.response_length
@@ -116,7 +117,7 @@ class PPOConfig(OnlineConfig):
 
     @property
     def rollout_batch_size(self) -> int:
-        """Prompts completed at a time, over all processes."""
+        """Prompts of which completions are sampled at a time, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 

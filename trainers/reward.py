@@ -36,16 +36,14 @@ class RewardConfig(BaseConfig):
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of AdamW."})
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
     dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize the dataset; this one alone if unset."}
+        default=None, metadata={"help": "Number of processes that tokenize the dataset; this process alone if unset."}
     )
     max_length: int | None = field(
-        default=1024, metadata={"help": "Longest sequence, in tokens; pairs with a longer one are left out."}
+        default=1024, metadata={"help": "Longest sequence in tokens. Pairs with a longer one are left out."}
     )
     center_rewards_coefficient: float | None = field(
         default=None,
-        metadata={
-            "help": "Weight of (chosen + rejected)^2 in the loss, which keeps scores around 0; 0.01 serves well."
-        },
+        metadata={"help": "Weight of (chosen + rejected)^2 in the loss, which keeps scores near 0. 0.01 works well."},
     )
 
     def __post_init__(self) -> None:

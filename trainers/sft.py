@@ -25,10 +25,14 @@ class SFTConfig(BaseConfig):
     """Options of `SFTTrainer`."""
 
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate of AdamW."})
-    dataset_text_field: str = field(default="text", metadata={"help": "The column that holds text, for rows of text."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the dataset."})
+    dataset_text_field: str = field(
+        default="text", metadata={"help": "Name of the column with text, if rows are plain text."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Number of processes that tokenize the dataset; this process alone if unset."}
+    )
     max_length: int | None = field(
-        default=1024, metadata={"help": "Longest sequence, in tokens; longer ones are truncated. Unset: no limit."}
+        default=1024, metadata={"help": "Longest sequence in tokens. Longer ones are truncated; no limit if unset."}
     )
     truncation_mode: str = field(
         default="keep_start",
@@ -37,16 +41,16 @@ class SFTConfig(BaseConfig):
     packing: bool = field(
         default=False,
         metadata={
-            "help": "Fill each of the per_device_train_batch_size places of a batch with sequences of together at most "
-            "max_length tokens, so that an optimizer step learns from about as many tokens as any other. They do not "
-            "see each other. Without it a place is one row's; micro-batches are free of padding in either case."
+            "help": "Fill each of the per_device_train_batch_size places with several sequences, together at most "
+            "max_length tokens, so that all optimizer steps learn from about equally many tokens. Attention does not "
+            "cross sequences. If off, a place holds one row. Micro-batches have no padding in either case."
         },
     )
     completion_only_loss: bool | None = field(
         default=None,
         metadata={
-            "help": "Learn from completions only. Unset: where rows have a prompt and a completion. False: from the "
-            "prompts too."
+            "help": "Learn from completions only. If unset, on for rows with a prompt and a completion. If false, the "
+            "model learns prompts too."
         },
     )
     assistant_only_loss: bool = field(
@@ -60,8 +64,8 @@ class SFTConfig(BaseConfig):
     loss_type: str = field(
         default="nll",
         metadata={
-            "help": "nll (negative log-likelihood) or dft (each token's weighted with its probability; Dynamic "
-            "Fine-Tuning).",
+            "help": "nll: negative log-likelihood. dft: the same, with each token weighted by its probability "
+            "(Dynamic Fine-Tuning).",
             "choices": [*LOSSES],
         },
     )
@@ -69,7 +73,9 @@ class SFTConfig(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, to have a token to predict; got {self.max_length}")
+            raise ValueError(
+                f"max_length must be at least 2, so that there is a token to predict; got {self.max_length}"
+            )
         if self.packing and self.train_sampling_strategy == "group_by_length":
             raise ValueError("packing and train_sampling_strategy group_by_length exclude each other; got both")
         if self.packing and self.max_length is None:
