@@ -23,7 +23,7 @@ ROW_KERNELS = ("rlkernels::token_logprobs_part", "rlkernels::token_logprobs_part
 
 @dataclass
 class Line:
-    """Of the table."""
+    """A row of the table."""
 
     name: str
     shape: tuple[int, int, int]
@@ -33,7 +33,7 @@ class Line:
 
     @property
     def products(self) -> float:
-        """Of the whole batch, [N, H] x [H, V]."""
+        """How many products of the whole batch, [N, H] x [H, V], the operations amount to."""
         rows, hidden_size, vocab_size = self.shape
         return self.flops / (2 * rows * hidden_size * vocab_size)
 
@@ -65,7 +65,7 @@ class Traffic(TorchDispatchMode):
         elif func._schema.name in ROW_KERNELS:
             values = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             largest = max(value.numel() for value in values)
-            # In a backward pass the tile, and in its place, or beside it, its gradient.
+            # In a backward pass the tile and its gradient, which takes its place or not.
             self.tiles_of_rows += sum(value.nbytes for value in values if value.numel() == largest)
         return results
 

@@ -25,7 +25,7 @@ LARGE = (4096, 1024, 151936)
 CHECKED_ROWS = 8
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 LOG_RATIOS = (-0.5, -0.1, 0.1, 0.5)
-"""Of old log-probabilities, none near a bound of the clipping: which side one is on would be up to rounding."""
+"""Log-ratios to the old log-probabilities. None is near a bound of the clipping, where rounding decides the side."""
 
 
 def head(shape: tuple[int, ...], hidden_size: int, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,20 @@
-"""What a Hugging Face causal language model does at its LM head, and to its logits after it. What is not known is
-refused; neither transformers nor peft is imported."""
+"""What a Hugging Face causal language model does at its LM head and to its logits afterwards. A model that does
+anything else is refused. Neither transformers nor peft is imported."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Head outputs that tell one scale and softcap from another: the least gives the slope at 0, the greatest the ceiling,
-# and the second shows a scale that is rounded to bfloat16 or float16.
+# Head outputs that show scale and softcap: the least gives the slope at 0, the greatest the ceiling, and the second
+# tells whether the scale is rounded to bfloat16 or float16.
 LEAST, GREATEST = 2.0**-30, 2.0**100
 POINTS = (0.0, *(sign * x for x in (LEAST, 1 + 2.0**-12, 2.0**5, 2.0**10, GREATEST) for sign in (1.0, -1.0)))
 
 
 def scale_and_softcap(lm: Any) -> tuple[float, float | None]:
-    """(scale, softcap) of logits = softcap * tanh(scale * head / softcap), the only thing done to the head's output."""
+    """(scale, softcap) of logits = softcap * tanh(scale * head / softcap). A model that does anything else to the
+    head's output is refused."""
     linear_map(lm, lm.get_output_embeddings())
     if lm.config.is_encoder_decoder:
         raise refusal(lm, "it is an encoder-decoder model, whose labels are not shifted")
@@ -23,11 +24,11 @@ def scale_and_softcap(lm: Any) -> tuple[float, float | None]:
         points = torch.tensor(POINTS, dtype=torch.float64, device=output.device)
         rows = torch.arange(tokens.numel(), device=output.device).view(*tokens.shape, 1)
         index = rows + torch.arange(output.shape[-1], device=output.device)
-        # Copies, because the model may change in place what it has.
+        # Copies, because the model may change these tensors in place.
         seen.append((only_input(lm, inputs, kwargs).detach().clone(), points[index % len(points)]))
         return seen[-1][1].clone()
 
-    # The first of the head's hooks, so that what another changes is measured as well.
+    # It runs before the head's other hooks, so that what they change is measured too.
     handle = lm.get_output_embeddings().register_forward_hook(replace, with_kwargs=True, prepend=True)
     training = [module for module in lm.modules() if module.training]
     lm.eval()
@@ -70,7 +71,7 @@ def scale_and_softcap(lm: Any) -> tuple[float, float | None]:
 
 
 def linear_map(lm: nn.Module, head: Any, hidden: Tensor | None = None) -> tuple:
-    """(weight, bias, adapter) of the linear map that `head` is; without hidden states, a check that it is one."""
+    """(weight, bias, adapter) of the linear map `head`. Without hidden states this only checks that it is linear."""
     if _path(head) == "peft.utils.other.ModulesToSaveWrapper":
         active = [] if head.disable_adapters else [n for n in head.active_adapters if n in head.modules_to_save]
         head = head.modules_to_save[active[0]] if active else head.original_module
@@ -80,7 +81,7 @@ def linear_map(lm: nn.Module, head: Any, hidden: Tensor | None = None) -> tuple:
         head = head.base_layer
     if getattr(type(head), "forward", None) is not nn.Linear.forward:
         raise refusal(lm, f"its LM head is {_path(head)}, not torch.nn.Linear")
-    # accelerate's device hooks replace forward too, but not what it computes.
+    # accelerate's device hooks replace forward too, but the result is the same.
     if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
         raise refusal(lm, "the forward of its LM head was replaced")
     weight = head.weight
@@ -110,7 +111,7 @@ def _lora(lm: nn.Module, layer: Any, hidden: Tensor | None) -> tuple[Tensor, Ten
 
 
 def find_causal_lm(model: Any) -> Any:
-    """The model itself, out of torch.compile, DDP and PEFT."""
+    """The causal LM inside torch.compile, DDP and PEFT."""
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
     if hasattr(model, "get_base_model"):

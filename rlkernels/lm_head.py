@@ -13,9 +13,9 @@ from torch import nn
 from rlkernels.causal_lm import find_causal_lm, linear_map, only_input, refusal, scale_and_softcap
 from rlkernels.ops.linear_logprobs import linear_token_logprobs
 
-IGNORE_INDEX = -100  # of labels, in all of Hugging Face
+IGNORE_INDEX = -100  # the label of unscored tokens in all of Hugging Face
 FIELDS = ("token_logprobs", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1", "head_output")
-# What linear_token_logprobs takes, without what the model determines.
+# The options of linear_token_logprobs, except what the model determines.
 FROM_MODEL = {"hidden", "weight", "token_ids", "bias", "adapter", "softcap", "scale", "ignore_index"}
 OPTIONS = set(inspect.signature(linear_token_logprobs).parameters) - FROM_MODEL
 
@@ -24,7 +24,7 @@ _COUNT = itertools.count()
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.ident = threading.get_ident()  # which torch.compile cannot trace, where it can trace an attribute
+        self.ident = threading.get_ident()  # torch.compile can trace an attribute, but not get_ident
 
 
 _THREAD = _Thread()
@@ -38,35 +38,35 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
         output.entropy[b, t]        = entropy of that distribution
 
     Both are 0 at t = 0, which nothing predicts, and where labels are -100, so that they line up with labels, masks and
-    advantages. Only positions whose next label is scored meet the LM head: to train on completions alone, set the other
-    labels to -100 (logits_to_keep is not needed). In the place of labels, shift_labels are already those of the next
-    position, as in Hugging Face's losses: token_logprobs[b, t] = log p(shift_labels[b, t] | input_ids[b, :t + 1]).
+    advantages. Only positions whose next label is scored are projected: to train on completions alone, set the other
+    labels to -100 (logits_to_keep is not needed). Give shift_labels instead of labels if they are already shifted, as
+    in Hugging Face's losses: token_logprobs[b, t] = log p(shift_labels[b, t] | input_ids[b, :t + 1]).
 
     With head_function=f instead of return_token_logprobs, output.head_output is f(hidden, weight, token_ids, bias=,
-    adapter=, scale=, softcap=, ignore_index=), where token_ids are shift_labels, or labels shifted: a partial of
-    linear_policy_loss or linear_preference_logps then runs where DDP, FSDP2 and autocast expect the head to.
+    adapter=, scale=, softcap=, ignore_index=), where token_ids are shift_labels, or labels shifted. A partial of
+    linear_policy_loss or linear_preference_logps then runs where DDP, FSDP2 and autocast expect the head to run.
 
     The rest of the output is the model's own (past_key_values, hidden_states, attentions, aux_loss ...), but logits and
     loss are None. Without either argument the model does what it always did.
 
-    `linear_token_logprobs` is given what the model hands to its output embedding, and that embedding's weight and bias.
-    What becomes of the logits afterwards (Gemma's softcap, Cohere's and Granite's scale) is measured: the model runs
-    once, on two rows of four tokens, in evaluation mode, with known numbers in the place of the head's output. A hook
-    on the head that changes logits and comes later is not seen: wrap again.
+    `linear_token_logprobs` gets the input of the model's output embedding, and that embedding's weight and bias. What
+    the model does to the logits afterwards (Gemma's softcap, Cohere's and Granite's scale) is measured: the model runs
+    once, on two rows of four tokens, in evaluation mode, with known numbers as the head's output. A hook on the head
+    that changes logits and is added later goes unseen: wrap the model again.
 
     Args:
-        model: a causal LM, as it is or inside PEFT, DDP or torch.compile; call what it is inside of as ever. Wrap it
-            before it is compiled or sharded.
-        scale, softcap: of the logits, as in linear_token_logprobs. Giving either omits the measurement, for a model
-            that cannot run yet (on the meta device, say) and whose forward you know: nothing then checks it.
-        **options: of linear_token_logprobs: temperature, num_scored, logits_budget_mb ...; outputs, each of which
-            becomes a field; and return_entropy, True by default. `logprob_options={...}` overrides them in one call.
-            head_function does not get them.
+        model: a causal LM, as it is or inside PEFT, DDP or torch.compile. Go on calling the outermost module. Wrap the
+            model before it is compiled or sharded.
+        scale, softcap: as in linear_token_logprobs. With either of them nothing is measured and nothing checks it. This
+            is for a model that cannot run yet (on the meta device, say) and whose forward you know.
+        **options: options of linear_token_logprobs: temperature, num_scored, logits_budget_mb ...; outputs, each of
+            them a field of the output; and return_entropy, True by default. `logprob_options={...}` overrides them in
+            one call. head_function does not get them.
 
     Returns:
-        model. Wrapping it again replaces the options; `unwrap_lm_head` makes it what it was. Parameters, state_dict and
-        save_pretrained are untouched, and a deep copy is wrapped too (but not a pickle: wrap it again). Several threads
-        may call it at once, and head_function may call it.
+        model. Wrapping it again replaces the options; `unwrap_lm_head` undoes it. Parameters, state_dict and
+        save_pretrained are untouched. A deep copy is wrapped too; a pickle is not: wrap it again. Several threads may
+        call the model at once, and head_function may call it.
 
     Differentiable: as in linear_token_logprobs. PEFT may come before or after: LoRA on the head (several adapters,
     disabled, merged) and modules_to_save are served; with prompt tuning the results have the virtual tokens too, as the
@@ -75,12 +75,11 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
 
     Raises:
         TypeError: for what is no causal LM, and for unknown options.
-        ValueError: with the reason, wherever the model's own logits could give anything else: a head that is no
-            nn.Linear, that is not called exactly once, or that has another adapter (DoRA, trainable tokens, quantised
-            weights); logits changed in another way or by a parameter; positions that see later tokens;
-            encoder-decoder models; a weight that is sharded in another way than by FSDP2 (ZeRO-3, tensor parallelism);
-            labels of another shape than the tokens; a LLaMA-Adapter around it, which holds the forward that it has now
-            (wrap the model before).
+        ValueError: with the reason, wherever the model's own logits could give anything else: a head that is not an
+            nn.Linear, is not called exactly once, or has another adapter (DoRA, trainable tokens, quantised weights);
+            logits changed in another way or by a parameter; positions that see later tokens; encoder-decoder models; a
+            weight that is sharded in another way than by FSDP2 (ZeRO-3, tensor parallelism); labels of another shape
+            than the tokens; a LLaMA-Adapter around the model, which holds its present forward (wrap the model before).
 
     Traffic: that of linear_token_logprobs.
     """
@@ -89,15 +88,15 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
     others = (module for module in model.modules() if module is not lm)
     holding = [each for each in others if getattr(vars(each).get("forward"), "__self__", None) is lm]
     if holding:
-        raise refusal(lm, f"{type(holding[0]).__name__}, around it, calls the forward that it has now; wrap it before")
+        raise refusal(lm, f"{type(holding[0]).__name__} around it holds its present forward; wrap the model before")
     if scale is None and softcap is None:
         scale, softcap = scale_and_softcap(lm)
     if _own_forward(lm) is not None:
         unwrap_lm_head(lm)
     constants = {"scale": 1.0 if scale is None else scale, "softcap": softcap, "ignore_index": IGNORE_INDEX}
     defaults = {"return_entropy": True, **options}
-    # A forward of the instance (accelerate's device hooks) goes on serving under ours. It stands on the model, not in
-    # the closure, so that a deep copy calls its own; each under another name, as ours may be over ours.
+    # Our forward calls a forward of the instance (accelerate's device hooks). The model holds it, not the closure, so
+    # that a deep copy calls its own. Its name is unique, since ours may wrap another of ours.
     under = f"_forward_under_wrap_{next(_COUNT)}" if "forward" in vars(lm) else None
     if under is not None:
         setattr(lm, under, lm.forward)
@@ -108,7 +107,7 @@ def wrap_lm_head(model: nn.Module, *, scale: float | None = None, softcap: float
         if not return_token_logprobs and head_function is None:
             return own(*args, **kwargs)
         if head_function is not None and logprob_options:
-            raise TypeError("logprob_options cannot be given beside head_function, which has its own options")
+            raise TypeError("logprob_options cannot be given with head_function, which has its own options")
         _check_options(logprob_options or {})
         options = defaults | (logprob_options or {})
         return _run(self, functools.partial(own, *args), kwargs, head_function, constants, options)
@@ -135,8 +134,8 @@ def unwrap_lm_head(model: nn.Module) -> Any:
 
 
 def _own_forward(lm: nn.Module) -> tuple | None:
-    """(function, name of the forward under it, constants), unless the forward is another's, to which functools.wraps
-    may have given the attributes of ours."""
+    """(function, name of the forward under it, constants), or None if the forward is not ours. functools.wraps may have
+    copied the attributes of ours to another."""
     function = getattr(vars(lm).get("forward"), "__func__", None)
     wrapped = getattr(function, "wrap_lm_head", (None,))
     return wrapped if function is not None and wrapped[0] is function else None
@@ -147,20 +146,20 @@ def _run(lm, own, kwargs, head_function, constants, options):
     shift = targets is None
     if shift:
         if labels is None:
-            raise ValueError("log-probabilities need labels= or shift_labels=, shaped as input_ids")
+            raise ValueError("log-probabilities need labels= or shift_labels=, of the shape of input_ids")
         targets = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
     head = lm.get_output_embeddings()
-    if hasattr(head, "set_reshard_after_forward"):  # a unit of FSDP2: whole from its forward pass to its backward pass
+    if hasattr(head, "set_reshard_after_forward"):  # a unit of FSDP2 stays whole from forward to backward pass
         head.set_reshard_after_forward(False, recurse=False)
     else:
-        linear_map(lm, head)  # before a hook makes one that is sharded in another way whole for a moment
+        linear_map(lm, head)  # a check, before a hook gathers a weight that is sharded in another way
     results = []
     ident, scoring = _THREAD.ident, False
 
     def score(module, args, kwargs=None):
         nonlocal scoring
-        # It is another call's: in another thread (without kwargs if this one ends meanwhile), within the head's
-        # function, or of a copy that was made there.
+        # The hook also sees calls that are not this one: from another thread (without kwargs if this call ends
+        # meanwhile), from within the head's function, or of a copy that was made there.
         if _THREAD.ident != ident or scoring or module is not head:
             return None
         scoring = True
@@ -173,7 +172,7 @@ def _run(lm, own, kwargs, head_function, constants, options):
         inputs = {"bias": bias, "adapter": adapter, **constants, **({} if head_function else options)}
         results.append((head_function or linear_token_logprobs)(hidden, weight, token_ids, **inputs))
         scoring = False
-        return (hidden[:, :0],), {}  # the head runs as ever, with all its hooks, on no rows
+        return (hidden[:, :0],), {}  # the head still runs, with all its hooks, but on no rows
 
     handle = head.register_forward_pre_hook(score, with_kwargs=True)
     try:
@@ -193,7 +192,7 @@ def _run(lm, own, kwargs, head_function, constants, options):
 
 @functools.cache
 def _output_class(base: type) -> type:
-    """A model's own output with further fields: whatever handles the one (accelerate, DDP) handles the other."""
+    """A model's own output class with further fields, so that accelerate and DDP handle it as they do the model's."""
     fields = [(name, Any, None) for name in FIELDS]
     return dataclasses.make_dataclass(f"TokenLogprobs{base.__name__}", fields, bases=(base,))
 

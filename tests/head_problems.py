@@ -1,4 +1,4 @@
-"""What the tests of the functions of an LM head share."""
+"""Inputs of the LM head's functions, and what eager PyTorch makes of them, for their tests."""
 
 from dataclasses import dataclass, fields, replace
 

@@ -1,5 +1,5 @@
-"""One process of a group in `test_linear_logprobs.py`: has its share of the vocabulary, and leaves what it got from the
-others, beside the same from the whole, in `<folder>/<rank>.pt`."""
+"""One process of a group in `test_linear_logprobs.py`. It computes results from its share of the vocabulary, and the
+same from the whole vocabulary, and saves both in `<folder>/<rank>.pt`."""
 
 import sys
 from dataclasses import replace

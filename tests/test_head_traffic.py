@@ -8,7 +8,7 @@ import head_traffic
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_of_the_head(dtype):
-    """No implementation does with fewer: of the scored rows, filled up to whole blocks."""
+    """No implementation needs fewer. The rows are scored, in whole blocks."""
     lines = {line.name: line for line in head_traffic.lines((256, 32, 640), dtype)}
     products = {name.removeprefix("linear_"): line.products for name, line in lines.items()}
     assert products == {
@@ -20,7 +20,7 @@ def test_products_of_the_head(dtype):
 
 
 def test_what_is_counted():
-    """Of one product and one of its accumulations: every tensor once, the one that is added to twice."""
+    """A product counts every tensor once; one that adds to its result counts that twice."""
     hidden, weight, tile = torch.ones(6, 3), torch.ones(8, 3), torch.empty(6, 8)
     with head_traffic.Traffic(3) as traffic:
         torch.mm(hidden, weight.t(), out=tile)

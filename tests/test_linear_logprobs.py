@@ -80,7 +80,7 @@ def assert_matches_reference(function, naive, problem, token_ids, upstream, froz
 
 @ALSO_EMULATED
 @given(
-    # Of a few rows eager PyTorch may happen to round every one well, which would make it too strict a measure.
+    # With few rows eager PyTorch may happen to round each of them well, and would be too strict a measure.
     rows=st.integers(24, 48),
     vocab_size=st.sampled_from([1, 2, 63, 64, 65, 129, 300]),
     ignored=st.sampled_from([0.0, 0.4, 1.0]),
@@ -169,7 +169,7 @@ def test_many_rows_and_tokens(backend, device, emulated, dtype, budget):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("budget", [0.0, 100.0], ids=["again", "kept"])
 def test_adapter_alone(backend, device, emulated, dtype, budget):
-    """Beside logits that are 0, so that its product is rounded once, as eager PyTorch's is."""
+    """The other logits are 0, so that the adapter's product is rounded once, as eager PyTorch's is."""
     rows, vocab_size = (40, 300) if emulated else (300, 2003)
     problem, token_ids = random_problem((rows,), vocab_size, device, dtype, rank=16)
     problem.hidden.zero_()
@@ -201,7 +201,7 @@ def test_weight_gradient_of_rows_in_several_chunks(backend, device, dtype, monke
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_huge_logits(backend, device, dtype):
-    """Of +-1e4 and beyond. In float16 the largest is 65504. Rows are as good as certain, and eager PyTorch exact."""
+    """Logits of +-1e4 and beyond; the largest float16 is 65504. Rows are nearly certain, and eager PyTorch is exact."""
     problem, token_ids = random_problem((24,), 130, device, dtype, spread=1e4)
     got = assert_matches_reference(ours, eager, problem, token_ids, upstream_for(token_ids), head=dict(tile=TILE))
     assert (got["logprobs"] < -1e4).any()
@@ -301,7 +301,7 @@ def test_a_row_does_not_depend_on_the_others(backend, device, emulated, dtype):
 @kernels_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_on_every_run_kept_or_computed_again(backend, device, emulated, dtype):
-    """But for hidden's gradient in 16 bits on a CPU, of which the docstring tells."""
+    """Except for hidden's gradient in 16 bits on a CPU, as the docstring says."""
     problem, token_ids = random_problem((8 if emulated else 40,), 130 if emulated else 300, device, dtype, bias=True)
     options = [dict(logits_budget_mb=budget) for budget in (0.0, 0.0, 100.0, 100.0)]
     results = [run(ours, problem, token_ids, upstream_for(token_ids), tile=TILE, **o) for o in options]
@@ -383,7 +383,7 @@ def test_products(backend, device, case):
 
 @pytest.mark.only("cpu")
 def test_memory(backend, device):
-    """Beside inputs and gradients there is a tile, what of it becomes a sum, and little else."""
+    """Besides inputs and gradients there are a tile, its rows' sums, and little else."""
     rows, vocab_size, width = 1024, 20_000, 32
     problem, token_ids = random_problem((rows,), vocab_size, device, width=width)
     results = 4 * (rows * width + vocab_size * width)
@@ -768,7 +768,7 @@ def test_bad_input(backend, name):
 @pytest.mark.only("reference", "cpu")
 @pytest.mark.parametrize("processes", [2, thorough(3)])
 def test_vocabulary_shared_by_processes(backend, device, tmp_path, forked, processes):
-    """Of 101 tokens, which neither 2 nor 3 divide: everything as in one process, float64 to the last digits."""
+    """Neither 2 nor 3 divides the 101 tokens. Everything is as in one process, in float64 to the last digits."""
     problem, token_ids = random_problem((21,), 101, "cpu", torch.float64, bias=True, rank=2)
     token_ids[::5] = IGNORE
     torch.save({"problem": problem, "token_ids": token_ids, "backend": backend}, tmp_path / "inputs.pt")

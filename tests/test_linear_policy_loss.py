@@ -17,7 +17,7 @@ kernels_only = pytest.mark.only("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = (8, 64)
 WIDTH = 24
-# Of logits of 130 tokens in float32: the budget of two blocks of 8 rows, and of all.
+# Budgets for logits of 130 tokens in float32.
 MB = 2**20
 BUDGETS = {"one block": 0.0, "two blocks": 16 * 130 * 4 / MB, "all": 100.0}
 
@@ -41,7 +41,7 @@ def naive(*args, **options):
 
 
 def random_batch(problem_options, shape=(5, 11), packed=False, seed=0):
-    """A problem and what the loss takes beside it; sequences of different lengths, one of them without a token."""
+    """A problem and the other arguments of the loss. Sequences have different lengths, and one has no token."""
     problem, token_ids = random_problem(shape, 130, *problem_options, seed=seed)
     device = token_ids.device
     g = torch.Generator().manual_seed(seed + 1)
@@ -91,8 +91,8 @@ def assert_matches_reference(problem, arguments, frozen=(), *, head=None, **opti
     for name, value in got.items():
         gradient = name not in ("loss", "metrics")
         if name == "loss":
-            # One number, of which eager PyTorch may happen to round every step well. What it is made of is held to the
-            # rule in the tests of linear_token_logprobs and policy_loss, and in one group it is theirs bit for bit.
+            # Eager PyTorch may happen to round every step of one number well. What it is made of is held to the rule
+            # in the tests of linear_token_logprobs and policy_loss, and in one group it is theirs bit for bit.
             error = (same_dtype[name] - oracle[name]).abs()
             assert (value - oracle[name]).abs() <= 2 * error + 1e-6 * oracle[name].abs() + 5e-7
         elif name == "metrics":
@@ -104,7 +104,7 @@ def assert_matches_reference(problem, arguments, frozen=(), *, head=None, **opti
 
 
 def assert_close_to_reference(problem, arguments, frozen=(), *, head=None, **options):
-    """What is put together, to float32; how exact the parts are is tested beside them, and below."""
+    """To the precision of float32. Other tests, and those below, show how exact the parts are."""
     got = run(linear_policy_loss, problem, arguments, frozen, **options, **(head or {}))
     oracle = run(composed, problem.to(torch.float64), arguments, frozen, **options)
     assert got.keys() == oracle.keys()
@@ -183,7 +183,7 @@ def test_is_the_two_functions_bit_for_bit(backend, device):
 @kernels_only
 @pytest.mark.parametrize("objective", ["ppo", "gspo"])
 def test_products(backend, device, objective):
-    """Of 40 rows: three, two with a frozen head, and, where a sequence does not fit, four."""
+    """For 40 rows: three, two with a frozen head, and four where a sequence does not fit."""
     problem, token_ids = random_problem((4, 10), 130, device)
     arguments = (token_ids, None, torch.ones(4, device=device))
     unit = 2 * 40 * 130 * WIDTH
@@ -201,7 +201,7 @@ def test_products(backend, device, objective):
 
 @kernels_only
 def test_sequences_are_whole_in_their_group(backend, device):
-    """Of 5, 9 and 6 tokens, 16 at a time: the second group starts with the third sequence, filled up to blocks of 8."""
+    """Sequences of 5, 9 and 6 tokens, 16 at a time: the third one is the second group, padded to blocks of 8."""
     problem, token_ids = random_problem((20,), 130, device)
     cu_seqlens = torch.tensor([0, 5, 14, 20], dtype=torch.int32, device=device)
     arguments = (token_ids, torch.full((20,), -5.0, device=device), torch.ones(3, device=device))
@@ -216,7 +216,7 @@ def test_sequences_are_whole_in_their_group(backend, device):
 
 @pytest.mark.only("cpu")
 def test_memory(backend, device):
-    """Beside inputs and gradients there are a group's logits, in 16 bits a float32 sum, and little else."""
+    """Besides inputs and gradients there are a group's logits, in 16 bits a float32 sum, and little else."""
     rows, width, vocab_size = 1024, 32, 20_000
     for dtype in (torch.float32, torch.bfloat16):
         problem, token_ids = random_problem((4, 256), vocab_size, device, dtype, width=width)

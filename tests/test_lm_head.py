@@ -1,4 +1,4 @@
-"""wrap_lm_head beside the model's own logits: tiny random models, made in the process."""
+"""wrap_lm_head against the model's own logits: tiny random models, made in the process."""
 
 import copy
 import functools
@@ -69,7 +69,7 @@ def build(name="llama", dtype=torch.float64, seed=0, **options):
 
 
 def batch(seed=1, rows=BATCH):
-    """Tokens, a mask with padding, and labels of which some are scored."""
+    """Tokens, a mask with padding, and labels, some of them scored."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, VOCAB, (rows, TIME), generator=generator)
     mask = torch.ones_like(tokens)
@@ -618,7 +618,7 @@ def test_adapters_on_attention_that_hold_the_models_forward():
     """A LLaMA-Adapter calls the forward that the model had: wrapping it later would change nothing."""
     peft = pytest.importorskip("peft")
     config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="AdaptionPromptModel, around it, calls the forward that it has now; wrap it"):
+    with pytest.raises(ValueError, match="AdaptionPromptModel around it holds its present forward"):
         wrap_lm_head(peft.get_peft_model(build(dtype=torch.float32), config))
     model = peft.get_peft_model(wrap_lm_head(build(dtype=torch.float32)), config)
     torch.testing.assert_close(from_head(model, *batch()), from_logits(model, *batch()))
@@ -791,7 +791,7 @@ def test_bad_calls():
         model(**inputs, return_token_logprobs=True)
     with pytest.raises(TypeError, match=r"options must be among .*temperature.*; got top_k"):
         from_head(model, inputs, labels, logprob_options={"top_k": 5})
-    with pytest.raises(TypeError, match="logprob_options cannot be given beside head_function"):
+    with pytest.raises(TypeError, match="logprob_options cannot be given with head_function"):
         model(**inputs, labels=labels, head_function=len, logprob_options={"temperature": 0.5})
     with pytest.raises(TypeError, match=r"options must be among .*; got bias"):
         wrap_lm_head(model, bias=None)

@@ -16,7 +16,7 @@ from rlkernels.ops.lm_head.tiles import POOL, Rows, slices
 from rlkernels.reference import linear_kl_divergence as reference
 
 _NOT_SCORED = -100
-_NO_TOKEN = -1  # whose logit no tile leaves out of its sums
+_NO_TOKEN = -1  # an id in no tile, so that the sums leave out no logit
 
 
 def linear_kl_divergence(
@@ -47,53 +47,54 @@ def linear_kl_divergence(
         reverse:  KL(S || T) = sum_v S_v log(S_v / T_v)
         js:       beta KL(T || M) + (1 - beta) KL(S || M),  M = beta T + (1 - beta) S
 
-    beta is the weight of the teacher, in the mixture as outside of it, as in GKD and in TRL. The last divergence goes
-    to 0 where beta goes to 0 or 1; at 0 it is, as in TRL, KL(T || S), and at 1 KL(S || T). None is multiplied by the
-    square of the temperature.
+    beta is the weight of the teacher, both in the mixture and outside of it, as in GKD and in TRL. The js divergence
+    goes to 0 as beta goes to 0 or 1. At 0 itself it is KL(T || S), and at 1 KL(S || T), as in TRL. No divergence is
+    multiplied by the square of the temperature.
 
-    The logits of neither model exist as a whole: products of a block of rows and a range of the vocabulary are tiles,
-    folded into the rows' maxima and sums, and once these are known into the divergence. Every term that is added is
-    >= 0 and formed from log T - log S, so that divergences of nearly equal distributions keep their digits; none is
-    ever negative. The backward pass turns a tile of the student's, in place, into its gradient.
+    The logits of neither model exist as a whole. The product of a block of rows and a range of the vocabulary is a
+    tile, which is folded into the rows' maxima and sums, and into the divergence once these are known. Every term that
+    is added is >= 0 and formed from log T - log S, so that divergences of nearly equal distributions keep their digits
+    and none is negative. The backward pass turns a tile of the student's logits, in place, into its gradient.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64 (served by the reference, in float64).
         weight: [V, H], of the dtype of hidden. Under autocast all floating-point inputs are cast first.
-        teacher_hidden: [..., H'], of any width. Its dtype may be another than the student's, but that float64 goes with
-            float64 only.
+        teacher_hidden: [..., H'], of any width. Its dtype may differ from the student's, except that float64 goes only
+            with float64.
         teacher_weight: [V, H'], of the dtype of teacher_hidden.
-        mask: [...] of bool, integer or float dtype, nonzero is scored; None: all are. Other rows are not projected.
+        mask: [...] of bool, integer or float dtype, nonzero is scored; None scores every row. Rows that are not scored
+            are not projected.
         kind: "forward", "reverse" or "js".
         beta: in [0, 1], for "js".
         temperature: > 0, divides the logits of both.
         bias, teacher_bias: [V].
-        softcap, teacher_softcap: > 0, or None. Each is its model's own: neither is the default of the other.
+        softcap, teacher_softcap: > 0, or None. Each belongs to its model; neither is the default of the other.
         scale, teacher_scale: > 0, likewise.
-        num_scored: how many rows to project: the number of those scored, or more. Without it that number is asked of
-            the device, the only time that the host waits for it.
-        logits_budget_mb: where all scored rows' logits, of both models, take no more memory, they are kept for the
-            backward pass instead of computed again. The forward pass keeps those of as many rows as fit, one block of
-            rows at least.
+        num_scored: the number of rows to project, at least that of the scored rows. Without it the host waits for the
+            device to count them, the only time that it waits.
+        logits_budget_mb: if the logits of all scored rows, of both models, take no more memory, they are kept for the
+            backward pass, not computed again. The forward pass holds the logits of as many rows as fit, at least one
+            block of rows.
 
     Returns:
         float32 [...] (float64 for float64 hidden), >= 0.
 
     Differentiable: with respect to hidden, weight and bias, once. Second derivatives and forward mode raise
-    NotImplementedError, but in the reference. The teacher is data: no gradient reaches it, also where it is the
+    NotImplementedError, except in the reference. The teacher is data: no gradient reaches it, even where it is the
     student, and a tangent is refused.
 
-    Edge cases: rows that are not scored are 0, and so is their gradient, whatever they hold. A logit of -inf has
-    probability 0, which adds nothing where both have it; where T_v > 0 = S_v "forward" is inf, where S_v > 0 = T_v
-    "reverse" is, with a gradient that is not finite; "js" is at most log 2 for beta = 0.5. A row of which one model's
-    logits hold a NaN or +inf, or nothing but -inf, gives NaN. With no rows the result is empty.
+    Edge cases: rows that are not scored give 0, and their gradient is 0, whatever they hold. A logit of -inf has
+    probability 0, which adds nothing where both models have it. "forward" is inf where T_v > 0 = S_v, and "reverse"
+    where S_v > 0 = T_v, both with a gradient that is not finite; "js" is at most log 2 for beta = 0.5. A row gives NaN
+    if the logits of either model hold a NaN or +inf, or nothing but -inf. With no rows the result is empty.
 
     Raises:
         TypeError, ValueError: for wrong dtypes, shapes, devices and options, and on a CPU for more scored rows than
             num_scored; on a GPU these make everything NaN.
 
-    Traffic: one product of [scored, H] x [H, V] for each model, two more for the gradients, and where logits are
-    computed again one more for each. Beside their factors: each tile is written once and read twice, and where there
-    is a gradient read once more, and the student's written.
+    Traffic: one product of [scored, H] x [H, V] for each model, two more for the gradients, and one more for each model
+    where logits are computed again. Besides the factors of the products, each tile is written once and read twice; with
+    a gradient it is read once more, and the student's is written once more.
 
     References: Agarwal et al. 2023, "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes"
     (arXiv 2306.13649).
@@ -102,7 +103,7 @@ def linear_kl_divergence(
     _checks.tensor("teacher_hidden", teacher_hidden, _checks.FLOATS)
     if teacher_hidden.shape[:-1] != hidden.shape[:-1] or teacher_hidden.dim() != hidden.dim():
         raise ValueError(
-            f"teacher_hidden must have the shape {[*hidden.shape[:-1], 'H']}, that of hidden but for the last "
+            f"teacher_hidden must have the shape {[*hidden.shape[:-1], 'H']}, as hidden does except for the last "
             f"dimension; got {list(teacher_hidden.shape)}"
         )
     _checks.same_device("teacher_hidden", teacher_hidden, "hidden", hidden)
@@ -156,9 +157,10 @@ def linear_kl_divergence(
 
 @dataclass(frozen=True)
 class _Options:
-    """As the kernels take them: the number of the kind, and temperatures and softcaps of the logits before `scale`."""
+    """What the kernels take. Temperatures and softcaps are divided by `scale`, as in `Options`."""
 
     kind: int
+    """An index into DIVERGENCES."""
     beta: float
     temperature: float
     teacher_temperature: float
@@ -167,7 +169,7 @@ class _Options:
 
 
 def _evaluate(inputs: Inputs, teacher: Inputs, options: Options, pair: _Options) -> Tensor:
-    """[N]"""
+    """The divergence, [N]."""
     if options.backend == "reference":
         return reference.linear_kl_divergence(
             inputs.hidden,
@@ -188,7 +190,7 @@ def _evaluate(inputs: Inputs, teacher: Inputs, options: Options, pair: _Options)
     if torch.compiler.is_compiling():
         op = _registry.op("linear_kl_divergence_forward", options.backend)
         return op(*tensors, *astuple(pair), options.num_scored, list(options.tile or ()), options.budget)[0]
-    return _LinearKl.apply(*tensors, options, pair)[0]
+    return _LinearKlDivergence.apply(*tensors, options, pair)[0]
 
 
 def _tensors(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -211,7 +213,7 @@ class _Heads:
     def of(
         cls, inputs: Inputs, teacher: Inputs, options: Options, pair: _Options, rows: tuple[Rows, Rows] | None = None
     ) -> "_Heads":
-        """With `rows` of both, or those that are scored."""
+        """The two heads over `rows`, the student's and the teacher's; by default over the scored rows."""
         student = start(inputs, options)
         options = replace(
             options,
@@ -235,12 +237,12 @@ class _Heads:
         return len(self.rows) * self._row_bytes <= budget
 
     def kept(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Memory for all logits of so many rows; that of the student is to be given to POOL."""
+        """Memory for the logits of the first `rows` rows. Give the student's to POOL in the end."""
         at = slice(0, rows)
         return self.student.kept(self.rows.part(at)), self.teacher.kept(self.teacher_rows.part(at))
 
     def forward(self, kept: tuple[Tensor, Tensor] | None, budget: int) -> tuple[Tensor, Tensor]:
-        """Divergence and centre [2, R], and row_stats [4, R], the student's before the teacher's."""
+        """Divergence and centre [2, R], and row_stats [4, R], first the student's, then the teacher's."""
         total, block = len(self.rows), self.student.block_rows
         step = total if kept is not None else min(max(budget // (block * self._row_bytes), 1) * block, total)
         memory = self.kept(step) if kept is None else kept
@@ -269,7 +271,7 @@ class _Heads:
         kept: tuple[Tensor, Tensor] | None,
         wanted: list[bool],
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden, weight and bias, those that are wanted."""
+        """The gradients of hidden, weight and bias that are wanted."""
         op = _registry.op("kl_divergence_part_backward", self.student.backend)
         centre = results[1].contiguous()
         tiles = None if kept is None else self.teacher.tiles(kept[1], self.teacher_rows)
@@ -290,7 +292,7 @@ class _Heads:
         return gradients.results(self.rows, self.student.weight.dtype)[:3]
 
     def scatter(self, values: Tensor) -> Tensor:
-        """[K, N] of [K, R], NaN where too few rows were projected."""
+        """Values of all rows [K, N] from those of scored rows [K, R]; NaN if too few rows were projected."""
         scattered = torch.stack([self.rows.scatter(value) for value in values])
         return scattered if self.too_few is None else torch.where(self.too_few, float("nan"), scattered)
 
@@ -305,7 +307,7 @@ def _halves(stats: Tensor, at: slice) -> tuple[Tensor, Tensor]:
     return stats[:2, at].contiguous(), stats[2:, at].contiguous()
 
 
-class _LinearKl(torch.autograd.Function):
+class _LinearKlDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, scored, options, pair):
         inputs = Inputs(hidden, weight, bias, None, None, scored)

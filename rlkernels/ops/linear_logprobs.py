@@ -61,27 +61,27 @@ def linear_token_logprobs(
         temperature: > 0, divides the logits after the softcap.
         softcap: > 0, or None (Gemma's final_logit_softcapping).
         scale: > 0 (Cohere's logit_scale, 1 / Granite's logits_scaling).
-        ignore_index: rows with this id are not scored: everything is 0, and so is their gradient, whatever they hold.
+        ignore_index: rows with this id are not scored: their results and gradients are 0, whatever they hold.
         return_entropy: also return the entropy.
-        outputs: more to return, none of it differentiable, of each row's z, computed by PyTorch, tile by tile:
+        outputs: further results, not differentiable, which PyTorch computes from each row's z, tile by tile:
             "log_sum_sq_probs": log sum_v p_v^2;  "mean_logit": the mean of z;  "is_top1": whether the token is the
-            likeliest, the first such in a tie.
-        group: a torch.distributed process group whose processes have the same rows of hidden, and a share of the
-            vocabulary each (of weight, bias and adapter[1]), in the order of their ranks. Each gets all results and
-            hidden's whole gradient, and the weight's of its share. The host waits for the sizes of the shares. Not
-            under torch.compile.
-        num_scored: how many rows to project: the number of those scored, or more. Without it that number is asked of
-            the device, the only time that the host waits for it.
-        logits_budget_mb: where all scored rows' logits take no more memory, they are kept for the backward pass instead
-            of computed again, which saves one product in four. The default, 128, has room for 680 rows of a vocabulary
-            of 49,152 in float32 and 1,360 in bfloat16. On a CPU that memory is left to the next call.
+            likeliest, and the first one in a tie.
+        group: a torch.distributed process group. Its processes have the same rows of hidden, and each has a share of
+            the vocabulary (of weight, bias and adapter[1]), in the order of their ranks. Each process gets all results,
+            the whole gradient of hidden, and the gradient of its share of weight. The host waits for the sizes of the
+            shares. Not under torch.compile.
+        num_scored: the number of rows to project, at least that of the scored rows. Without it the host waits for the
+            device to count them, the only time that it waits.
+        logits_budget_mb: if the logits of all scored rows take no more memory, they are kept for the backward pass, not
+            computed again, which saves one product in four. The default, 128, has room for 680 rows of a vocabulary of
+            49,152 in float32 and 1,360 in bfloat16. On a CPU the next call uses that memory again.
 
     Returns:
         float32 [...] (float64 for float64 hidden), or a tuple (logprobs, entropy, *outputs) of those asked for;
         is_top1 is bool.
 
     Differentiable: logprobs and entropy with respect to hidden, weight, bias and both parts of adapter, once. Second
-    derivatives and forward mode raise NotImplementedError, but in the reference.
+    derivatives and forward mode raise NotImplementedError, except in the reference.
 
     Edge cases: as in token_logprobs. With nothing scored all results and gradients are 0. Logprobs are never above 0.
 
@@ -90,10 +90,10 @@ def linear_token_logprobs(
             not ignore_index, and for more scored rows than num_scored. On a GPU such a row gives NaN, and too small a
             num_scored makes everything NaN; with RLKERNELS_CHECK=1 an id raises there too.
 
-    Traffic: three products of [scored, H] x [H, V], four where logits are computed again, two where weight, bias and
-    adapter are not differentiated (the gradient of hidden for an upstream gradient of 1 is then made in the forward
-    pass, if no entropy is asked for). Beside their factors: each tile of logits is written and read once a product, and
-    once read and written by the gradient.
+    Traffic: three products of [scored, H] x [H, V]; four where logits are computed again; two where weight, bias and
+    adapter are not differentiated and no entropy is asked for (the forward pass then makes the gradient of hidden for
+    an upstream gradient of 1). Besides the factors of the products, each tile of logits is written and read once per
+    product, and read and written once for its gradient.
 
     References: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009).
     """
@@ -159,7 +159,7 @@ class _LinearLogprobs(torch.autograd.Function):
             unit = kept = None
             fits = any(wanted) and head.fits(len(rows), options.budget)
             frozen = any(wanted) and not (wanted[1] or wanted[2] or wanted[4])
-            # One rounding more where products are rounded: then rather two products, one of them in the backward pass.
+            # Where products are rounded this rounds once more than two products, one of them in the backward pass.
             in_forward = frozen and not options.return_entropy and not (head.rounds and fits)
             if in_forward and head.fits(head.block_rows, options.budget):
                 unit = head.new_gradients(rows, wanted, weight_in_pieces=False)
@@ -171,7 +171,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     kept = head.kept(rows)
                 results = head.forward(rows, kept, also)
             others = [] if also is None else also.results(results[2])
-            # Copies: what is saved for the backward pass, or a view, could not be changed in place.
+            # Copies, because a caller may not change in place what is saved for the backward pass, or a view.
             values = [rows.scatter(value).clone() for value in (*results[:2], *others)]
         if too_few is not None:
             values = [torch.where(too_few, float("nan"), value) for value in values]

@@ -51,40 +51,41 @@ def linear_policy_loss(
         logprobs, entropy = linear_token_logprobs(hidden, weight, token_ids, return_entropy=True, ...)
         loss, metrics = policy_loss(logprobs, old_logprobs, advantages, mask, entropy=entropy, **options)
 
-    with three products of [scored, H] x [H, V] instead of four, two where the head is frozen: a token's loss and how it
-    changes are known as soon as its row's logits are, so that these become their gradient, and that the gradient of
-    hidden and weight, before the next rows take their place. The backward pass multiplies by the upstream gradient.
+    but with three products of [scored, H] x [H, V] instead of four, or two where the head is frozen. A token's loss and
+    its gradient are known as soon as its row's logits are. The forward pass therefore turns the logits into their
+    gradient, and that into the gradients of hidden and weight, before the next rows take their place. The backward pass
+    multiplies by the upstream gradient.
 
     Args:
         hidden: [B, T, H] padded, or [N, H] packed with cu_seqlens; the hidden state that predicts each token.
         token_ids: [B, T] or [N]; rows with ignore_index are not scored, whatever the mask says.
-        old_logprobs, advantages, mask, and by keyword all options of policy_loss but entropy, which is measured here:
-            as in policy_loss.
+        old_logprobs, advantages, mask: as in policy_loss.
+        **options: all other options of policy_loss, except entropy, which is computed here.
         weight, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored: as in
-            linear_token_logprobs; num_scored counts tokens that the mask scores (where whole sequences are in several
-            groups, the host waits for their lengths all the same).
-        logits_budget_mb: logits that may exist at once: rows are worked on in groups of so many, in whole blocks, one
-            at least. The default is 64, half of linear_token_logprobs', since another group costs no product; more than
-            one in bfloat16, and any in float16, cost a float32 sum of the weight's gradient beside it. Objectives and
-            sampler corrections of whole sequences ("gspo", "gmpo", "vespo", "sequence_*") have whole sequences in a
-            group; where the longest does not fit, the loss is linear_token_logprobs and policy_loss one after the
-            other, in four products.
+            linear_token_logprobs. num_scored counts the tokens that the mask scores. (If whole sequences have to be
+            split into several groups of rows, the host waits for their lengths even so.)
+        logits_budget_mb: how much memory logits may take at a time. Rows are processed in groups that fit, in whole
+            blocks, at least one block. The default, 64, is half of linear_token_logprobs', since more groups cost no
+            more products. They do cost a float32 sum of the weight's gradient, in bfloat16 from the second group on
+            and in float16 always. Objectives and sampler corrections of whole sequences ("gspo", "gmpo", "vespo",
+            "sequence_*") need whole sequences in a group. If the longest does not fit, the loss is computed by
+            linear_token_logprobs and policy_loss, in four products.
 
     Returns: loss and metrics, as policy_loss does; the entropy is always among them.
 
     Differentiable: the loss with respect to hidden, weight, bias and both parts of adapter, once: a second backward
-    pass raises RuntimeError. Second derivatives and forward mode raise NotImplementedError, but in the reference.
+    pass raises RuntimeError. Second derivatives and forward mode raise NotImplementedError, except in the reference.
 
     Edge cases, Raises: as in linear_token_logprobs and policy_loss.
 
-    Traffic: three products; each logit is written and read once by each of the first and the second pass over it, and
-    read by two more products. Under torch.compile, and by the reference, as the two functions above.
+    Traffic: three products. Each logit is written and read once by the forward and by the gradient's pass over it, and
+    read by two more products. Under torch.compile, and in the reference, that of the two functions above.
 
     References: those of linear_token_logprobs and policy_loss; Hsu et al. 2024, "Liger Kernel" (arXiv 2410.10989), for
     the gradient in the forward pass.
     """
     if "entropy" in options:
-        raise TypeError("entropy cannot be given to linear_policy_loss, which measures it")
+        raise TypeError("entropy cannot be given to linear_policy_loss, which computes it")
     _checks.tensor("token_ids", token_ids, _checks.INTEGERS)
     _, cu_seqlens = _checks.sequences("token_ids", token_ids, options.get("cu_seqlens"))
     if cu_seqlens is not None and (cu_seqlens.is_cpu or _checks.CHECK_VALUES) and not torch.compiler.is_compiling():
@@ -114,7 +115,7 @@ def linear_policy_loss(
 
 @dataclass
 class Loss:
-    """policy_loss of everything but the log-probabilities and the entropy."""
+    """policy_loss with all of its arguments except the log-probabilities and the entropy."""
 
     old_logprobs: Tensor | None
     advantages: Tensor
@@ -132,7 +133,7 @@ class Loss:
         return self.options.get("objective", "ppo") in SEQUENCE_OBJECTIVES or (corrected and on_policy)
 
     def lengths(self) -> list[int]:
-        """Scored tokens of each sequence."""
+        """The number of scored tokens of each sequence."""
         cu_seqlens = self.options.get("cu_seqlens")
         if cu_seqlens is None:
             return self.scored.sum(-1).tolist()
@@ -142,18 +143,18 @@ class Loss:
 
 @dataclass
 class Plan:
-    """In which order the rows meet the head."""
+    """The order in which rows are projected."""
 
     head: Head
     index: Tensor
-    """Scored rows, each group's filled up to whole blocks."""
+    """Indices of the scored rows, each group padded to whole blocks."""
     groups: list[slice]
-    """Of rows whose logits exist together."""
+    """The parts of `index` whose logits exist at the same time."""
     too_few: Tensor | None
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options, loss: Loss) -> "Plan | None":
-        """None where a sequence that must be whole does not fit."""
+        """None if a sequence that must be whole does not fit into the budget."""
         head = start(inputs, options)
         check_tokens(inputs, options, head)
         index, too_few = scored_index(inputs.token_ids != options.ignore_index, options.num_scored)
@@ -164,7 +165,7 @@ class Plan:
         lengths = loss.lengths()
         if max(lengths) > most:
             return None
-        ends = [0]  # of groups, among the scored rows
+        ends = [0]  # where each group ends among the scored rows
         at = 0
         for length in lengths:
             if at + length - ends[-1] > most:
@@ -181,8 +182,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, adapter, adapter_weight, token_ids, loss, plan):
         head, wanted = plan.head, list(ctx.needs_input_grad[:5])
-        # What the loss sees of rows that have not met the head yet does not matter, if it is finite; nor does the last
-        # element, which takes the results of rows that fill up.
+        # Rows that are not projected yet may hold any finite value. The last element takes the results of padding.
         logprobs = torch.zeros(len(token_ids) + 1, dtype=working_dtype(hidden), device=hidden.device)
         if loss.old_logprobs is not None:
             logprobs[:-1] = torch.where(loss.scored, loss.old_logprobs, 0.0).flatten()
@@ -208,7 +208,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
         with torch.autocast(hidden.device.type, enabled=False):
             rows = Rows.gather(plan.index, hidden, adapter, token_ids)
-            # What is scaled is not rounded to float16 before it is scaled back.
+            # Scaled gradients are rounded to float16 only when they have been scaled back.
             float16 = weight.dtype == torch.float16
             gradients = head.new_gradients(rows, wanted, weight_in_pieces=len(plan.groups) > 1 or float16)
             forward_backward(head, rows, plan.groups, upstream, gradients)
@@ -236,7 +236,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if ctx.scale is not None:
             factor = grad_loss / ctx.scale
             return *(None if v is None else v.mul_(factor).half() for v in gradients), None, None, None
-        # One pass over the weight's gradient less, where looking costs nothing.
+        # Saves a pass over the weight's gradient, where a look at the value costs nothing.
         if not (grad_loss.is_cpu and grad_loss.item() == 1):
             for value in gradients:
                 if value is not None:
@@ -245,8 +245,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def _scale(gradients: Sequence[Tensor | None]) -> Tensor:
-    """The power of two that brings the largest to 1 or just below: unscaled, a token's share of a mean times a small
-    probability is 0 in float16, and a GradScaler comes only with the backward pass."""
+    """The power of two that brings the largest gradient to 1 or just below. Unscaled, a token's share of a mean times a
+    small probability is 0 in float16, and a GradScaler's factor comes only with the backward pass."""
     largest = torch.stack([nn.functional.pad(g.flatten(), (0, 1)).abs().amax() for g in gradients if g is not None])
     exponent = torch.frexp(largest.amax()).exponent
     return torch.ldexp(torch.ones_like(largest[0]), -exponent)

@@ -17,8 +17,7 @@ def linear_preference_logps(
     ignore_index: int = -100,
     **options: Any,
 ) -> Tensor:
-    """Log-probabilities of whole sequences under the LM head, whose logits never exist as a whole: what preference_loss
-    takes.
+    """Log-probabilities of whole sequences under the LM head, for preference_loss. The logits never exist as a whole.
 
         logps[s] = sum of linear_token_logprobs(hidden, weight, token_ids) over the scored tokens of sequence s
 
@@ -36,7 +35,7 @@ def linear_preference_logps(
     Differentiable: as linear_token_logprobs.
 
     Raises: as linear_token_logprobs; on a CPU also for cu_seqlens that do not run from 0 to N without decreasing. On a
-    GPU they make all results NaN, or raise with RLKERNELS_CHECK=1.
+    GPU such cu_seqlens make all results NaN, or raise with RLKERNELS_CHECK=1.
 
     Traffic: that of linear_token_logprobs.
 
@@ -58,7 +57,7 @@ def linear_preference_logps(
     tokens = len(token_ids)
     if (cu_seqlens.is_cpu or _checks.CHECK_VALUES) and not torch.compiler.is_compiling():
         _checks.cu_seqlens_values(cu_seqlens, tokens)
-    # Where they are wrong on a GPU nothing may be read out of range.
+    # Wrong values on a GPU must not make the kernel read out of range.
     offsets = cu_seqlens.long().clamp(0, tokens).cummax(0).values
     sums = torch.segment_reduce(logprobs, "sum", offsets=offsets, axis=0)
     return sums * _checks.nan_unless_valid(cu_seqlens, tokens, sums)

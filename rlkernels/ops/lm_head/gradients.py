@@ -8,7 +8,7 @@ from rlkernels.ops.lm_head.tiles import Rows
 
 @dataclass
 class Gradients:
-    """Of what is differentiated, None of the rest. Sums are kept in float32 at least until they are complete."""
+    """The gradients of what is differentiated; the others are None. Sums are at least float32 until complete."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -17,19 +17,20 @@ class Gradients:
     adapter_weight: Tensor | None
 
     def part(self, at: slice) -> "Gradients":
-        """Of rows `at`."""
+        """The same for rows `at` alone."""
         hidden = None if self.hidden is None else self.hidden[at]
         adapter = None if self.adapter is None else self.adapter[at]
         return replace(self, hidden=hidden, adapter=adapter)
 
     def scaled(self, factor: Tensor) -> "Gradients":
-        """Those of rows, [R, ...] times [R]."""
+        """The same with the gradients of rows, [R, ...], multiplied by factor, [R]."""
         factor = factor.unsqueeze(-1)
         hidden = None if self.hidden is None else self.hidden * factor
         adapter = None if self.adapter is None else self.adapter * factor
         return replace(self, hidden=hidden, adapter=adapter)
 
     def results(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """What a backward pass returns for hidden, weight, bias, adapter and adapter_weight."""
         of_rows = {"hidden": self.hidden, "adapter": self.adapter}
         of_rows = {n: None if value is None else rows.scatter(value.to(dtype)) for n, value in of_rows.items()}
         of_weights = (self.weight, self.bias, self.adapter_weight)
@@ -38,7 +39,7 @@ class Gradients:
 
 
 def nan_if(too_few: Tensor | None, values: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients that say so where more rows were scored than were projected."""
+    """The gradients, all NaN where `too_few` says that more rows are scored than were projected."""
     if too_few is None:
         return values
     return tuple(None if value is None else value.masked_fill_(too_few, float("nan")) for value in values)

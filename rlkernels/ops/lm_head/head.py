@@ -12,12 +12,12 @@ from rlkernels.ops.lm_head.tiles import PADDING, POOL, Rows, default_tile, finis
 from rlkernels.reference import logprobs as reference
 
 CHUNK_ROWS = 4096
-"""Rows whose gradient a tile holds at most, so that one product adds all of them to the weight's gradient."""
+"""The most rows of a tile in the backward pass, where one product adds them all to the weight's gradient."""
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, scratch: Tensor | None, *, add: bool) -> None:
-    """out (+)= a @ b. Where `out` is float32 and the factors are not, the product is rounded to their dtype first on a
-    CPU, where PyTorch has no other, and not rounded on a GPU."""
+    """out = a @ b, or with `add` out += a @ b. If `out` is float32 and the factors are not, a GPU does not round the
+    product. A CPU rounds it to the factors' dtype first, in `scratch`, because PyTorch has no other product there."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif out.is_cuda:
@@ -42,7 +42,7 @@ class Head:
     tile: tuple[int, int] | None = None
     group: Any = None
     share: tuple[int, int, int] | None = None
-    """What `shares` says, where the vocabulary is shared by `group`."""
+    """What `shares` returns, if the processes of `group` share the vocabulary."""
     _buffers: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,21 +50,21 @@ class Head:
         self.logits_dtype = self.weight.dtype
         if device.type == "cuda" and self.weight.dtype in (torch.bfloat16, torch.float16):
             self.logits_dtype = torch.float32
-        # On a CPU PyTorch has no product of 16-bit factors but one rounded to 16 bits.
+        # On a CPU, PyTorch rounds every product of 16-bit factors to 16 bits.
         self.rounds = self.weight.dtype.itemsize == 2 and device.type != "cuda"
         self.block_rows, self.tile_columns = self.tile or default_tile(device, self.logits_dtype)
         self.vocab_tiles = slices(self.weight.shape[0], self.tile_columns)
 
     def fits(self, rows: int, budget: int) -> bool:
-        """Whether all logits of so many rows take no more than `budget` bytes, in every process."""
+        """Whether the logits of that many rows take at most `budget` bytes in every process."""
         return rows * self._row_bytes() <= budget
 
     def rows_within(self, budget: int) -> int:
-        """The most rows whose logits fit, in whole blocks, one at least."""
+        """The most rows, in whole blocks, whose logits take at most `budget` bytes; at least one block."""
         return max(budget // (self.block_rows * self._row_bytes()), 1) * self.block_rows
 
     def _row_bytes(self) -> int:
-        """What decides how rows are grouped must be the same in all processes, which wait for each other."""
+        """Bytes of a row's logits, for the largest share: all processes must group rows alike, or wait forever."""
         vocab_size = self.weight.shape[0] if self.share is None else self.share[2]
         return vocab_size * self.logits_dtype.itemsize
 
@@ -72,7 +72,7 @@ class Head:
         return getattr(reference, name) if self.backend == "reference" else _registry.op(name, self.backend)
 
     def _buffer(self, use: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Memory for one use, the same in each call: on a CPU the first touch of fresh memory costs more than the
+        """Memory for one use, which every call shares. On a CPU the first touch of fresh memory costs more than the
         product that is written to it."""
         size = torch.Size(shape).numel()
         if use not in self._buffers or self._buffers[use].numel() < size:
@@ -80,11 +80,11 @@ class Head:
         return self._buffers[use][:size].view(shape)
 
     def _scratch(self, *shape: int) -> Tensor | None:
-        """For `multiply`."""
+        """Memory for the rounded product in `multiply`."""
         return self._buffer("scratch", self.weight.dtype, *shape) if self.rounds else None
 
     def kept(self, rows: Rows) -> Tensor:
-        """Memory for all logits of `rows`, seen through `tiles` and `strips`; to be given to POOL."""
+        """Memory for all logits of `rows`, to be given to POOL in the end. `tiles` and `strips` are views of it."""
         size = len(rows) * self.weight.shape[0]
         memory = POOL.take(size * self.logits_dtype.itemsize) if self.weight.is_cpu else None
         if memory is None:
@@ -100,8 +100,8 @@ class Head:
         return [kept[size * v.start : size * v.stop].view(size, v.stop - v.start) for v in self.vocab_tiles]
 
     def strips(self, kept: Tensor | None, rows: Rows) -> list[tuple[slice, Tensor | None]]:
-        """What the backward pass works on at once: a range of the vocabulary, and its logits if they were kept. Where
-        a product is rounded it is of the whole vocabulary, so that it is a whole sum, if that is there."""
+        """The ranges of the vocabulary that the backward pass goes through, and their logits if they were kept. Kept
+        logits whose products are rounded are one range, so that hidden's gradient is rounded once."""
         if kept is None:
             return [(vocab, None) for vocab in self.vocab_tiles]
         if self.rounds:
@@ -121,7 +121,7 @@ class Head:
             multiply(rows.adapter[block], self.adapter_weight[vocab].t(), out, None, add=True)
 
     def logits_tile(self, rows: Rows, block: slice, vocab: slice) -> Tensor:
-        """Logits of a block of rows and a range of the vocabulary, in memory that the next such tile takes."""
+        """Logits of a block of rows and a range of the vocabulary, in memory that the next call overwrites."""
         tile = self._buffer("tile", self.logits_dtype, block.stop - block.start, vocab.stop - vocab.start)
         self.logits(rows, block, vocab, tile)
         return tile
@@ -129,18 +129,18 @@ class Head:
     def forward(
         self, rows: Rows, kept: Tensor | None, also: Callable[[Tensor, slice, slice], None] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities [R], entropy [R] and row_stats [2, R]. Leaves the logits in `kept`, and shows each tile to
-        `also`."""
+        """Log-probabilities [R], entropy [R] and row_stats [2, R]. Writes the logits to `kept` and calls `also` with
+        each tile, its block of rows and its range of the vocabulary."""
         return finish(self.sums(rows, kept, also), self.temperature)
 
     def sums(
         self, rows: Rows, kept: Tensor | None, also: Callable[[Tensor, slice, slice], None] | None = None
     ) -> Tensor:
-        """The part [4, R] of all tiles; the rest as forward."""
+        """The rows' sums over the whole vocabulary, [4, R]; `kept` and `also` are as in forward."""
         part_of = self._row_op("token_logprobs_part")
         token_ids = self.local_ids(rows)
         parts = self.weight.new_empty(len(self.vocab_tiles), 4, len(rows), dtype=working_dtype(self.weight))
-        if not self.vocab_tiles:  # a process without a share
+        if not self.vocab_tiles:  # this process has no share of the vocabulary
             nothing = parts.new_tensor([float("-inf"), 0.0, 0.0, float("nan")])
             parts = nothing.view(1, 4, 1).expand(1, 4, len(rows))
         tiles = None if kept is None else self.tiles(kept, rows)
@@ -170,7 +170,7 @@ class Head:
         *,
         add: bool = False,
     ) -> None:
-        """From the gradients of log-probabilities and entropy, and what Head.forward gave."""
+        """Fill `gradients`, from the gradients of log-probabilities and entropy and the results of forward."""
         token_ids = self.local_ids(rows)
 
         def to_gradient(vocab: slice, block: slice, tile: Tensor, gradient: Tensor) -> None:
@@ -200,9 +200,9 @@ class Head:
         *,
         add: bool = False,
     ) -> None:
-        """Turns each tile of logits, kept or computed again, into its gradient, in place where the dtype allows, and
-        that into those of its factors: to_gradient(range of the vocabulary, block of rows, tile, gradient) writes it.
-        With `add` the weights' go on top of what is there."""
+        """Turn each tile of logits, kept or computed again, into its gradient, in place where the dtype allows, and add
+        that to `gradients`. to_gradient(range of the vocabulary, block of rows, tile, gradient) writes a tile's
+        gradient. With `add` the gradients of weights are added to those that are there."""
         of_rows = [(gradients.hidden, self.weight), (gradients.adapter, self.adapter_weight)]
         of_weights = [
             ("weight", gradients.weight, rows.hidden),
@@ -212,7 +212,7 @@ class Head:
         for out in empty if self.vocab_tiles else (gradients.hidden, gradients.adapter):
             if out is not None:
                 out.zero_()
-        # Kept logits become their gradient where they are, in one piece; others in a tile of so many rows.
+        # Kept logits become their gradient in place, all rows at once; others are computed again, in chunks of rows.
         in_place = kept is not None and self.logits_dtype == self.weight.dtype
         most = max(CHUNK_ROWS // self.block_rows, 1) * self.block_rows
         chunks = slices(len(rows), len(rows) if in_place and len(rows) else most)
@@ -248,8 +248,8 @@ class Head:
                     gradients.bias[vocab] = total + gradients.bias[vocab] if piece or add else total
 
     def new_gradients(self, rows: Rows, wanted: list[bool], *, weight_in_pieces: bool) -> Gradients:
-        """Room for them, in the order of `wanted`. A weight's is of its own dtype where each range of the vocabulary is
-        complete in one call of backward."""
+        """Uninitialized memory for the gradients that are wanted. With weight_in_pieces several calls of backward add
+        to the gradient of a weight, which is then at least float32; otherwise it has the weight's dtype."""
         dtype = working_dtype(self.weight)
         weight_dtype = dtype if weight_in_pieces else self.weight.dtype
         like = (rows.hidden, self.weight, self.bias, rows.adapter, self.adapter_weight)
@@ -264,22 +264,22 @@ class Head:
         )
 
     def _weight_sum(self, name: str, out: Tensor, pieces: int) -> Tensor:
-        """Where a weight's gradient is added up: `out`, or float32 until it is complete."""
+        """Where a weight's gradient is summed: in `out`, or in float32 until it is complete."""
         if pieces == 1 or out.dtype == working_dtype(out):
             return out
         return self._buffer(name, working_dtype(out), *out.shape)
 
     def join(self, parts: Tensor) -> Tensor:
-        """[4, R] of the parts [tiles, 4, R] of this process and all others."""
+        """Join the sums [tiles, 4, R] of this process and those of all others to [4, R]."""
         part = join(parts, self.temperature)
         return part if self.group is None else join(self.all_gather(part), self.temperature)
 
     def all_gather(self, value: Tensor) -> Tensor:
-        """[processes, ...], in the order of their ranks; of one process without a group."""
+        """The values of all processes, [processes, ...], in the order of their ranks. Without a group there is one."""
         return value.unsqueeze(0) if self.group is None else _all_gather(value, self.group)
 
     def reduce(self, gradients: Gradients) -> Gradients:
-        """With the gradients of rows summed over the processes that share the vocabulary."""
+        """Sum the gradients of rows, in place, over the processes that share the vocabulary."""
         if self.group is not None:
             for value in (gradients.hidden, gradients.adapter):
                 if value is not None:
@@ -287,7 +287,7 @@ class Head:
         return gradients
 
     def local_ids(self, rows: Rows) -> Tensor:
-        """The rows' token ids, counted from this process's first."""
+        """The rows' token ids, relative to the first token of this process's share."""
         if self.share is None:
             return rows.token_ids
         return torch.where(rows.token_ids == PADDING, PADDING, rows.token_ids - self.share[0])
@@ -300,7 +300,7 @@ def _all_gather(value: Tensor, group: Any) -> Tensor:
 
 
 def shares(weight: Tensor, group: Any) -> tuple[int, int, int]:
-    """The first token of this process's share, how many tokens there are, and how many in the largest share."""
+    """The first token of this process's share, the size of the vocabulary, and the size of the largest share."""
     sizes = _all_gather(torch.tensor(weight.shape[0], device=weight.device), group).tolist()
     return sum(sizes[: torch.distributed.get_rank(group)]), sum(sizes), max(sizes)
 
@@ -313,8 +313,8 @@ def forward_backward(
     gradients: Gradients,
     also: Callable[[Tensor, slice, slice], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Head.forward, and while the logits of a group of rows are there Head.backward, for the upstream gradients that
-    `upstream` makes of the group's log-probabilities and entropy."""
+    """Run Head.forward and Head.backward on one group of rows after the other, so that only one group's logits exist at
+    a time. `upstream` makes the gradients of the group's log-probabilities and entropy from their values."""
     results = []
     for number, at in enumerate(groups or [slice(0, 0)]):
         part = rows.part(at)

@@ -1,4 +1,4 @@
-"""What the functions of an LM head are given: its checks, and what becomes of it."""
+"""The arguments of the LM head's functions: their checks, and the Head and the scored rows made from them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +34,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Options:
-    """Of the logits before `scale`: scaled by it they go through softcap and temperature as they are through
-    softcap / scale and temperature / scale, which are the ones here."""
-
     temperature: float
+    """The temperature divided by `scale`, since the kernels see the logits before they are scaled."""
     softcap: float
+    """The softcap divided by `scale`; 0 for none."""
     ignore_index: int
     group: Any
     num_scored: int | None
@@ -64,25 +63,24 @@ def check_head(
     num_scored: int | None,
     prefix: str = "",
 ) -> tuple[Inputs, Options]:
-    """What the functions of an LM head take, checked, in the dtype of the products and with one leading dimension.
-    `prefix` is that of the names of hidden, weight, bias, softcap and scale."""
+    """Check the arguments, cast them to the dtype of the products, and flatten their leading dimensions to one.
+    Messages put `prefix` before the names hidden, weight, bias, softcap and scale."""
     _checks.tensor(f"{prefix}hidden", hidden, _checks.FLOATS)
     _checks.tensor(f"{prefix}weight", weight, _checks.FLOATS)
     _checks.tensor("token_ids", token_ids, _checks.INTEGERS)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"{prefix}hidden must have the shape [..., H] with H >= 1; got {list(hidden.shape)}")
     width = hidden.shape[-1]
-    # In a group a process may have no token: refusing it here would leave the others waiting.
+    # A process in a group may have no share of the vocabulary. An error here would leave the others waiting.
     if weight.dim() != 2 or (weight.shape[0] == 0 and group is None) or weight.shape[1] != width:
         raise ValueError(f"{prefix}weight must have the shape [V, {width}] with V >= 1; got {list(weight.shape)}")
     vocab_size = weight.shape[0]
-    _checks.shape(
-        "token_ids", token_ids, tuple(hidden.shape[:-1]), because=f"that of {prefix}hidden without its last dimension"
-    )
+    leading = tuple(hidden.shape[:-1])
+    _checks.shape("token_ids", token_ids, leading, because=f"the shape of {prefix}hidden without its last dimension")
     named: dict[str, Tensor | None] = {f"{prefix}weight": weight, f"{prefix}bias": bias}
     if bias is not None:
         _checks.tensor(f"{prefix}bias", bias, _checks.FLOATS)
-        _checks.shape(f"{prefix}bias", bias, (vocab_size,), because=f"one a row of {prefix}weight")
+        _checks.shape(f"{prefix}bias", bias, (vocab_size,), because=f"one element for each row of {prefix}weight")
     if adapter is not None:
         if not isinstance(adapter, tuple | list) or len(adapter) != 2:
             raise TypeError(f"adapter must be a pair of tensors; got {type(adapter).__name__}")
@@ -107,7 +105,7 @@ def check_head(
     temperature = _checks.number("temperature", temperature, above=0.0)
     softcap = 0.0 if softcap is None else _checks.number(f"{prefix}softcap", softcap, above=0.0)
     scale = _checks.number(f"{prefix}scale", scale, above=0.0)
-    # The logits before `scale` are what the kernels see.
+    # The kernels see the logits before `scale`.
     of_logits, most = f"divided by {prefix}scale", _checks.MOST_DIVISOR
     temperature = _checks.number(f"temperature {of_logits}", temperature / scale, at_most=most)
     softcap = _checks.number(f"{prefix}softcap {of_logits}", softcap / scale, at_most=most)
@@ -139,11 +137,12 @@ def check_head(
 
 
 def budget_bytes(logits_budget_mb: float) -> int:
-    """As torch.compile takes it, in 64 bits."""
+    """At most what 64 bits hold, since torch.compile takes no more."""
     return min(int(_checks.number("logits_budget_mb", logits_budget_mb, at_least=0.0) * 2**20), 2**63 - 1)
 
 
 def start(inputs: Inputs, options: Options, share: tuple[int, int, int] | None = None) -> Head:
+    """The head of these inputs. Processes of a group exchange the sizes of their shares, unless `share` is given."""
     if options.group is not None and share is None:
         share = shares(inputs.weight, options.group)
     return Head(
@@ -161,7 +160,7 @@ def start(inputs: Inputs, options: Options, share: tuple[int, int, int] | None =
 
 
 def scored_rows(inputs: Inputs, options: Options, head: Head) -> tuple[Rows, Tensor | None]:
-    """Those rows, and on a GPU whether there are more than num_scored."""
+    """The scored rows in whole blocks, and on a GPU whether there are more than num_scored."""
     check_tokens(inputs, options, head)
     index, too_few = scored_index(inputs.token_ids != options.ignore_index, options.num_scored)
     total = len(inputs.token_ids)

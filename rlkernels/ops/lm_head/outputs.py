@@ -8,7 +8,7 @@ OUTPUTS = ("log_sum_sq_probs", "mean_logit", "is_top1")
 
 
 class Outputs:
-    """What `outputs` names, of rows whose tiles come one by one."""
+    """The results that `outputs` names, collected while the tiles come one by one."""
 
     def __init__(self, head: Head, rows: Rows, names: tuple[str, ...]) -> None:
         self.head, self.rows, self.names = head, rows, names
@@ -16,7 +16,7 @@ class Outputs:
         nothing = rows.hidden.new_full((len(rows),), float("-inf"), dtype=working_dtype(rows.hidden))
         self.total = torch.zeros_like(nothing)
         self.before, self.target, self.after = nothing, nothing.clone(), nothing.clone()
-        # Of p^2, which is softmax at half the temperature but for its sum: max, sum, and two rows of nothing.
+        # The sums of p^2, a softmax at half the temperature up to a factor: max, sum, and two that stay empty.
         self.squares = torch.stack([nothing, self.total, self.total, nothing + float("nan")])
 
     def __call__(self, tile: Tensor, block: slice, vocab: slice) -> None:
@@ -44,7 +44,7 @@ class Outputs:
                 largest[block] = torch.maximum(largest[block], of_tile)
 
     def results(self, row_stats: Tensor) -> list[Tensor]:
-        """Of whole rows, [R] each."""
+        """One tensor [R] for each name, from row_stats of the whole vocabulary."""
         temperature, gather = self.head.temperature, self.head.all_gather
         vocab_size = self.head.weight.shape[0] if self.head.share is None else self.head.share[1]
         found = {}

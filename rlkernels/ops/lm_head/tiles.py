@@ -1,4 +1,5 @@
-"""How the rows of a batch and the vocabulary are cut into tiles, and how the sums of tiles are joined."""
+"""The parts that the LM head is computed in: the size of tiles, scored rows in blocks, the memory of kept logits, and
+how the sums over tiles are joined."""
 
 import functools
 import os
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 PADDING = -(2**62)
-"""Token id of the rows that fill up a block."""
+"""Token id of the rows that pad a block."""
 BLOCK_ROWS = {"cpu": 256, "cuda": 512}
-"""Rows of a matrix product. Fewer make it slower, more are for nothing where few rows are scored."""
+"""Rows of a matrix product. Fewer rows make it slower; more are wasted where few rows are scored."""
 
 
 @functools.cache
 def _cache_bytes(device: torch.device) -> int:
-    """The cache that a tile should stay in: half of a GPU's L2, the L2 of one CPU core."""
+    """Bytes of the cache that a tile should fit in: half of a GPU's L2, or the L2 of one CPU core."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size // 2
     try:
@@ -40,8 +41,8 @@ _chosen: tuple[int, int] | None = None
 
 @contextmanager
 def tile_size(size: tuple[int, int] | None) -> Iterator[None]:
-    """Within the block every call has tiles of `size`, (rows, tokens); None: the default. For benchmarks and tests. The
-    backward pass has the size of its forward pass, wherever it runs."""
+    """Set the (rows, tokens) of tiles for all calls within the block; None is the default. For benchmarks and tests.
+    A backward pass uses the size of its forward pass, inside the block or not."""
     global _chosen
     if size is not None and min(size) < 1:
         raise ValueError(f"size must be rows and tokens of a tile, each at least 1; got {size}")
@@ -65,8 +66,8 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def scored_index(scored: Tensor, num_scored: int | None) -> tuple[Tensor, Tensor | None]:
-    """Where bool [N] `scored` is true, in order, [n]: how many these are the device is asked. With `num_scored` it is
-    not; they are so many, the last of them N where fewer are scored. Also, on a GPU, whether they are too few."""
+    """Indices of the scored rows, from bool [N]. Without num_scored this waits for the device to count them; with it
+    the result has num_scored entries, padded with N. On a GPU also whether num_scored is too small."""
     if num_scored is None:
         return scored.nonzero().squeeze(1), None
     index = torch.nonzero_static(scored, size=num_scored, fill_value=scored.numel()).squeeze(1)
@@ -79,24 +80,25 @@ def scored_index(scored: Tensor, num_scored: int | None) -> tuple[Tensor, Tensor
 
 
 def fill_up(index: Tensor, block_rows: int, total: int) -> Tensor:
-    """[n] to whole blocks, with `total`, which is no row."""
+    """Pad indices to whole blocks with `total`, which is the index of no row."""
     return torch.nn.functional.pad(index, (0, -len(index) % block_rows), value=total)
 
 
 @dataclass
 class Rows:
-    """Scored rows, in whole blocks."""
+    """Scored rows, padded to whole blocks."""
 
     index: Tensor
-    """[R]: where each is among all rows; how many those are, for rows that fill up."""
+    """[R]: the index of each row in the batch; `total` for padding."""
     total: int
+    """Rows of the batch."""
     hidden: Tensor
-    """[R, H], zeros in the rows that fill up."""
+    """[R, H], 0 for padding."""
     adapter: Tensor | None
     token_ids: Tensor
-    """[R], PADDING in the rows that fill up."""
+    """[R], PADDING for padding."""
     whole: bool = False
-    """Whether these are all rows as they are."""
+    """Whether these are all rows of the batch, without padding."""
 
     @classmethod
     def gather(
@@ -119,13 +121,13 @@ class Rows:
         return Rows(self.index[at], self.total, self.hidden[at], adapter, self.token_ids[at])
 
     def select(self, values: Tensor) -> Tensor:
-        """[R] of [N], 0 in the rows that fill up."""
+        """The values [R] of these rows from all values [N]; 0 for padding."""
         if self.whole:
             return values.contiguous()
         return torch.nn.functional.pad(values, (0, 1)).index_select(0, self.index)
 
     def scatter(self, values: Tensor) -> Tensor:
-        """[R, ...] at their places among all rows, 0 elsewhere."""
+        """All values [N, ...] from the values [R, ...] of these rows; 0 elsewhere."""
         if self.whole:
             return values
         out = values.new_zeros(self.total + 1, *values.shape[1:])
@@ -144,13 +146,13 @@ class Pool:
         self._memory: Tensor | None = None
 
     def take(self, size: int) -> Tensor | None:
-        """uint8 [size], or None where nothing as large is left. Only one caller gets it."""
+        """uint8 [size], or None if the pool holds less. No other caller gets the same memory."""
         with self._lock:
             memory, self._memory = self._memory, None
         return None if memory is None or memory.numel() < size else memory[:size]
 
     def give(self, kept: Tensor) -> None:
-        """Leave the memory of `kept` to the next call: nobody may use it any more."""
+        """Leave the memory of `kept` to the next call. The caller must not use it any more."""
         if kept.is_cpu:
             whole = torch.empty(0, dtype=torch.uint8).set_(kept.untyped_storage())
             with self._lock:
@@ -165,13 +167,13 @@ POOL = Pool()
 
 
 def join(parts: Tensor, temperature: float) -> Tensor:
-    """The part [4, R] of disjoint parts [P, 4, R] of the same rows."""
+    """Join a row's sums over P disjoint parts of the vocabulary: [P, 4, R] -> [4, R]."""
     top, total, moment, target = parts.unbind(1)
     largest = top.amax(0)
-    # A difference of 0 stands for -inf - -inf, which would be NaN; the sums it weighs are 0.
+    # 0 instead of -inf - -inf, which is NaN; the sums that it weighs are 0.
     below = ((top - largest) / temperature).masked_fill(torch.isneginf(top), 0.0)
     weight = below.exp()
-    # A part of which nothing is left may lie so far below (a vocabulary masked by the lowest float) that it overflows.
+    # A part with weight 0 may lie so far below (a vocabulary masked by the lowest float) that its moment overflows.
     moment = ((moment + total * below) * weight).masked_fill(weight == 0, 0.0)
     found = ~target.isnan()
     sum_of_one = target.masked_fill(~found, 0.0).sum(0)
@@ -186,8 +188,8 @@ def join(parts: Tensor, temperature: float) -> Tensor:
 
 
 def finish(part: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability and entropy [R] of whole rows, and row_stats [2, R]; `finish_row` in
-    csrc/include/rlkernels/logprobs.h has the reasons."""
+    """Log-probabilities [R], entropy [R] and row_stats [2, R] from the sums over the whole vocabulary. `finish_row` in
+    csrc/include/rlkernels/logprobs.h explains the steps."""
     top, total, moment, target = part
     origin = torch.where(torch.isneginf(top), target, top)
     lead = (target - origin) / temperature
