@@ -200,9 +200,9 @@ class Head:
         *,
         add: bool = False,
     ) -> None:
-        """Turn each tile of logits, kept or computed again, into its gradient, in place where the dtype allows, and add
-        that to `gradients`. to_gradient(range of the vocabulary, block of rows, tile, gradient) writes a tile's
-        gradient. With `add` the gradients of weights are added to those that are there."""
+        """Turn each tile of logits, kept or recomputed, into its gradient, in place where the dtype allows, and fill
+        `gradients` from it. to_gradient(range of the vocabulary, block of rows, tile, gradient) writes that gradient.
+        With `add` the gradients of weights are added to those that are there."""
         of_rows = [(gradients.hidden, self.weight), (gradients.adapter, self.adapter_weight)]
         of_weights = [
             ("weight", gradients.weight, rows.hidden),
