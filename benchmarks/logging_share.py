@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "examples", "tests")]
+    sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "examples")]
 
 import torch
 from datasets import Dataset

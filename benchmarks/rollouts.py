@@ -21,7 +21,7 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("examples", "tests"))
+    sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

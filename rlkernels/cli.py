@@ -74,12 +74,11 @@ def info() -> None:
 
 
 def bench_folder() -> None:
-    """Make the benchmarks, which stand beside the package in its repository, importable as pyproject.toml's option
-    pythonpath does for pytest."""
+    """Make the benchmarks importable: they stand next to the package in its repository, and are not installed."""
     root = Path(rlkernels.__file__).parents[1]
     if not (root / "benchmarks" / "bench.py").is_file():
         raise BadValue("the benchmarks are not installed with the package; run it in a checkout of rlkernels")
-    sys.path[:0] = [str(root / "benchmarks"), str(root / "tests")]
+    sys.path.insert(0, str(root / "benchmarks"))
 
 
 def bench(arguments: list[str]) -> int:

@@ -100,6 +100,18 @@ def test_dependencies_point_one_way(pattern):
     assert not wrong
 
 
+def test_benchmarks_need_nothing_of_the_tests():
+    """`rlkernels bench` runs them. resources.py alone reports on the kernels that a test compiles."""
+    names = {path.stem for path in (ROOT / "tests").iterdir()} - {path.stem for path in (ROOT / "benchmarks").iterdir()}
+    wrong = []
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        wrong += [f"{path.name} imports {name}" for name in imported if name.split(".")[0] in names]
+    assert {text for text in wrong if not text.startswith("resources.py ")} == set()
+
+
 # In csrc/cuda/ only <op>.cpp and what they share know torch, whose headers take longer to compile than the kernels.
 KNOW_TORCH = ("csrc/cuda/*.cpp", "csrc/cuda/tensors.h")
 

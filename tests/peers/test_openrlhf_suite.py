@@ -39,7 +39,8 @@ def run(folder: Path, suites: tuple[str, ...], *options: str) -> set[str]:
     stub.mkdir(exist_ok=True)
     (stub / "deepspeed.py").write_text("")
     report = folder / "report.xml"
-    path = [str(stub), str(site), str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ours = (HERE, HERE.parent, HERE.parents[1] / "benchmarks")
+    path = [str(folder) for folder in (stub, site, *ours)] + list(filter(None, [os.environ.get("PYTHONPATH")]))
     options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}", f"--rootdir={site}", "-c", os.devnull, *options)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *(str(site / "tests" / f"{suite}.py") for suite in suites)],
