@@ -1,4 +1,4 @@
-"""Builds the extension modules by build_tools/; everything else about the package is in pyproject.toml.
+"""Builds the extension modules by build_tools/, and finds the packages; all else is in pyproject.toml.
 
 `rlkernels._C` holds the CPU kernels and is built wherever there is a C++20 compiler; `rlkernels._C_cuda` the CUDA
 kernels, wherever there is nvcc, unless RLKERNELS_CUDA=0 or 1 says otherwise. RLKERNELS_BUILD=0 builds neither.
@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))  # where pip runs this file, its folder is not there
@@ -54,7 +54,14 @@ def extensions() -> list[Extension]:
     return [Extension(name, sources=[], optional=True) for name in ("rlkernels._C", "rlkernels._C_cuda")]
 
 
+def packages() -> list[str]:
+    """Every folder with an __init__.py; those of trainers/ are installed as rlkernels.trainers."""
+    found = find_packages(include=["rlkernels", "rlkernels.*", "trainers", "trainers.*"])
+    return sorted({name if name.startswith("rlkernels") else f"rlkernels.{name}" for name in found})
+
+
 setup(
+    packages=packages(),
     package_dir={"rlkernels.trainers": "trainers"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildModules},

@@ -25,8 +25,8 @@ MAY_IMPORT = {
     "rlkernels/_codes.py": set(),
     "rlkernels/_backends.py": set(),
     "rlkernels/_registry.py": {"rlkernels._backends"},
-    "rlkernels/reference/*.py": {"rlkernels.reference"},
-    "rlkernels/triton/*.py": {"rlkernels.triton", "rlkernels._codes", "rlkernels._registry"},
+    "rlkernels/reference/**/*.py": {"rlkernels.reference"},
+    "rlkernels/triton/**/*.py": {"rlkernels.triton", "rlkernels._codes", "rlkernels._registry"},
     "rlkernels/ops/**/*.py": {
         *("rlkernels.ops", "rlkernels.reference"),
         *("rlkernels._backends", "rlkernels._codes", "rlkernels._registry"),
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "rlkernels/lm_head.py": {"rlkernels.ops", "rlkernels.causal_lm"},
     "rlkernels/__init__.py": {"rlkernels.ops", "rlkernels.lm_head", "rlkernels._backends"},
     "trainers/**/*.py": {"rlkernels.trainers"},
-    "rlkernels/integrations/*.py": {"rlkernels.integrations", "rlkernels.trainers"},
+    "rlkernels/integrations/**/*.py": {"rlkernels.integrations", "rlkernels.trainers"},
     # `rlkernels info` reports on the backends and the extension themselves.
     "rlkernels/cli.py": {
         *("rlkernels.cli_commands", "rlkernels.cli_errors", "rlkernels.cli_train", "rlkernels.trainers"),
@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "rlkernels.trainers",
     },
     "rlkernels/__main__.py": {"rlkernels.cli"},
-    "examples/*.py": {"rlkernels.trainers", "rlkernels.cli"},
+    "examples/**/*.py": {"rlkernels.trainers", "rlkernels.cli"},
 }
 
 
@@ -112,12 +112,18 @@ def test_benchmarks_need_nothing_of_the_tests():
     assert {text for text in wrong if not text.startswith("resources.py ")} == set()
 
 
+def test_every_module_has_its_layer():
+    modules = {path for folder in ("rlkernels", "trainers") for path in ROOT.glob(f"{folder}/**/*.py")}
+    modules -= {path for pattern in MAY_IMPORT for path in ROOT.glob(pattern)}
+    assert not [str(path.relative_to(ROOT)) for path in modules]
+
+
 # In csrc/cuda/ only <op>.cpp and what they share know torch, whose headers take longer to compile than the kernels.
 KNOW_TORCH = ("csrc/cuda/*.cpp", "csrc/cuda/tensors.h")
 
 
 def test_formulas_and_cuda_kernels_know_no_torch_header():
-    files = {*ROOT.glob("csrc/include/**/*.h"), *ROOT.glob("csrc/cuda/*")}
+    files = {*ROOT.glob("csrc/include/**/*.h"), *(path for path in ROOT.glob("csrc/cuda/**/*") if path.is_file())}
     files -= {path for pattern in KNOW_TORCH for path in ROOT.glob(pattern)}
     assert {path.suffix for path in files} == {".h", ".cu", ".cuh"}
     foreign = re.compile(r'#\s*include\s*[<"](?:torch|ATen|c10|pybind11|tensors\.h)\b')
