@@ -31,9 +31,9 @@ from .batch.packing import fill
 from .batch.probe import prepare_packing
 from .data import check_rows, preference_pair, prepare, sequences_of
 
-# Losses of pairs that label_smoothing changes.
+# The losses that label_smoothing changes.
 SMOOTHED = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo"}
-# Losses of all pairs of a micro-batch, which are sorted or whose tokens are counted.
+# The losses that are no sums over pairs: they sort the pairs of a micro-batch, or divide by the number of its tokens.
 OVER_THE_BATCH = {"aot", "aot_unpaired", "sft", "orpo"}
 
 
@@ -201,13 +201,13 @@ class DPOBatch(Batch):
     weights: Tensor | None = None
     reference: Tensor | None = None
 
-    def log_probs(self, logprobs: Tensor) -> Tensor:
-        """[S]: the log-probability of each completion, given those of the tokens [N]."""
+    def completion_logprobs(self, logprobs: Tensor) -> Tensor:
+        """[S]: the log-probability of each completion, from those of its tokens, [N]."""
         return self.sequence_sums(logprobs if self.weights is None else logprobs * self.weights)
 
 
 class DPOTrainer(BaseTrainer):
-    """Trains a causal language model on pairs of completions, of which one was preferred.
+    """Trains a causal language model on pairs of a preferred and a rejected completion.
 
     The loss is `rlkernels.preference_loss`, or a weighted sum of several (MPO), of the log-probabilities of both
     completions under the model and under a reference: the model as it was, unless another is given. Chosen and rejected
@@ -220,12 +220,12 @@ class DPOTrainer(BaseTrainer):
     Args:
         model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
         args: the config; `DPOConfig()` if None.
-        train_dataset: rows with `chosen` and `rejected`, text or messages, with a `prompt` or else starting with it.
-        eval_dataset: the same, or a dict of such.
+        train_dataset: rows with `chosen` and `rejected`, text or messages, and a `prompt` unless both start with it.
+        eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer; the model's own if None.
         ref_model: the reference, as model; a copy of the model if None.
-        peft_config: of PEFT: adapters are trained, and the reference is the model without them.
-        callbacks, optimizers: of `transformers.Trainer`.
+        peft_config: a config of PEFT: adapters are trained, and the reference is the model without them.
+        callbacks, optimizers: as in `transformers.Trainer`.
     """
 
     args: DPOConfig
@@ -302,11 +302,12 @@ class DPOTrainer(BaseTrainer):
     # Data
 
     def with_reference(self, name: str, rows: datasets.Dataset) -> datasets.Dataset:
-        """With the reference's log-probabilities, if they are precomputed: from the cache, or else they go there."""
+        """The rows with the reference's log-probabilities, if these are precomputed. They are read from the cache, or
+        computed and written to it."""
         if self.reference_hash is None or REFERENCE_LOGPS[0] in rows.column_names:
             return rows
         file = cache_file(rows, self.reference_hash)
-        # One process reads and writes: the others may be on other machines.
+        # One process reads and writes, because the others may be on other machines.
         found = [read(file) if self.accelerator.is_main_process else None]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(found)
@@ -360,18 +361,18 @@ class DPOTrainer(BaseTrainer):
     # The loss
 
     def compute_loss(self, model: nn.Module, batch: DPOBatch) -> Tensor:
-        """The mean over the pairs of the micro-batch, times their share of the step's."""
+        """The mean over the micro-batch's pairs, times their share in the step's pairs."""
         lengths, pairs = batch.lengths, len(batch.lengths) // 2
         reference = batch.reference
         if reference is None and self.has_reference:
-            # Before the model's own pass, whose activations wait for the backward pass.
+            # Before the model's own pass, whose activations stay in memory until the backward pass.
             with self.reference() as frozen:
-                reference = batch.log_probs(scoring.token_logprobs(frozen, batch, fused=self.fused))
+                reference = batch.completion_logprobs(scoring.token_logprobs(frozen, batch, fused=self.fused))
         wanted: dict[str, Any] = {"outputs": ("log_sum_sq_probs",)} if self.args.use_weighting else {}
         logprobs, entropy, *others = scoring.token_logprobs(
             model, batch, fused=self.fused, return_entropy=True, **wanted
         )
-        logps = batch.log_probs(logprobs)
+        logps = batch.completion_logprobs(logprobs)
         vectors = {
             "policy_chosen": logps[:pairs],
             "policy_rejected": logps[pairs:],
@@ -392,7 +393,7 @@ class DPOTrainer(BaseTrainer):
         return total * (pairs / batch.normalizer)
 
     def _term(self, loss: str, vectors: dict[str, Any], weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One of the losses, its pairs weighted, and its metrics."""
+        """One of the losses, with its pairs weighted, and its metrics."""
         options = self.args.loss_options(loss)
         value, metrics = rlkernels.preference_loss(**vectors, **options)
         if weights is not None:
@@ -406,7 +407,8 @@ class DPOTrainer(BaseTrainer):
         return value, metrics
 
     def _run_reference(self, name: str, rows: datasets.Dataset) -> np.ndarray:
-        """[2, rows], of chosen and of rejected; each process does its share."""
+        """The reference's log-probabilities [2, rows]: of the chosen completions, then of the rejected ones. Each
+        process computes its share."""
         if self.ref_model is not None:
             reference = self.load(self.ref_model, self.args).requires_grad_(False)
             check_rows(name, rows, Limits.of(reference))
@@ -416,8 +418,8 @@ class DPOTrainer(BaseTrainer):
         elif not self.has_adapter:
             if self.state.global_step > 0:
                 raise ValueError(
-                    f"{name}: with precompute_ref_log_probs the model as it was, the reference, is gone once it was "
-                    "trained: give this dataset to the trainer as eval_dataset"
+                    f"{name}: with precompute_ref_log_probs the reference, the model as it was, is gone once training "
+                    "has begun: give this dataset to the trainer as eval_dataset"
                 )
             self.reference_model = self.model.eval()
         lengths = rows["num_tokens"][:]
@@ -429,7 +431,7 @@ class DPOTrainer(BaseTrainer):
             for chunk in logging.tqdm(chunks, desc=f"Reference of {name}", disable=self.args.disable_tqdm):
                 indices = [order[index] for index in chunk]
                 batch = self._pairs([rows[index] for index in indices])
-                logps = batch.log_probs(scoring.token_logprobs(reference, batch, fused=self.fused))
+                logps = batch.completion_logprobs(scoring.token_logprobs(reference, batch, fused=self.fused))
                 parts.append((indices, logps.view(2, -1).cpu().numpy()))
         self.reference_model = None
         values = np.empty((2, len(rows)), np.float32)
@@ -457,7 +459,7 @@ class DPOTrainer(BaseTrainer):
 
 
 class SyncReference(TrainerCallback):
-    """Moves the reference towards the model every so many steps (TR-DPO, arXiv 2404.09656)."""
+    """Moves the reference towards the model every ref_model_sync_steps steps (TR-DPO, arXiv 2404.09656)."""
 
     def __init__(self, reference: nn.Module) -> None:
         self.reference = reference

@@ -515,7 +515,7 @@ class GRPOTrainer(OnlineTrainer):
         size = self.args.per_device_train_batch_size
         first = step * self.accumulation_steps % self.args.steps_per_generation * size
         rows = range(first, first + size * self.accumulation_steps)
-        # bnpo is a mean over the tokens of each micro-batch of so many rows; for the others they are all the same.
+        # bnpo is a mean over the tokens of each per_device_train_batch_size rows; for the other losses rows are alike.
         is_bnpo = self.args.loss_type == "bnpo"
         width = size if is_bnpo or self.router is not None else len(rows)
         kept = None
@@ -532,16 +532,17 @@ class GRPOTrainer(OnlineTrainer):
                 top_entropy = None if kept is None else torch.cat([kept[row] for row in chunk])
                 parts[-1].append(self._lay_out(rollouts, chunk, normalizer=normalizer, top_entropy=top_entropy))
         if not any(parts):
-            # Gradients must be zero, not missing.
+            # A filler makes gradients zero, where they would be missing.
             parts = [[self._lay_out(rollouts, [rows.start], is_filler=True)]]
         return self.even_out(self.joined(parts))
 
     def _is_run(self, rollouts: Rollouts, row: int) -> bool:
-        """The router loss is of all completions, with or without signal, but of those that are left out."""
+        """Whether the row needs a pass through the model: it is in the loss, and has a gradient of its own or a part in
+        the router loss."""
         return rollouts.in_loss[row] and (self.router is not None or rollouts.has_gradient(row))
 
     def _normalizer(self, rollouts: Rollouts, rows: range) -> float:
-        """What the sum over these rows is divided by: TRL's, in which all of them count, also those not run."""
+        """What the sum over these rows is divided by, as in TRL: rows that are not run count too."""
         loss_type, steps = self.args.loss_type, self.accumulation_steps
         if OBJECTIVES[loss_type][1].startswith("seq_mean"):
             return len(rows)

@@ -145,13 +145,13 @@ PER_TOKEN = ("old_logprobs", "old_values", "advantages", "returns", "has_value",
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PPOBatch(Batch):
-    """Completions of the rollout with what their losses take, each [N]:
+    """Completions of the rollout, with what their losses take. Tensors have shape [N]:
 
     old_logprobs       float32: the log-probabilities under the policy of the rollout
     old_values         float32: the values of the rollout
     advantages         float32
     returns            float32: what the values learn
-    has_value          bool: where a value is learned
+    has_value          bool: where a value is learned, in the places of `mask` and where the score is given
     sampler_logprobs   float32: the engine's log-probabilities; None if they are not corrected for
 
     value_normalizer   what the sum of the step's value losses is divided by, a 0-d tensor
@@ -406,7 +406,8 @@ class PPOTrainer(OnlineTrainer):
         chunks = [fill_by_length(lengths, self.args.token_budget, part) for part in self.parts(rows)]
         batches = self.joined([[self._lay_out(rollouts, chunk) for chunk in part] for part in chunks])
         counts = torch.stack([places.sum() for batch in batches for places in (batch.mask, batch.has_value)])
-        # Losses are means over the tokens of all processes, whose gradients are averaged.
+        # Losses are means over the tokens of all processes. These average their gradients, so that each divides by the
+        # mean count.
         counts = self.accelerator.reduce(counts.view(-1, 2).sum(0)) / self.accelerator.num_processes
         normalizer, value_normalizer = counts.clamp(min=1).unbind()
         return self.even_out(

@@ -54,7 +54,7 @@ class RewardConfig(BaseConfig):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RewardBatch(Batch):
-    """The chosen sequences of P pairs, then the rejected ones.
+    """The chosen sequences of P pairs, then the rejected ones: S = 2 P sequences.
 
     margin   float32 [P]: by how much each chosen sequence is known to be better
     """
@@ -63,24 +63,24 @@ class RewardBatch(Batch):
 
 
 class RewardTrainer(BaseTrainer):
-    """Trains a sequence classifier with one label to score the chosen of two sequences above the rejected one.
+    """Trains a sequence classifier with one label to score a chosen sequence above a rejected one.
 
         loss = mean over pairs of -log sigmoid(chosen - rejected - margin)     (`rlkernels.reward_pair_loss`)
 
     The score of a sequence is that of its last token. Chosen and rejected sequences of a micro-batch run as one packed
-    batch. Logged, of the evaluation set too: `accuracy` (the share of pairs whose chosen one scores higher), `margin`
-    (chosen - rejected), and `min_reward`, `mean_reward` and `max_reward`, of all scores.
+    batch. Logged, in evaluation too: `accuracy` (the share of pairs whose chosen sequence scores higher), `margin`
+    (chosen - rejected), and `min_reward`, `mean_reward` and `max_reward` over all scores.
 
     Args:
-        model: a folder, the name of a model in the local Hugging Face cache, or a model in memory: a classifier. Of a
-            causal language model in a folder or by name, with a new score head, random by `args.seed`.
+        model: a folder, the name of a model in the local Hugging Face cache, or a classifier in memory. A causal
+            language model in a folder or by name gets a new score head, drawn with `args.seed`.
         args: the config; `RewardConfig()` if None.
-        train_dataset: rows with `chosen` and `rejected`, text or messages, with a `prompt` or else starting with it;
-            and with `margin`, if they have one: by how much chosen is known to be better.
-        eval_dataset: the same, or a dict of such.
+        train_dataset: rows with `chosen` and `rejected`, text or messages, and a `prompt` unless both start with it.
+            A further column `margin` says by how much chosen is known to be better.
+        eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer; the model's own if None.
-        peft_config: of PEFT: adapters and the score head are trained, and they alone are saved.
-        callbacks, optimizers: of `transformers.Trainer`.
+        peft_config: a config of PEFT: adapters and the score head alone are trained and saved.
+        callbacks, optimizers: as in `transformers.Trainer`.
     """
 
     args: RewardConfig

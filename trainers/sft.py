@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: imitation of what is written in a dataset."""
+"""Supervised fine-tuning: learning to continue text as a dataset does."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -96,11 +96,11 @@ class SFTTrainer(BaseTrainer):
     Args:
         model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
         args: the config; `SFTConfig()` if None.
-        train_dataset: rows of any format of `data.supervised`. Rows of which truncation leaves no token in the loss are
-            left out.
-        eval_dataset: the same, or a dict of such.
+        train_dataset: rows of any format of `data.supervised`. Rows are left out if truncation leaves them no token in
+            the loss.
+        eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer; the model's own if None.
-        peft_config: of PEFT: adapters are trained.
+        peft_config: a config of PEFT, whose adapters are trained.
 
     References: Wu et al. 2025, "On the Generalization of SFT" (DFT, arXiv 2508.05629).
     """
@@ -172,7 +172,7 @@ class SFTTrainer(BaseTrainer):
         batches = self.joined(parts)
         normalizer = float(sum(batch.num_scored for batch in batches))
         if self.model.training:
-            # The mean over the processes, as they average their gradients.
+            # The mean over the processes, because they average their gradients.
             scored = torch.tensor(normalizer, device=self.accelerator.device)
             normalizer = self.accelerator.reduce(scored, reduction="mean").item()
         return self.even_out([replace(batch, normalizer=normalizer) for batch in batches])

@@ -443,7 +443,7 @@ def test_another_dataset_is_evaluated(make_trainer):
     assert "eval_loss" in trainer.evaluate(PAIRS[:3])
     trainer.train()
     assert "eval_loss" in trainer.evaluate(PAIRS[:3])
-    with pytest.raises(ValueError, match="eval_dataset: with precompute_ref_log_probs the model as it was"):
+    with pytest.raises(ValueError, match="eval_dataset: with precompute_ref_log_probs the reference"):
         trainer.evaluate(PAIRS[:4])
 
 
