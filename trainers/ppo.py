@@ -360,9 +360,9 @@ class PPOTrainer(OnlineTrainer):
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
     def _draw_order(self, count: int, epoch: int) -> list[int]:
-        """This process's rows, minibatch after minibatch. Of each num_mini_batches rows in a row every minibatch gets
-        one, drawn by the number of the first among the rows of all processes: however many processes there are, a
-        minibatch holds the same rows, and as many of each process."""
+        """This process's rows, minibatch after minibatch. Every num_mini_batches consecutive rows are dealt out at
+        random, one to each minibatch. The draw depends on the number of the first of them among the rows of all
+        processes, so that a minibatch holds the same rows, and as many of each process, however many there are."""
         parts, drawn = self.args.num_mini_batches, []
         for start, number in zip(range(0, count, parts), self.own_rows(count)[::parts], strict=True):
             rows = list(range(start, start + parts))
@@ -371,7 +371,7 @@ class PPOTrainer(OnlineTrainer):
         return [row for minibatch in zip(*drawn, strict=True) for row in minibatch]
 
     def _explained_variance(self, values: Tensor, returns: Tensor, has_value: Tensor) -> Tensor:
-        """Over all processes."""
+        """The explained variance of the values, over all processes."""
         own = torch.stack([values, returns, has_value.to(values.dtype)], 1)
         values, returns, known = self.accelerator.gather(self.accelerator.pad_across_processes(own)).T.unsqueeze(1)
         _, metrics = rlkernels.value_loss(values, None, returns, known.bool(), clip=None)

@@ -55,6 +55,21 @@ def test_shift_and_split():
     assert [part.tolist() for part in parts] == [[1.0, 2.0, 0.0], [3.0, 0.0]]
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_values_of_tokens_and_of_sequences(padding_free):
+    rows = [Sequence([5, 6, 7], [-100, 6, 7]), Sequence([8], [8]), Sequence([9, 10], [-100, 10])]
+    batch = Batch.lay_out(rows, CPU, padding_free=padding_free)
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    assert batch.packed(batch.model_inputs["input_ids"]).tolist() == [5, 6, 7, 8, 9, 10]
+    assert batch.packed(batch.shift_labels).equal(batch.token_ids)
+    assert batch.sequence_sums(values).tolist() == [7.0, 8.0, 48.0]
+    assert batch.sequence_means(values).tolist() == [1.5, 0.0, 16.0]
+    assert batch.last(values).tolist() == [4.0, 8.0, 32.0]
+    assert batch.spread(torch.tensor([3, 1, 2])).tolist() == [3, 3, 3, 1, 2, 2]
+    with pytest.raises(AttributeError):
+        batch.normalizer = 2.0
+
+
 def mistral(**options) -> MistralForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.3}
