@@ -1,4 +1,4 @@
-"""Single-digit sums and differences from reasoning-gym, and the rewards for an answer to one."""
+"""Single-digit sums and differences from reasoning-gym, and the rewards for their answers. demo.py trains on them."""
 
 import random
 import re
@@ -7,19 +7,19 @@ from typing import Any
 import reasoning_gym
 
 HELD_OUT_SHARE = 0.25
-# Eleven tokens shorter than the system prompt of the chat template, which is a fifth of what the model has to read.
+# It replaces the chat template's own system prompt, which is eleven tokens longer, a fifth of all that the model reads.
 SYSTEM_PROMPT = "Answer with a number."
 
 
 def unordered(row: dict[str, Any]) -> tuple[str, ...]:
-    """The operator and both terms: the same for a problem and the one with its terms swapped."""
+    """The operator and both terms in sorted order, so that swapping the terms changes nothing."""
     left, operator, right = row["expression"].split()
     return operator, *sorted((left, right))
 
 
 def problems() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to train on and rows held out, disjoint also after swapping the two terms; the same on every call."""
-    # There are 200 problems; so many draws meet each of them.
+    """(rows to train on, held-out rows). They are disjoint even if terms are swapped, and the same on every call."""
+    # There are 200 problems; 4000 draws include each of them.
     drawn = reasoning_gym.create_dataset(
         "chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=4000, seed=0
     )
@@ -43,16 +43,16 @@ def problems() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def last_integer(text: str) -> int | None:
-    # In "5-3" the sign is the operator's, and the last integer is 3.
+    # In "5-3" the minus is an operator, so the last integer is 3.
     found = re.findall(r"(?<!\d)-?\d+", text)
     return int(found[-1]) if found else None
 
 
 class Grader:
-    """The two rewards of a completion, and a record of every completion that was graded."""
+    """The two reward functions, and a record of every completion that they graded."""
 
     weights = (1.0, 0.2)
-    """Of `correct` and `ended`: no way of ending makes up for a wrong answer."""
+    """Weights of `correct` and `ended`. Ending in time does not make up for a wrong answer."""
 
     def __init__(self, end_token_id: int) -> None:
         self.end_token_id = end_token_id
@@ -63,7 +63,7 @@ class Grader:
         return [self.correct, self.ended]
 
     def correct(self, completions, completion_ids, answer, expression, split, trainer_state, **_) -> list[float]:
-        """1 where the last integer of the completion is the answer."""
+        """1 if the last integer of the completion is the answer, else 0."""
         texts = [messages[0]["content"] for messages in completions]
         right = [last_integer(text) == wanted for text, wanted in zip(texts, answer, strict=True)]
         columns = zip(split, expression, answer, texts, right, self.ended(completion_ids), completion_ids, strict=True)
@@ -83,7 +83,7 @@ class Grader:
         return [float(is_right) for is_right in right]
 
     def ended(self, completion_ids, **_) -> list[float]:
-        """1 where the completion ended by itself, within the tokens that it was given."""
+        """1 if the completion ends with the end token, else 0."""
         return [float(ids[-1] == self.end_token_id) for ids in completion_ids]
 
     def accuracy(self, split: str, step: int) -> float:

@@ -2,9 +2,9 @@
 
     python examples/calculator.py [--seed 0] [--steps 16] [--output_dir runs/calculator]
 
-To a sum of numbers of three digits it may answer at once, or write the sum between tags: then it is told the result,
-and answers. What the calculator writes is in the model's context, and not in the loss. Writes result.json, curves.png,
-completions/ and model/ to the output folder.
+The model is asked for sums of three-digit numbers. It may answer at once, or write the sum between tags; then it reads
+the calculator's result and answers. The calculator's tokens are in the context but not in the loss. Writes result.json,
+curves.png, completions/ and model/ to the output folder.
 """
 
 import re
@@ -14,16 +14,16 @@ from typing import Any
 
 import program
 
-# With two shown, the model writes a sum between tags about every other time; without an answer to a result shown, too,
-# it has none in its second turn.
+# Conversations that the prompt shows before the question. With these two, the untrained model writes a sum between tags
+# about every other time. They include an answer after the result; without it the model's second turn has no answer.
 EXAMPLES = {"12 + 34": "46", "71 - 8": "63"}
 SYSTEM_PROMPT = "Use the calculator."
 TURN = 16
-"""Tokens of one turn at most; the longest expression takes 15."""
+"""The most tokens of one turn. The longest expression takes 15."""
 CALLS = 2
-"""Of the calculator in one completion, at most."""
+"""The most calls of the calculator in one completion."""
 REPLY = "\n<|im_start|>tool\n{result}<|im_end|>\n<|im_start|>assistant\n"
-"""What follows the end of the model's turn, in the words of SmolLM2's chat template."""
+"""What is appended after the model's turn, in the format of SmolLM2's chat template."""
 
 
 def prompt(expression: str) -> list[dict[str, str]]:
@@ -35,7 +35,7 @@ def prompt(expression: str) -> list[dict[str, str]]:
 
 
 def problems(train: int, held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to train on and rows held out, disjoint also after swapping the two terms; the same on every call."""
+    """(rows to train on, held-out rows). They are disjoint even if terms are swapped, and the same on every call."""
     import reasoning_gym
 
     from arithmetic import unordered
@@ -53,7 +53,7 @@ def problems(train: int, held_out: int) -> tuple[list[dict[str, Any]], list[dict
 
 
 def calculate(text: str) -> int | None:
-    """The result of what stands between the tags, if that is the whole of a turn."""
+    """The result of the sum between the tags, or None unless the whole turn is such a sum."""
     found = re.fullmatch(r"<calc>\s*(\d{1,9})\s*([-+])\s*(\d{1,9})\s*</calc>", text)
     if found is None:
         return None
@@ -66,11 +66,11 @@ def last_turn(text: str) -> str:
 
 
 class Calculator:
-    """A rollout engine: the model's turns are those of `engine`, and what it asks to be calculated stands between."""
+    """An engine of several turns: `engine` samples the model's turns, and the calculator's replies stand between."""
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
-        # Of one with weights of its own, such as vLLM.
+        # Passed on for an engine that has its own weights, such as VLLMEngine.
         self.update_weights = getattr(engine, "update_weights", None)
 
     def __call__(self, prompts: list, options: Any) -> list[Any]:
@@ -89,7 +89,7 @@ class Calculator:
         return rollouts
 
     def answers(self, rollout: Any) -> bool:
-        """Appends the result that the last turn asks for, if it asks for any."""
+        """Appends the result if the last turn asks for one. Returns whether it does."""
         text = self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
         result = calculate(last_turn(text)) if rollout.ended else None
         if result is not None:
@@ -99,7 +99,7 @@ class Calculator:
 
 
 def correct(completions: list, answer: list[int], **_: Any) -> list[float]:
-    """1 where the last integer of the last turn is the answer."""
+    """1 if the last integer of the last turn is the answer, else 0."""
     from arithmetic import last_integer
 
     texts = [last_turn(messages[0]["content"]) for messages in completions]
@@ -107,7 +107,7 @@ def correct(completions: list, answer: list[int], **_: Any) -> list[float]:
 
 
 def calculated(completions: list, **_: Any) -> list[float]:
-    """1 where the calculator was used."""
+    """1 if the calculator was used, else 0."""
     return [float("\ntool\n" in messages[0]["content"]) for messages in completions]
 
 
@@ -126,7 +126,7 @@ def train(run: program.Run) -> list[Any]:
         per_device_train_batch_size=32,
         num_generations=8,
         max_completion_length=(CALLS + 1) * TURN,
-        # That the calculator is used is watched, and earns nothing.
+        # Using the calculator is logged but not rewarded.
         reward_weights=[1.0, 0.0],
         per_device_eval_batch_size=100,
         num_generations_eval=1,

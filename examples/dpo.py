@@ -22,8 +22,8 @@ def train(run: program.Run) -> list[Any]:
             **lesson.options(run),
             learning_rate=2e-5,
             per_device_train_batch_size=8,
-            # Both completions of a pair stop, so that their difference does not teach to: the chosen one is made
-            # likelier by itself, too (arXiv 2404.19733).
+            # Both completions of a pair end, so their difference does not teach the model to end. The sft loss also
+            # makes the chosen one itself more likely (arXiv 2404.19733).
             loss_type=["sigmoid", "sft"],
         ),
         lesson.pairs(lesson.TRAIN, lesson.OTHER_WORDS, model, tokenizer),

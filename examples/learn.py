@@ -1,4 +1,4 @@
-"""One GRPO run of SmolLM2 on single-digit sums, and what it measured."""
+"""The GRPO run of demo.py: SmolLM2 on single-digit sums, and the measurements of the run."""
 
 import resource
 import time
@@ -26,7 +26,7 @@ class Learned:
 
 
 class AccuracyCallback(TrainerCallback):
-    """A line for each evaluation."""
+    """Prints a line for each evaluation."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -37,7 +37,7 @@ class AccuracyCallback(TrainerCallback):
 
 
 def config(run: Run) -> GRPOConfig:
-    # On CPUs and at these lengths the backward pass of fused attention takes several times that of the plain one.
+    # On a CPU and at these lengths, the backward pass of fused attention is several times slower than the eager one.
     attention = "sdpa" if torch.accelerator.is_available() else "eager"
     return GRPOConfig(
         output_dir=str(run.folder),
@@ -45,7 +45,7 @@ def config(run: Run) -> GRPOConfig:
         max_steps=run.steps,
         learning_rate=1e-5,
         lr_scheduler_type="constant",
-        # 8 prompts x 8 samples a step, in two halves to halve the memory of the activations.
+        # 8 prompts x 8 completions per step, in two halves, which halves the memory of the activations.
         per_device_train_batch_size=32,
         gradient_accumulation_steps=2,
         num_generations=8,
@@ -58,7 +58,7 @@ def config(run: Run) -> GRPOConfig:
         per_device_eval_batch_size=100,
         num_generations_eval=4,
         logging_steps=1,
-        log_completions=False,  # those that were graded, held-out ones too, are in completions.jsonl
+        log_completions=False,  # completions.jsonl holds all that were graded, held-out ones included
         save_strategy="no",
         disable_tqdm=True,
         report_to="none",
@@ -66,7 +66,7 @@ def config(run: Run) -> GRPOConfig:
 
 
 def learn(run: Run) -> Learned:
-    """Train, and save the model to `run.folder`/model."""
+    """Trains, measures before and after, and saves the model to `run.folder`/model."""
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

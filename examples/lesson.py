@@ -1,6 +1,9 @@
-"""What the examples teach SmolLM2-135M-Instruct, each by another method: to answer a sum with the sentence "The answer
-is 8." and stop. Told to, it still rambles five times of six. All data are made here; held-out sums are none of those
-trained on, nor those with their terms swapped."""
+"""What sft.py, reward.py, dpo.py, ppo.py and grpo.py share: the task, its data, measurements and the training run.
+
+Each teaches SmolLM2-135M-Instruct by another method to answer a sum with the sentence "The answer is 8." and stop. If
+only told to, the model rambles five times out of six. Held-out sums are not among those trained on, even with their
+terms swapped.
+"""
 
 import json
 import random
@@ -26,7 +29,7 @@ from smollm2 import model_folder
 Row = dict[str, Any]
 
 SYSTEM_PROMPT = "Answer like this: The answer is 5."
-"""Without it no sample is the sentence, and reinforcement learning would have nothing to start from."""
+"""Without it no completion is the sentence, and reinforcement learning would have nothing to start from."""
 
 
 def asked(row: Row) -> Row:
@@ -35,12 +38,12 @@ def asked(row: Row) -> Row:
 
 TRAIN, HELD_OUT = ([asked(row) for row in rows] for rows in problems())
 SAMPLES = 2
-"""Of each held-out sum: shares are of 100 completions."""
+"""Completions of each of the 50 held-out sums; rates are over these 100 completions."""
 SAMPLING = SamplingOptions(temperature=1.0, max_completion_length=16)
-"""Twice the tokens of the sentence."""
+"""The sentence takes half of these tokens."""
 
-# What a preference is held against, beside what the model itself says: the same answer in other words. Those of
-# held-out pairs are others than those of the pairs trained on.
+# Rejected answers of preference pairs, besides the model's own, give the answer in other words. Held-out pairs use
+# words that no training pair has.
 OTHER_WORDS = (
     "{answer}",
     "The answer is {answer}",
@@ -67,7 +70,7 @@ def is_sentence(text: str) -> bool:
     return re.fullmatch(r"The answer is -?\d+\.", text) is not None
 
 
-# The model, and what it says
+# The model and its completions
 
 
 def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -80,7 +83,7 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def completions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], seed: int
 ) -> list[tuple[str, bool]]:
-    """What the model says to each row, and whether it stopped by itself."""
+    """A completion of each row, and whether it ended with the end token."""
     engine = TransformersEngine(model, tokenizer)
     rollouts = engine([row["prompt"] for row in rows], replace(SAMPLING, seed=seed))
     texts = tokenizer.batch_decode([rollout.completion_ids for rollout in rollouts], skip_special_tokens=True)
@@ -88,8 +91,8 @@ def completions(
 
 
 def rates(trainer: BaseTrainer, model: PreTrainedModel) -> dict[str, float]:
-    """Of the model's completions of held-out sums, the share of those that are the sentence and nothing else, and of
-    those in which the number is right, too."""
+    """Over completions of the held-out sums: the share that is the sentence and nothing else, and the share in which
+    the number is right too."""
     rows = [row for row in HELD_OUT for _ in range(SAMPLES)]
     with trainer.accelerator.autocast():
         said = completions(model, trainer.processing_class, rows, trainer.args.seed)
@@ -110,7 +113,7 @@ def demonstrations(rows: list[Row]) -> Dataset:
 def pairs(
     rows: list[Row], words: tuple[str, ...], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
-    """Two of each sum: the sentence against other words, and against what the model itself says."""
+    """Two preference pairs per sum: the sentence is preferred to other words, and to the model's own completion."""
     rng = random.Random(0)
     own = [text for text, _ in completions(model, tokenizer, rows, seed=0)]
     made = []
@@ -127,7 +130,7 @@ def pairs(
 
 
 def options(run: Run) -> dict[str, Any]:
-    """Of every trainer's config."""
+    """Options for the config of every trainer."""
     return {
         "output_dir": str(run.folder),
         "seed": run.seed,
@@ -142,7 +145,7 @@ def options(run: Run) -> dict[str, Any]:
 
 
 def learn(run: Run, trainer: BaseTrainer, measure: Callable[[], dict[str, float]], shown: dict[str, str]) -> list[Any]:
-    """Trains, and saves the model and what `measure` gives before and after. Returns what to print."""
+    """Trains, then saves the model and what `measure` gave before and after. Returns what to print."""
     progress = ProgressCallback(run, shown)
     trainer.add_callback(progress)
     trainer.remove_callback(PrinterCallback)

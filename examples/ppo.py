@@ -2,8 +2,8 @@
 
     python examples/ppo.py [--seed 0] [--steps 24] [--output_dir runs/ppo]
 
-The reward model is that of examples/reward.py, in the folder reward beside the output folder; where there is none it is
-trained first. Writes result.json, curves.png, completions/ and model/ to the output folder.
+The reward model comes from examples/reward.py, in the folder reward next to the output folder. If it is not there, it
+is trained first. Writes result.json, curves.png, completions/ and model/ to the output folder.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""The command line of an example, and an output folder that holds what a run has learned, or is left as it was.
+"""The command line of every example, and an output folder that gets the results of a complete run or stays unchanged.
 
-Nothing here takes long to import: what does is imported by the examples where they need it, so that --help and a wrong
-option need not wait.
+Nothing here takes long to import. The examples import torch and the trainers inside `train`, so that --help and errors
+in options come at once.
 """
 
 import argparse
@@ -33,31 +33,33 @@ def at_least(smallest: int, text: str) -> int:
 
 def parse(description: str, steps: int, folder: str, arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--seed", type=lambda text: at_least(0, text), default=0, help="of sampling and data order")
+    parser.add_argument(
+        "--seed", type=lambda text: at_least(0, text), default=0, help="seed of sampling and data order"
+    )
     parser.add_argument("--steps", type=lambda text: at_least(1, text), default=steps, help="optimizer steps")
-    parser.add_argument("--output_dir", type=Path, default=Path(folder), help="where the results go")
+    parser.add_argument("--output_dir", type=Path, default=Path(folder), help="folder for the results")
     options = parser.parse_args(arguments)
     if options.output_dir.exists() and not options.output_dir.is_dir():
         parser.error(f"--output_dir: {options.output_dir} is not a folder")
     return options
 
 
-# Seconds within which a signal is the one before: make passes on what a whole group of processes gets.
+# Seconds within which a second signal counts as the first: under make, a process can get the same signal twice.
 ONE_SIGNAL = 1.0
-# With what Python does of itself; a program that handles them in a way of its own keeps it.
+# Python's default handlers. A program that has replaced one keeps its own.
 DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class Stop:
-    """Ctrl-C and SIGTERM. The first that comes when training has begun lets the run finish its optimizer step and keep
-    what it has learned; any other ends it at once, and nothing is kept."""
+    """Handles Ctrl-C and SIGTERM. The first signal after training has begun lets the run finish its optimizer step and
+    keep its results. Any other signal ends the run at once, and nothing is kept."""
 
     def __init__(self) -> None:
-        self.number = 0  # the signal that came; 0: none
-        self.came = 0.0  # when, by the clock of time.monotonic
+        self.number = 0  # the signal that came; 0 means none
+        self.came = 0.0  # its time by time.monotonic
         self.step = 0  # the last optimizer step
         self.keeps = False  # whether there is something to keep
-        self.is_over = False  # what is left takes no time, and is not broken off
+        self.is_over = False  # True at the end, which takes no time and is not interrupted
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -80,7 +82,7 @@ class Stop:
             raise KeyboardInterrupt
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         line = f"{name}: the run ends after this step and keeps what it has learned; once more ends it at once"
-        # The signal may have come amid a write to sys.stderr, which cannot be entered twice.
+        # The signal may have come during a write to sys.stderr, which is not reentrant.
         os.write(2, f"\n{line}\n".encode())
 
     @property
@@ -90,7 +92,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Run:
-    folder: Path  # where results are written; what is there at the end is moved to output_dir
+    folder: Path  # results are written here and moved to output_dir at the end
     output_dir: Path
     seed: int
     steps: int
@@ -113,14 +115,14 @@ def main(
     folder: str,
     arguments: list[str] | None = None,
 ) -> int:
-    """The exit status of an example. `train` returns what is printed when all results are in place. `description`: the
-    example's docstring, of which --help shows the first paragraph."""
+    """Runs an example and returns its exit status. `train` returns what to print when all results are in place.
+    `description` is shown by --help."""
     options = parse(description, steps, folder, arguments)
     output_dir: Path = options.output_dir
     console, stop = Console(), Stop()
     try:
         with stop.listening():
-            # Made aside and moved when complete, so that a run that ends at once leaves the last one as it was.
+            # Written to a folder aside and moved when complete, so that an aborted run changes no earlier results.
             aside = output_dir / f".unfinished-{secrets.token_hex(4)}"
             try:
                 aside.mkdir(parents=True)
@@ -131,9 +133,9 @@ def main(
             finally:
                 try:
                     stop.is_over = True
-                finally:  # also where a signal comes before that is noted
+                finally:  # even if a signal comes before is_over is set
                     shutil.rmtree(aside, ignore_errors=True)
-                    with contextlib.suppress(OSError):  # it is not empty, or was never made
+                    with contextlib.suppress(OSError):  # the folder is not empty, or was never made
                         output_dir.rmdir()
     except KeyboardInterrupt:
         print(f"{stop.word}; {output_dir} is as it was before", file=sys.stderr)

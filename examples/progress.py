@@ -1,4 +1,4 @@
-"""What is shown of a trainer while it runs."""
+"""The progress display of the examples while a trainer runs."""
 
 import time
 from typing import Any
@@ -10,8 +10,8 @@ from program import Run
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with some of what is logged and the time left, or a line a step where there is no terminal. Ends a run that
-    was asked to stop. `shown`: what a logged value is called, and its name."""
+    """Shows a bar with some logged values and the time left, or prints a line per step without a terminal. It also ends
+    a run that was asked to stop. `shown` maps a label to the name of a logged value."""
 
     def __init__(self, run: Run, shown: dict[str, str]) -> None:
         self.run, self.shown = run, shown

@@ -1,4 +1,4 @@
-"""What a run leaves behind beside the curves: result.json, completions.jsonl, and a table on the terminal."""
+"""What demo.py reports besides the curves: result.json, completions.jsonl and a table on the terminal."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def write(folder: Path, result: dict[str, Any], grader: Grader) -> None:
 
 
 def before_and_after(grader: Grader, steps: int, rows: int = 8) -> Table:
-    """The first sample of some held-out problems, before and after training, right ones in green."""
+    """The first completion of some held-out problems before and after training, with right ones in green."""
 
     def first_samples(step: int) -> dict[str, Text]:
         samples: dict[str, Text] = {}

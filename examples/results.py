@@ -1,5 +1,5 @@
-"""What the examples measured, as a page: of runs in RUNS/0/sft, RUNS/1/sft, RUNS/0/reward ..., as `make examples` makes
-them, each with a result.json.
+"""Prints the results of the examples as a page. `make examples` makes the runs RUNS/0/sft, RUNS/1/sft, RUNS/0/reward
+and so on, each with a result.json.
 
     python examples/results.py [RUNS] > docs/learning.md
 """
@@ -11,13 +11,13 @@ from pathlib import Path
 EXAMPLES = ("sft", "reward", "dpo", "ppo", "grpo")
 HEADER = """# What the examples learn
 
-Printed by `python examples/results.py`, of the runs of `make examples SEED=0` and `make examples SEED=1`. Each trains
-SmolLM2-135M-Instruct to answer single-digit sums with the sentence "The answer is 8." and nothing else, and measures
-before and after on sums that it has not seen. Rates are shares of 100 completions, two of each of 50 held-out sums,
-sampled at temperature 1: of those that are the sentence, and of those with the right number too, which demonstrations
-and pairs show, but neither the reward model of PPO nor the rule of GRPO looks at. Held-out pairs set the sentence
-against words that no pair trained on has, and against the model's own. PPO's score is the reward model's. Seconds are
-those of the whole example, measuring included.
+`python examples/results.py` printed this page from the runs of `make examples SEED=0` and `make examples SEED=1`. Each
+run trains SmolLM2-135M-Instruct to answer single-digit sums with the sentence "The answer is 8." and nothing else, and
+measures before and after training on sums that it has not seen. Rates are over 100 completions, two of each of 50
+held-out sums, sampled at temperature 1. The format rate is the share that is the sentence; right answers is the share
+that also has the right number. Demonstrations and pairs show the right number; the reward model of PPO and the rule of
+GRPO do not look at it. In held-out pairs the sentence stands against words that no training pair has, and against the
+model's own completion. PPO's score is the reward model's. Seconds are those of the whole example with its measurements.
 
 | example | seed | measured on held-out sums | before | after | steps | seconds |
 |---|---|---|---|---|---|---|"""

