@@ -1,4 +1,4 @@
-"""Ours with the parameters and results of `openrlhf.models.loss`."""
+"""Our losses with the parameters and results of `openrlhf.models.loss`. The table in `openrlhf` names them."""
 
 import functools
 
@@ -10,7 +10,7 @@ from rlkernels.integrations._openrlhf_utils import masked_mean, needs_gradient, 
 
 NAMES = rlkernels.policy_loss.metrics  # type: ignore[attr-defined]
 POLICY_LOSS = "openrlhf.models.loss:PolicyLoss.forward"
-# Level and mode of what the versions before 0.11.2 name so; all are gated by the ratio.
+# (level, mode) of the corrections by their names before 0.11.2. All of them bound the ratio.
 CORRECTIONS = {"tis": ("token", "clip"), "icepop": ("token", "mask"), "seq-mask-tis": ("seq", "mask")}
 
 
@@ -22,7 +22,7 @@ def aggregate_loss(
     batch_num_tokens: float | Tensor | None = None,
     global_batch_size: float | Tensor | None = None,
 ) -> Tensor:
-    """masked_mean of tokens, or of each sequence's, over the numbers of the whole step where these are given."""
+    """masked_mean over tokens, or over the means of sequences, divided by the counts of the whole step if given."""
     if loss_mask is None or loss.shape != loss_mask.shape:
         return theirs("openrlhf.models.loss:aggregate_loss")(
             loss, loss_mask, token_level_loss, dp_size, batch_num_tokens, global_batch_size
@@ -49,7 +49,7 @@ def policy_loss_forward(
     batch_num_tokens: float | Tensor | None = None,
     global_batch_size: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """policy_loss, and the metrics that it measures on the way; see _policy_loss."""
+    """policy_loss and its metrics."""
     correction = (self.is_correction_level, self.is_correction_mode, self.is_correction_gating)
     tensors = (log_probs, old_log_probs, advantages, action_mask, rollout_log_probs)
     totals = (dp_size, batch_num_tokens, global_batch_size)
@@ -70,7 +70,7 @@ def policy_loss_forward_0_11_1(
     batch_num_tokens: float | Tensor | None = None,
     global_batch_size: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """policy_loss_forward as it was with three corrections, and without a fifth result."""
+    """policy_loss_forward before 0.11.2, with three corrections and without a fifth result."""
     tensors = (log_probs, old_log_probs, advantages, action_mask, rollout_log_probs)
     totals = (dp_size, batch_num_tokens, global_batch_size)
     correction = None
@@ -92,7 +92,8 @@ def _served(
     *,
     corrected: bool,
 ) -> bool:
-    """All but what theirs refuses, broadcasts, or differentiates by what is data to ours."""
+    """Whether ours can serve the call. It cannot if OpenRLHF would raise, broadcast, or give gradients of what is data
+    to ours."""
     data = [old_log_probs, advantages]
     if corrected:
         if rollout_log_probs is None:
@@ -147,7 +148,7 @@ def _policy_loss(
                 sampler_correction="token_truncate",
                 sampler_cap=torch.finfo(torch.float32).max,
             )
-        # The reference is old_log_probs for the metric alone: policy_kl is not clamped.
+        # old_log_probs stands as the reference only for the metric policy_kl, which is not clamped.
         loss, metrics = rlkernels.policy_loss(
             *(log_probs, old_log_probs, advantages, mask),
             ref_logprobs=old_log_probs,
@@ -179,8 +180,8 @@ def _correct(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Advantages, and the sampler's log-probabilities, by which policy_loss weights tokens as theirs; and the fraction
-    of tokens or sequences outside the bounds."""
+    """(advantages, sampler's log-probabilities, fraction of tokens or sequences outside the bounds). With the first two
+    policy_loss weights tokens as OpenRLHF does."""
     if gating == "ratio":
         statistic = old_log_probs - rollout_log_probs
     else:
@@ -194,12 +195,12 @@ def _correct(
     if gating == "ratio":
         statistic = statistic.exp()
     if mode == "clip":
-        # The loss of a token grows with its advantage: a factor of one is a factor of the other.
+        # A token's loss is proportional to its advantage, so the weight can multiply the advantage.
         advantages, sampler = advantages * statistic.clamp(min=low, max=high), None
         outside = (statistic < low) | (statistic > high)
     else:
         outside = ~((statistic >= low) & (statistic <= high))
-        sampler = torch.where(outside, float("inf"), rollout_log_probs)  # which has the weight exp(-inf)
+        sampler = torch.where(outside, float("inf"), rollout_log_probs)  # inf gives the weight exp(-inf) = 0
     outside = outside.float()
     return advantages, sampler, outside.mean() if level == "seq" else masked_mean(outside, mask)
 
@@ -214,7 +215,7 @@ def value_loss_forward(
     batch_num_tokens: float | Tensor | None = None,
     global_batch_size: float | Tensor | None = None,
 ) -> Tensor:
-    """value_loss, in the dtype of theirs."""
+    """value_loss, in the dtype of OpenRLHF's."""
     data = [returns, *([] if self.clip_eps is None else [old_values])]
     tensors = [values, *data, *([] if action_mask is None else [action_mask])]
     whole = action_mask is None and (not self.token_level_loss or batch_num_tokens is not None)
@@ -238,12 +239,13 @@ def _aggregation(token_level: bool, total: float | Tensor | None, dp_size: int, 
 
 
 def _nan_of_none(value: Tensor, count: Tensor) -> Tensor:
-    """0 / 0 where nothing was counted, where ours is 0."""
+    """NaN if nothing was counted, as OpenRLHF's 0 / 0; ours is 0."""
     return value * (count / count)
 
 
 def _loss_dtype(token_level: bool, total: float | Tensor | None, *tensors: Tensor | None) -> torch.dtype:
-    """Theirs counts the tokens of a sequence in float32, and divides by a total that is a tensor of its own dtype."""
+    """The dtype of OpenRLHF's loss. It counts the tokens of a sequence in float32 and divides by a total whose dtype
+    counts too if it is a tensor."""
     counted = () if token_level else (torch.float32,)
     return _dtype(*tensors, *counted, total if isinstance(total, Tensor) else None)
 
@@ -254,7 +256,7 @@ def _dtype(*values: Tensor | torch.dtype | None) -> torch.dtype:
 
 
 def pair_wise_loss_forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Tensor:
-    """reward_pair_loss, of any shape."""
+    """reward_pair_loss, for tensors of any shape."""
     odd = chosen_reward.shape != reject_reward.shape or chosen_reward.numel() == 0
     if margin is not None and margin.shape not in (chosen_reward.shape, (1,), ()):
         odd = True
@@ -274,7 +276,8 @@ def dpo_loss_forward(
     reference_chosen_logps: Tensor,
     reference_rejected_logps: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """preference_loss "sigmoid" or "ipo", whose lengths are 1: theirs divides by none. Rewards are each pair's."""
+    """preference_loss "sigmoid" or "ipo", and the rewards of each pair. For ipo the lengths are 1, since OpenRLHF does
+    not divide by lengths."""
     policy = (policy_chosen_logps, policy_rejected_logps)
     reference = (reference_chosen_logps, reference_rejected_logps)
     shape = policy_chosen_logps.shape

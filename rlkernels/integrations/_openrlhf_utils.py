@@ -1,16 +1,17 @@
-"""Ours with the parameters and results of `openrlhf.models.utils` and the experience maker."""
+"""Our functions with the parameters and results of `openrlhf.models.utils` and of the experience maker. The table in
+`openrlhf` names them."""
 
 import torch
 from torch import Tensor
 
 import rlkernels
 
-# 0.11.0 has no such weight. Later versions bound it, since it explodes off-policy.
+# The bound of the importance weight in later versions than 0.11.0, which has no such weight.
 KL_IS_WEIGHT_CLIP = 10.0
 
 
 def theirs(target: str):
-    """What `target` was before it was replaced."""
+    """OpenRLHF's own function for a target of the table."""
     from rlkernels.integrations.openrlhf import PATCH
 
     return PATCH.original(target)
@@ -21,8 +22,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """token_logprobs, in the dtype of the logits, which are divided in place: whoever reads them afterwards, for an
-    entropy, relies on it."""
+    """token_logprobs in the dtype of the logits. The logits are divided by the temperature in place, since callers
+    compute the entropy from them afterwards."""
     if temperature != 1.0:
         logits.div_(temperature)
     log_probs = rlkernels.token_logprobs(logits, labels)
@@ -31,7 +32,7 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
-    """The entropy that token_logprobs gives beside any token's log-probability, in the dtype of the logits."""
+    """The entropy that token_logprobs gives for any token, in the dtype of the logits."""
     tokens = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return rlkernels.token_logprobs(logits, tokens, return_entropy=True)[1].to(logits.dtype)
 
@@ -43,8 +44,8 @@ def compute_approx_kl(
     kl_estimator: str = "k1",
     unbiased_gradient: bool = False,
 ) -> Tensor:
-    """kl_penalty clamped at 10, in float32 whatever comes. The unbiased gradient is that of k2, which no clamp stops,
-    times an importance weight; the value is the estimator's."""
+    """kl_penalty clamped at 10, always in float32. With `unbiased_gradient` the value is the estimator's, and the
+    gradient is that of the unclamped k2 times an importance weight."""
     if kl_estimator not in ("k1", "k2", "k3"):
         return theirs("openrlhf.models.utils:compute_approx_kl")(log_probs, log_probs_base, kl_estimator=kl_estimator)
     ours, base = torch.broadcast_tensors(log_probs.float(), log_probs_base.float())
@@ -60,7 +61,7 @@ def compute_approx_kl(
 
 
 def compute_approx_kl_0_11_0(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
-    """compute_approx_kl, before it had an unbiased gradient."""
+    """compute_approx_kl of 0.11.0, without an unbiased gradient."""
     return compute_approx_kl(log_probs, log_probs_base, kl_estimator=kl_estimator)
 
 
@@ -71,11 +72,11 @@ def compute_reward(
     action_mask: Tensor | None = None,
     reward_clip_range: tuple[float, float] | None = None,
 ) -> Tensor:
-    """shaped_rewards of a KL that has been estimated already: as k1 of it and 0.
+    """shaped_rewards of a KL that is already estimated, passed as the k1 estimate of itself and 0.
 
-    Every token has its penalty here, also behind the last action, and a row without an action its score at the end. So
-    each row is two packed sequences, and all tokens are scored: one up to its last action, which takes the score, and
-    one of the rest.
+    In OpenRLHF every token has its penalty, even after the last action, and a row without an action has its score at
+    the end. So each row becomes two packed sequences, with all tokens scored: the first ends with the last action and
+    takes the score, the second is the rest.
     """
     if action_mask is None or needs_gradient(r, kl):
         return theirs("openrlhf.models.utils:compute_reward")(r, kl_coef, kl, action_mask, reward_clip_range)
@@ -101,9 +102,9 @@ def compute_reward(
 
 
 def masked_mean(tensor: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
-    """masked_mean, but NaN where nothing is scored, and in the dtype of their product."""
+    """masked_mean, but NaN if nothing is scored, in the dtype of tensor times mask."""
     if mask is None or tensor.shape != mask.shape or not tensor.is_floating_point():
-        # Their sums of another shape broadcast, and each counts the mask as it is.
+        # OpenRLHF's sums over such shapes broadcast, and count the mask without broadcasting it.
         return theirs("openrlhf.models.utils:masked_mean")(tensor, mask, dim)
     scored = mask.bool()
     mean = rlkernels.masked_mean(tensor, scored, dim=dim)
@@ -112,7 +113,7 @@ def masked_mean(tensor: Tensor, mask: Tensor | None, dim: int | None = None) -> 
 
 
 def masked_normalize(tensor: Tensor, mask: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    """Mean and population variance along `dim`, by masked_mean: masked_whiten takes them over all elements."""
+    """Normalizes with mean and population variance along `dim`. masked_whiten would take them over all elements."""
     if tensor.shape != mask.shape or not tensor.is_floating_point():
         return theirs("openrlhf.models.utils:masked_normalize")(tensor, mask, dim, eps)
     scored = mask != 0
@@ -131,7 +132,7 @@ def _keepdim(reduced: Tensor, dim: int | None) -> Tensor:
 def get_advantages_and_returns(
     self, values: Tensor, rewards: Tensor, action_mask: Tensor | None, gamma: float, lambd: float
 ) -> tuple[Tensor, Tensor]:
-    """gae with every token scored: theirs multiplies by the mask, and goes on discounting over what is masked."""
+    """gae with every token scored, since OpenRLHF multiplies by the mask and discounts over masked tokens too."""
     if not (0 <= gamma <= 1 and 0 <= lambd <= 1):
         return theirs("openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.get_advantages_and_returns")(
             self, values, rewards, action_mask, gamma, lambd
@@ -145,7 +146,7 @@ def get_advantages_and_returns(
 
 @torch.no_grad()
 def get_cumulative_returns(self, rewards: Tensor, action_mask: Tensor | None, gamma: float) -> Tensor:
-    """discounted_returns with every token scored, as above."""
+    """discounted_returns with every token scored, as in get_advantages_and_returns."""
     if not 0 <= gamma <= 1:
         return theirs("openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.get_cumulative_returns")(
             self, rewards, action_mask, gamma

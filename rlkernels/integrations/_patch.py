@@ -1,4 +1,5 @@
-"""Another project's functions replaced by ours: all of a table's or none, and put back again."""
+"""Replaces another project's functions by ours, all in a table or none, and restores them. trl, verl and openrlhf each
+have one `Patch`."""
 
 import functools
 import importlib
@@ -20,7 +21,7 @@ _lock = threading.RLock()
 
 
 def _new_lock() -> None:
-    """A thread that is not in the child may hold the parent's."""
+    """After a fork, a thread that exists only in the parent may hold the old lock."""
     global _lock
     _lock = threading.RLock()
 
@@ -30,7 +31,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class PatchError(RuntimeError):
-    """The installed version is not one that the table was written for. Nothing was replaced."""
+    """The installed version of the project is not one that the table was written for. Nothing was replaced."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Replacement:
     """A row of the table.
 
     target: where the function is defined, "package.module:function" or "package.module:Class.method".
-    ours: what takes its place, a function of the same parameters.
-    signature: the parameters that the installed one must have, with their defaults, without annotations:
+    ours: the function that replaces it, with the same parameters.
+    signature: the parameters that the installed function must have, with defaults and without annotations:
         "(logits, index, temperature=1.0)".
-    signature_of: the name in the same module that has this signature, where it is not the target: the forward of an
-        autograd.Function whose apply is replaced.
-    versions: the versions of the package that have this row, all by default.
+    signature_of: the name in the same module that has this signature, if it is not the target. For an
+        autograd.Function whose apply is replaced, it is the forward.
+    versions: the versions of the package that this row is for; all by default.
     """
 
     target: str
@@ -55,25 +56,25 @@ class Replacement:
 
 @dataclass
 class _Found:
-    """A row's function as it is installed."""
+    """The installed function of a row."""
 
     row: Replacement
     owner: Any
     """The module or class that has it."""
     name: str
     original: Any
-    """As one calls it."""
+    """The function as callers get it."""
     held: Any
-    """What the owner itself holds, which of a class may be a staticmethod; absent where it inherits it."""
+    """What stands in the owner's own namespace, such as a staticmethod; _ABSENT if the owner inherits the function."""
     ours: Any
 
 
 class Patch:
-    """A table for one package, and whether it is in force.
+    """The table of one package, and whether its replacements are in force.
 
-    A function is replaced where it is defined and wherever a module of its package holds the same object, under any
-    name or in a dict of its own (a registry), whether it was imported before or comes to be imported later. What other
-    modules than the package's have imported by name stays as it is.
+    A function is replaced where it is defined, and wherever a module of its package holds the same object, under any
+    name or in a dict of the module (a registry). It does not matter whether a module is imported before or after.
+    Modules outside the package that imported the function by name keep the original.
     """
 
     def __init__(self, package: str, versions: str, rows: tuple[Replacement, ...]):
@@ -87,17 +88,17 @@ class Patch:
         self._blocks = 0
 
     def patch(self, verbose: bool = False) -> None:
-        """Replace every function of the table, until `unpatch`. A second call changes nothing.
+        """Replaces every function of the table until `unpatch`. A second call changes nothing.
 
-        The installed version and every signature are checked first. A row whose module asks for another package that
-        is not installed is left out: nobody can have imported that module.
+        The installed version and every signature are checked first. A row is left out if its module needs another
+        package that is not installed, since nothing can have imported that module.
 
         Args:
             verbose: print a table of what was replaced.
 
         Raises:
-            ImportError: the package, or what all of its modules need, is not installed.
-            PatchError: its version or one of the signatures is another than the table's. Nothing has changed.
+            ImportError: the package, or something that all of its modules need, is not installed.
+            PatchError: its version or a signature differs from the table's. Nothing has changed.
         """
         with _lock:
             self._begin()
@@ -106,14 +107,14 @@ class Patch:
                 print(self.table())
 
     def unpatch(self) -> None:
-        """Undo `patch`. Open blocks of `patched` keep the functions replaced until they end."""
+        """Undoes `patch`. Open blocks of `patched` keep the functions replaced until they end."""
         with _lock:
             self._kept = False
             self._end()
 
     @contextmanager
     def patched(self, verbose: bool = False) -> Iterator[None]:
-        """`patch` for a block: afterwards all is as it was before, replaced still if `patch` had been called."""
+        """Replaces the functions for a with block. Afterwards they stay replaced only if `patch` was called."""
         with _lock:
             self._begin()
             self._blocks += 1
@@ -127,7 +128,7 @@ class Patch:
                 self._end()
 
     def original(self, target: str) -> Any:
-        """What the table's function replaces, whether it does at present or not."""
+        """The package's own function for a target of the table, whether it is replaced at present or not."""
         with _lock:
             for found in self._found:
                 if found.row.target == target:
@@ -136,7 +137,7 @@ class Patch:
             return getattr(*_owner(importlib.import_module(module), path))
 
     def table(self) -> str:
-        """What is replaced at present, and what could not be."""
+        """Text that lists what is replaced at present, and what could not be replaced and why."""
         with _lock:
             lines = [(found.row.target, _name(found.row.ours)) for found in self._found]
             lines += [(target, f"left as it is: {reason}") for target, reason in self._reasons.items()]
@@ -174,7 +175,7 @@ class Patch:
         self._exchange({id(each.ours): each.held for each in found if each.held is not _ABSENT})
 
     def _check(self) -> list[_Found]:
-        """Every row of the installed version, looked up; PatchError names all that differ."""
+        """Finds the function of every row for the installed version. Raises PatchError that names all that differ."""
         try:
             version = importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
@@ -212,7 +213,7 @@ class Patch:
                 wrong.append(f"{where} has the signature {signature}, where {row.signature} was expected")
                 continue
             held = vars(owner).get(name, _ABSENT)
-            # Of what a class holds, only a plain function is called with the instance.
+            # Only a plain function in a class gets the instance; for anything else ours must be a staticmethod.
             static = isinstance(owner, type) and not isinstance(inspect.getattr_static(owner, name), FunctionType)
             ours = staticmethod(row.ours) if static else row.ours
             if any(each.ours is ours for each in found):
@@ -227,13 +228,13 @@ class Patch:
         return found
 
     def _exchange(self, others: dict[int, Any]) -> None:
-        """Put others[id(value)] in the place of value, but where a function of ours stood before it replaced any."""
+        """Replaces each held value by others[id(value)], except where a function of ours stood before patching."""
         for holder, key, value in self._held():
             if id(value) in others and (id(holder), key) not in self._theirs:
                 holder[key] = others[id(value)]
 
     def _held(self) -> Iterator[tuple[dict, Any, Any]]:
-        """What every module of the package holds, and every dict that one holds."""
+        """(dict, key, value) for the namespace of every module of the package and for every dict in one."""
         for name, module in list(sys.modules.items()):
             if not isinstance(module, ModuleType) or name.split(".")[0] != self.package:
                 continue
@@ -243,7 +244,7 @@ class Patch:
 
 
 def _another(function: Callable) -> Callable:
-    """The same under an identity of its own, by which it is found again when it is to give up its place."""
+    """A wrapper with its own identity, so that two rows with the same function can be told apart when restoring."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -253,7 +254,7 @@ def _another(function: Callable) -> Callable:
 
 
 def _owner(module: ModuleType, path: str) -> tuple[Any, str]:
-    """The module or class that has what `path` names, and its name there."""
+    """(module or class, name) of what `path` names. Raises AttributeError if it is not there."""
     *classes, name = path.split(".")
     owner: Any = module
     for each in classes:

@@ -1,4 +1,4 @@
-"""What the reward adapters share: others' functions called for one completion, and ours called by others."""
+"""What the adapters in `rewards` share: calling other projects' functions for one completion, and ours from them."""
 
 import asyncio
 import copy
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Float32's, in which rewards are learned from.
+# The largest float32, since trainers keep rewards in float32.
 LARGEST = (2**24 - 1) * 2**104
 
 
@@ -42,7 +42,7 @@ def text_of(completion: str | list[dict]) -> str:
 
 
 def _text_of_message(content: str | list[dict] | None) -> str:
-    """Of blocks, that of those that are text; a message that only calls tools has none."""
+    """The text of a message's content, or of its text blocks. A message with only tool calls has none."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(block.get("text", "") for block in content)
@@ -55,7 +55,7 @@ def column_of(row: dict[str, Any], column: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Of tensors, arrays and lists of one: that one, as Python has it."""
+    """Tensors and arrays as Python values; a tensor, array or list of one element as that element."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     while isinstance(value, list | tuple) and len(value) == 1:
@@ -64,7 +64,7 @@ def plain(value: Any) -> Any:
 
 
 def _own(value: Any) -> Any:
-    """A copy, for a function that may change it; what cannot be copied as it is."""
+    """A copy, since a function may change its arguments. A value that cannot be copied is returned as it is."""
     if type(value) is dict:
         return {key: _own(each) for key, each in value.items()}
     try:
@@ -78,14 +78,14 @@ def number_or_none(value: Any) -> float | None:
     return float(value) if isinstance(value, numbers.Real) else None
 
 
-# Theirs, called by our trainers
+# Other projects' functions, called by our trainers
 
 
 class PerCompletion:
-    """A reward function of our trainers, that can be pickled.
+    """A reward function for our trainers that calls another project's function for each completion. It can be pickled.
 
-    call: (prompt, completion, completion ids, row's columns) -> what their function returns for these.
-    read: that -> (reward, entries to log).
+    call: (prompt, completion, completion ids, row's columns) -> what their function returns.
+    read: what their function returned -> (reward, entries to log).
     """
 
     def __init__(self, call: Callable, read: Callable, name: str) -> None:
@@ -122,21 +122,20 @@ class AsyncPerCompletion(PerCompletion):
         return self.rewards(await asyncio.gather(*calls), kwargs)
 
 
-# Ours, called by them
+# Our reward functions, called by other projects
 
 
 @dataclass(frozen=True)
 class Ours:
-    """A reward function of ours, the keyword under which it takes the ground truth, whether it takes messages, and what
-    its None is worth."""
+    """A reward function of our contract, and how another project calls it."""
 
     reward: Callable
-    column: str
-    chat: bool
-    default: float | None
+    column: str  # the keyword under which it takes the ground truth
+    chat: bool  # whether it takes completions as messages
+    default: float | None  # the reward in place of None
 
     def start(self, prompts: list, texts: list[str], columns: dict[str, list], **shared: Any) -> tuple[Any, "Called"]:
-        """What it returns, to be awaited if it is async, and what is to be made of that then."""
+        """Calls the function. Returns its result, to be awaited if it is async, and a `Called` that reads it."""
         called = Called(name_of(self.reward), len(texts), self.default)
         completions = [[{"role": "assistant", "content": text}] for text in texts] if self.chat else texts
         given: dict[str, Any] = {**_own(columns), **shared, "prompts": _own(prompts), "completions": completions}
@@ -146,12 +145,14 @@ class Ours:
 
 @dataclass
 class Called:
+    """One call of `Ours`: collects what the function logs, and checks and reads its result."""
+
     name: str
     size: int
     default: float | None
     columns: dict[str, list] = field(default_factory=dict)
     values: dict[str, list[float]] = field(default_factory=dict)
-    """Of each metric."""
+    """Metric name -> logged values."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -185,7 +186,7 @@ class Called:
 
 
 def finished(result: Any) -> Any:
-    """Of a function that may be async: called in a thread without an event loop."""
+    """The result of a function that may be async. Call it in a thread without a running event loop."""
 
     async def wait():
         return await result

@@ -1,4 +1,4 @@
-"""verl's advantage estimators on ours: the functions of `rlkernels.integrations.verl` that end in an advantage."""
+"""verl's advantage estimators, computed by our functions. `verl` registers them and puts them in its table."""
 
 import sys
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from rlkernels.integrations._verl_functional import masked_whiten, result_type
 
 
 def compute_gae_advantage_return(token_level_rewards, values, response_mask, gamma, lam):
-    """One scan in place of a loop over tokens. A token that is not scored has the advantage of the next one that is,
-    as in verl, where ours has 0."""
+    """One scan instead of verl's loop over tokens. As in verl, an unscored token gets the advantage of the next scored
+    one; rlkernels.gae gives 0."""
     with torch.no_grad():
         scored, _ = rk.gae(token_level_rewards, values, response_mask, gamma=float(gamma), lam=float(lam))
         length = response_mask.shape[1]
@@ -28,7 +28,7 @@ def compute_gae_advantage_return(token_level_rewards, values, response_mask, gam
 def compute_grpo_outcome_advantage(
     token_level_rewards, response_mask, index, epsilon=1e-6, norm_adv_by_std_in_grpo=True, config=None
 ):
-    """verl loops over samples. A group of one keeps its score; one whose scores are equal gets exactly 0."""
+    """A group of one keeps its score. A group of equal scores gets exactly 0."""
     scores = token_level_rewards.sum(dim=-1)
     scale = "group" if norm_adv_by_std_in_grpo else "none"
     return _per_token(_relative(scores, group_ids(index, scores.device), scale, epsilon), response_mask, scores)
@@ -37,7 +37,8 @@ def compute_grpo_outcome_advantage(
 def compute_grpo_vectorized_outcome_advantage(
     token_level_rewards, response_mask, index, epsilon=1e-6, norm_adv_by_std_in_grpo=True, config=None
 ):
-    """As above, but groups are named as verl's `as_torch_index` has it ("1" and "01" are one), and float32 is least."""
+    """Like compute_grpo_outcome_advantage, but verl's `as_torch_index` numbers the groups ("1" and "01" are the same
+    group), and the dtype is at least float32."""
     from verl.utils import as_torch_index
 
     scores = token_level_rewards.sum(dim=-1)
@@ -59,7 +60,8 @@ def compute_gdpo_outcome_advantage(
     batch=None,
     **kwargs,
 ):
-    """Each reward normalised on its own, then their weighted sum over all scored tokens (ours: over all sequences)."""
+    """Normalizes each reward in its group, then their weighted sum over all scored tokens; rlkernels normalizes it over
+    sequences."""
     device = token_level_rewards.device
     rewards, weights = [token_level_rewards.sum(dim=-1)], None
     if config is not None and non_tensor_batch is not None and batch is not None:
@@ -99,7 +101,7 @@ def compute_rloo_outcome_advantage(token_level_rewards, response_mask, index, ep
 def compute_rloo_vectorized_outcome_advantage(
     token_level_rewards, response_mask, index, epsilon=1e-6, config=None, **kwargs
 ):
-    """A group of one gets 0, unlike above."""
+    """A group of one gets 0, unlike in compute_rloo_outcome_advantage."""
     scores = token_level_rewards.sum(dim=-1)
     ids = group_ids(index, scores.device)
     advantages = _relative(scores, ids, "none", baseline="leave_one_out", singleton="zero")
@@ -115,7 +117,7 @@ def compute_reinforce_plus_plus_outcome_advantage(token_level_rewards, response_
 
 
 def compute_remax_outcome_advantage(token_level_rewards, reward_baselines, response_mask, config=None, **kwargs):
-    """Tokens that are not scored have returns too: the sum of what comes after them."""
+    """Unscored tokens have returns too: the sum of the rewards after them."""
     with torch.no_grad():
         rewards = token_level_rewards * response_mask
         returns = rk.discounted_returns(rewards).to(rewards.dtype)
@@ -125,7 +127,7 @@ def compute_remax_outcome_advantage(token_level_rewards, reward_baselines, respo
 def compute_gpg_outcome_advantage(
     token_level_rewards, response_mask, index, epsilon=1e-6, f_norm=1.0, alpha=1.0, config=None, **kwargs
 ):
-    """Scaled by the share of scores that are not 0, whatever `alpha` is."""
+    """Divides by the share of nonzero scores. As in verl, the argument `alpha` has no effect."""
     scores = token_level_rewards.sum(dim=-1)
     advantages = _relative(scores, group_ids(index, scores.device), "none")
     alpha = len(scores) / torch.count_nonzero(scores).clamp(min=1)
@@ -133,7 +135,7 @@ def compute_gpg_outcome_advantage(
 
 
 def rk_gae(token_level_rewards, response_mask, values=None, gamma=None, lam=None, config=None, **kwargs):
-    """GAE as a registered estimator, with gamma and lam of verl's `algorithm` config."""
+    """GAE as a registered estimator, with gamma and lam from verl's `algorithm` config."""
     if values is None:
         values = _values_of_trainer()
     if config is not None and config.get("use_pf_ppo", False):
@@ -148,14 +150,15 @@ def rk_gae(token_level_rewards, response_mask, values=None, gamma=None, lam=None
 def rk_grpo(
     token_level_rewards, response_mask, index, epsilon=1e-6, norm_adv_by_std_in_grpo=None, config=None, **kwargs
 ):
-    """GRPO as a registered estimator: verl's trainer gives norm_adv_by_std_in_grpo as an argument to "grpo" alone."""
+    """GRPO as a registered estimator. It reads norm_adv_by_std_in_grpo from the config, since verl's trainer passes it
+    to "grpo" only."""
     if norm_adv_by_std_in_grpo is None:
         norm_adv_by_std_in_grpo = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
     return compute_grpo_outcome_advantage(token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo)
 
 
 def group_ids(index: Iterable[Any], device: torch.device) -> Tensor:
-    """Numbers for the names of groups, which may be anything that a dict takes for a key."""
+    """Group numbers for group names, which may be any hashable values."""
     names = index.tolist() if hasattr(index, "tolist") else index
     numbers: dict[Any, int] = {}
     return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.int64, device=device)
@@ -177,7 +180,7 @@ def _per_token(advantages: Tensor, response_mask: Tensor, scores: Tensor) -> tup
 
 
 def _values_of_trainer() -> Tensor:
-    # verl's compute_advantage gives the critic's values to "gae" alone; its caller's batch has them all the same.
+    # verl's compute_advantage passes the critic's values to "gae" only, but the batch in its frame has them.
     frame = sys._getframe(1).f_back
     while frame is not None:
         if frame.f_code.co_name == "compute_advantage" and "data" in frame.f_locals:
@@ -186,4 +189,4 @@ def _values_of_trainer() -> Tensor:
                 return values
             break
         frame = frame.f_back
-    raise ValueError("rk_gae needs the critic's values: set critic.enable=True beside algorithm.adv_estimator=rk_gae")
+    raise ValueError("rk_gae needs the critic's values: set critic.enable=True with algorithm.adv_estimator=rk_gae")

@@ -1,4 +1,4 @@
-"""verl's aggregation of losses over tokens, its value loss and its KL penalty on ours."""
+"""verl's aggregation of token losses, its value loss and its KL penalty, computed by our functions, for `verl`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ def agg_loss(
     rows, mask = loss_mat.reshape(-1, loss_mat.shape[-1]), loss_mask.reshape(-1, loss_mask.shape[-1])
 
     def sums(**options):
-        # The policy loss of constant advantages is a sum of what stands for the log-probabilities.
+        # With advantages of -1 the reinforce loss aggregates whatever is passed as log-probabilities.
         return rk.policy_loss(rows, None, rows.new_full((len(rows),), -1.0), mask, objective="reinforce", **options)
 
     loss, _ = aggregated(sums, loss_agg_mode, mask, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
@@ -60,7 +60,7 @@ def compute_value_loss(
 
 
 def kl_penalty(logprob, ref_logprob, kl_penalty):
-    """With "k3+" tokens whose k3 is clamped keep the gradient of k2 (ours: 0)."""
+    """With "k3+", tokens whose k3 is clamped keep the gradient of k2, as in verl; in rlkernels.kl_penalty it is 0."""
     straight_through = kl_penalty.endswith("+")
     name = kl_penalty.removesuffix("+")
     if name not in _ESTIMATORS:
@@ -79,7 +79,7 @@ def kl_penalty(logprob, ref_logprob, kl_penalty):
 
 
 def loss_type(mode: str, *tensors: Tensor) -> torch.dtype:
-    """What verl's loss has: its masks of sequences are float32."""
+    """The dtype of verl's loss. Its masks of sequences are float32."""
     dtype = result_type(*tensors)
     return torch.promote_types(dtype, torch.float32) if mode.startswith("seq") else dtype
 
@@ -93,7 +93,7 @@ def aggregated(
     global_batch_size: Any = None,
     loss_scale_factor: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `call(aggregation=, normalizer=)` gives, its loss aggregated as verl's `agg_loss` does."""
+    """(loss, metrics) of `call(aggregation=, normalizer=)`, with the loss aggregated as by verl's agg_loss."""
     if mode not in _AGGREGATIONS:
         raise ValueError(f"Invalid loss_agg_mode: {mode}")
     if mode == "token-sum":
@@ -105,7 +105,7 @@ def aggregated(
             raise ValueError(f"(global) {name} is required when dp_size > 1")
     loss, metrics = call(aggregation=_AGGREGATIONS[mode], normalizer=None if count is None else 1.0)
     if count is None:
-        # verl divides by what it counted: nothing scored is 0 / 0.
+        # verl divides by its count of scored tokens, so it gives NaN if there is none.
         loss = loss + torch.where(metrics[-1] > 0, 0.0, float("nan"))
     else:
         loss = loss / count

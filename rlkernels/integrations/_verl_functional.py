@@ -1,4 +1,4 @@
-"""verl's log-probabilities, entropies, whitening and fused heads on ours, for `rlkernels.integrations.verl`."""
+"""verl's log-probabilities, entropies, whitening and fused heads, computed by our functions, for `verl`."""
 
 import functools
 import os
@@ -10,11 +10,11 @@ import rlkernels as rk
 
 
 def logprobs_from_logits(logits, labels, inplace_backward=True):
-    """float32 where verl uses flash-attn's kernel, and elsewhere the dtype of the logits, as verl's. The id -100 is
-    skipped, which flash-attn's kernel does and verl's other path refuses."""
+    """Returns float32 if verl uses flash-attn's kernel, else the dtype of the logits, as verl does. The id -100 is
+    skipped, as by flash-attn's kernel; verl's other path refuses it."""
     flash_attn = _uses_flash_attn()
-    # Without flash-attn nothing writes over verl's logits, and its callers may use them again; nor can a leaf give
-    # its memory away.
+    # Without flash-attn verl does not overwrite its logits, so callers may use them again. A leaf's memory cannot be
+    # reused either.
     inplace = inplace_backward and flash_attn and not (logits.is_leaf and logits.requires_grad)
     logprobs = rk.token_logprobs(logits, labels, inplace_backward=inplace)
     return logprobs if flash_attn else logprobs.to(_dtype(logits))
@@ -26,12 +26,12 @@ def entropy_from_logits(logits):
 
 
 def entropy_from_logits_with_chunking(logits, chunk_size=2048):
-    """float32. There is nothing to cut into chunks: the softmax is never stored."""
+    """Returns float32. No chunks are needed, since the softmax is never stored."""
     return _entropy(logits).float()
 
 
 def masked_whiten(values, mask, shift_mean=True):
-    """Elements that are not scored are shifted and scaled like the others, as in verl, where ours has 0."""
+    """Unscored elements are shifted and scaled like the others, as in verl; rlkernels.masked_whiten gives 0."""
     number = mask.sum().item()
     if number == 0:
         raise ValueError("at least one element of the mask must be 1; all are 0")
@@ -48,7 +48,7 @@ def masked_whiten(values, mask, shift_mean=True):
 
 
 def fused_linear_for_ppo_forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
-    """Log-probabilities in float32 and the entropy in the dtype of hidden_states, whatever `impl_backend` says."""
+    """Returns log-probabilities in float32 and the entropy in the dtype of hidden_states. `impl_backend` is ignored."""
     logprobs, entropy = rk.linear_token_logprobs(
         hidden_states,
         vocab_weights,
@@ -61,7 +61,8 @@ def fused_linear_for_ppo_forward(self, hidden_states, vocab_weights, input_ids, 
 
 
 def linear_cross_entropy(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
-    """Flat results, of any hidden size and device. `reduction` is of the log-probabilities, not negated, as verl's."""
+    """Returns flat results, for any hidden size and device. As in verl, `reduction` applies to the log-probabilities,
+    which are not negated."""
     assert isinstance(temperature, float), f"temperature must be a float, got {type(temperature)}"
     assert isinstance(reduction, str), f"reduction must be a str, got {type(reduction)}"
     reductions = {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}
@@ -82,7 +83,7 @@ def linear_cross_entropy(hidden, weight, labels, temperature=1.0, reduction="non
 
 
 def result_type(*tensors: Tensor) -> torch.dtype:
-    """What an expression of these tensors has: floating-point masks count, bool and integer ones do not."""
+    """The dtype of an expression of these tensors. Floating-point masks count; bool and integer masks do not."""
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
 
 
@@ -92,7 +93,7 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def _dtype(logits: Tensor) -> torch.dtype:
-    # PyTorch's softmax and logsumexp, of which verl's are made, leave autocast in float32 on GPUs, not on CPUs.
+    # Under autocast, PyTorch's softmax and logsumexp, which verl uses, return float32 on GPUs but not on CPUs.
     return torch.float32 if logits.is_cuda and torch.is_autocast_enabled("cuda") else logits.dtype
 
 
@@ -106,8 +107,8 @@ def _uses_flash_attn() -> bool:
 
 
 def _share_gradient(hidden: Tensor, processes: int) -> Tensor:
-    # verl's gradient of hidden is that of a process's own share of the vocabulary, and Megatron's sequence parallel
-    # region adds them up; ours is whole on each, so that they add up to the same when each gives its part.
+    # verl's gradient of hidden comes from a process's share of the vocabulary, and Megatron's sequence parallel region
+    # adds the gradients up. Ours is complete on each process, so each passes on an equal share of it.
     hidden = hidden.view_as(hidden)
     if hidden.requires_grad:
         hidden.register_hook(lambda gradient: gradient / processes)

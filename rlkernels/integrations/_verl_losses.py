@@ -1,4 +1,4 @@
-"""verl's policy losses on ours, for `rlkernels.integrations.verl`."""
+"""verl's policy losses, computed by our functions. `verl` registers them and puts them in its table."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ def policy_loss_gspo(
     config=None,
     rollout_is_weights=None,
 ):
-    """The sequence's log-ratio is bounded above alone, at 10."""
+    """The log-ratio of a sequence is bounded only from above, at 10."""
     _check(config, actor=True)
     loss, clipped = _policy_loss(
         (old_log_prob, log_prob, advantages, response_mask),
@@ -94,7 +94,7 @@ def policy_loss_gspo_0_9_0(
     config=None,
     rollout_is_weights=None,
 ):
-    """verl 0.9.0 aggregates in one way, whatever it is asked for."""
+    """verl 0.9.0 ignores loss_agg_mode."""
     return policy_loss_gspo(
         old_log_prob, log_prob, advantages, response_mask, "seq-mean-token-mean", config, rollout_is_weights
     )
@@ -109,7 +109,7 @@ def policy_loss_sapo(
     config=None,
     rollout_is_weights=None,
 ):
-    """Aggregated in one way, whatever it is asked for."""
+    """As in verl, loss_agg_mode is ignored."""
     _check(config, actor=True)
     loss, _ = _policy_loss(
         (old_log_prob, log_prob, advantages, response_mask),
@@ -195,7 +195,7 @@ def policy_loss_dro(
         loss, _ = _policy_loss(tokens, loss_agg_mode, config, None, **options)
         loss = loss.to(torch.promote_types(loss.dtype, old_log_prob.dtype))
     else:
-        # Which weights the penalty too.
+        # The weights apply to the penalty too, which policy_loss does not offer.
         penalty = rk.kl_penalty(log_prob, old_log_prob, estimator="k2")
         losses = (beta * penalty - log_prob * advantages.to(penalty.dtype)) * rollout_is_weights
         dtype = loss_type(loss_agg_mode, log_prob, old_log_prob, advantages, response_mask, rollout_is_weights)
@@ -212,7 +212,7 @@ def policy_loss_geo_mean(
     config=None,
     rollout_is_weights=None,
 ):
-    """The mean over all sequences, those without a scored token too, whatever aggregation it is asked for."""
+    """The mean over all sequences, even those without a scored token. As in verl, loss_agg_mode is ignored."""
     _check(config)
     clips = _clips(config)
     weighted = torch.broadcast_to(advantages, log_prob.shape)
@@ -242,7 +242,7 @@ def policy_loss_geo_mean(
 def _policy_loss(
     tokens: tuple[Tensor | None, Tensor, Tensor, Tensor], mode: str, config: Any, weights: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and the fraction of tokens that are clipped."""
+    """(loss, fraction of clipped tokens)."""
     old, logprobs, advantages, mask = tokens
     advantages = torch.broadcast_to(advantages, logprobs.shape)
     weighted = advantages if weights is None else advantages * weights
@@ -252,7 +252,7 @@ def _policy_loss(
 
     loss, metrics = aggregated(call, mode, mask, **config.global_batch_info)
     if weights is not None and options["objective"] not in ("reinforce", "sapo"):
-        # A weight of 0 takes a token out of the loss, and out of the metrics in ours but not in verl's.
+        # In our metrics, but not in verl's, a token of weight 0 does not count. So they are computed without weights.
         metrics = rk.policy_loss(logprobs.detach(), old, advantages, mask, **options)[1]
     dtype = loss_type(mode, logprobs, advantages, mask, *(t for t in (old, weights) if t is not None))
     return loss.to(dtype), metrics[1] + metrics[2]
@@ -263,11 +263,11 @@ def _dppo(objective: str, tokens: tuple[Tensor, ...], mode: str, config: Any, we
     old, logprobs, advantages, mask = tokens
     bound = config.get("clip_ratio_c", 20.0)
     options: dict[str, Any] = dict(objective=objective, delta=bound, log_ratio_clamp=20.0, **_clips(config))
-    # verl's loss is float32 at least, as its mask of trusted tokens is.
+    # verl's mask of trusted tokens is float32, so its loss is at least float32.
     wide = advantages.to(torch.promote_types(advantages.dtype, torch.float32))
     loss, clipped = _policy_loss((old, logprobs, wide, mask), mode, config, weights, **options)
 
-    # verl counts tokens without an advantage too, by the bound of the negative ones.
+    # verl also counts tokens of advantage 0, with the bound for negative advantages.
     scored, wide = mask.bool(), wide.expand_as(logprobs)
     far = scored & (_ratio(old, logprobs) > bound)
     chosen = far | (scored & (wide == 0))
@@ -310,7 +310,7 @@ def _ratio(old: Tensor, logprobs: Tensor) -> Tensor:
 
 
 def _kl(old: Tensor, logprobs: Tensor, mask: Tensor, clamp: float | None = None) -> Tensor:
-    # For the log alone, and of one pass: a kernel of its own would cost more than it saves.
+    # Only logged, and computed in one pass, so that a kernel would cost more than it saves.
     difference = _wide(old) - _wide(logprobs)
     return _mean(difference if clamp is None else difference.clamp(-clamp, clamp), mask)
 
@@ -330,6 +330,6 @@ def _fraction(where: Tensor, mask: Tensor) -> Tensor:
 
 
 def _metrics(clipped: Tensor | float, kl: Tensor, clipped_lower: Tensor | float) -> dict[str, float]:
-    """Numbers, as verl logs them, by one transfer from the device in place of three."""
+    """The metrics under verl's names, as Python numbers. One transfer from the device brings all three."""
     values = torch.stack([torch.as_tensor(x, dtype=kl.dtype, device=kl.device) for x in (clipped, kl, clipped_lower)])
     return dict(zip(("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"), values.tolist(), strict=True))

@@ -1,28 +1,27 @@
-"""OpenRLHF 0.11 on our kernels:
+"""OpenRLHF 0.11 on our kernels.
 
     import rlkernels.integrations.openrlhf as rk;  rk.patch()        # or: with rk.patched(): ...
 
-The functions of `openrlhf.models.utils`, `forward` of the losses of `openrlhf.models.loss`, and the experience maker's
-loops over tokens are replaced where they are defined and wherever OpenRLHF imported them. Its trainers, its group
-baselines, the whitening of advantages, GPTLMLoss and LogExpLoss stay as they are; SFTLoss has ours in aggregate_loss.
+This replaces the functions of `openrlhf.models.utils`, `forward` of the losses in `openrlhf.models.loss`, and the
+experience maker's loops over tokens, where they are defined and wherever OpenRLHF imported them. Its trainers, group
+baselines, whitening of advantages, GPTLMLoss and LogExpLoss stay as they are; SFTLoss uses our aggregate_loss.
 
-PPO's actors, critics and the trainer itself run in Ray's workers, processes of their own. For these
-`openrlhf.cli.train_ppo_ray` finds Ray started with
+PPO's actors, critics and trainer run in Ray's worker processes. Start Ray before `openrlhf.cli.train_ppo_ray` with
 
     ray.init(runtime_env={"worker_process_setup_hook": "rlkernels.integrations.openrlhf.patch"})
 
-Values, gradients, metrics and dtypes are theirs; where they differ:
+Values, gradients, metrics and dtypes are OpenRLHF's, with these differences:
 
-- What is not finite leaves no trace where it is masked. Theirs multiplies it by 0, and all is NaN.
-- Masks are 0 or 1.
-- A label of -100 has the log-probability 0, which theirs has with flash-attn alone.
-- k3's gradient beyond its clamp is 0 in every version; before 0.11.2 it is NaN where the ratio overflows.
-- A logit of -inf adds nothing to the entropy, which theirs makes NaN.
+- Masked values that are not finite have no effect. OpenRLHF multiplies them by 0, which makes everything NaN.
+- Masks must be 0 or 1.
+- A label of -100 has the log-probability 0, as in OpenRLHF with flash-attn.
+- k3's gradient beyond its clamp is 0 in every version. In OpenRLHF before 0.11.2 it is NaN if the ratio overflows.
+- A logit of -inf adds 0 to the entropy, which OpenRLHF makes NaN.
 
-Calls that go to theirs, which then raises or serves them: an unknown estimator or type of policy loss; shapes that
-broadcast, or losses of other than two dimensions; a mask that is missing where it is needed; gradients by what is data
-to ours (old log-probabilities, advantages, returns, references, a KL that becomes a reward); gamma or lambda outside
-[0, 1]; label smoothing outside [0, 1); means of nothing over pairs, and masked_mean without a mask.
+These calls still go to OpenRLHF's own functions, which serve them or raise: an unknown estimator or type of policy
+loss; shapes that broadcast, or losses of other than two dimensions; a missing mask where one is needed; gradients of
+what is data to ours (old log-probabilities, advantages, returns, references, a KL that becomes a reward); gamma or
+lambda outside [0, 1]; label smoothing outside [0, 1); means over no pairs, and masked_mean without a mask.
 """
 
 from rlkernels.integrations import _openrlhf_losses as losses

@@ -1,13 +1,13 @@
-"""Reward functions of verl, OpenRLHF and reasoning-gym for our trainers, and ours for them.
+"""Converts reward functions of verl, OpenRLHF and reasoning-gym for our trainers, and ours for these projects.
 
     reward = from_verl(compute_score)                  compute_score = to_verl(reward)
     reward = from_openrlhf(reward_func)                reward_func = to_openrlhf(reward)
     rows, reward = from_reasoning_gym(dataset)         dataset.score_answer = to_reasoning_gym(reward)
 
-A reward is a function of TRL's contract, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`,
-plain or async. None of the projects is imported. What is made here can be pickled if the function given can. It may
-stand in the module of `--reward module:name`, in the file and under the name of verl's `custom_reward_function`, and as
-`reward_func` in the file of OpenRLHF's `remote_rm_url`.
+`reward` is a function of TRL's contract, `f(prompts, completions, completion_ids, **columns) -> list[float | None]`,
+plain or async. No project is imported. The results can be pickled if the given function can. Put them into the module
+of `--reward module:name`, into the file and under the name of verl's `custom_reward_function`, or as `reward_func` into
+the file of OpenRLHF's `remote_rm_url`.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,23 +41,23 @@ def from_verl(
     reward_kwargs: dict[str, Any] | None = None,
     name: str | None = None,
 ) -> Callable:
-    """A verl `compute_score(data_source, solution_str, ground_truth, extra_info) -> float | dict`, plain or async, as a
-    reward function. It is called for each completion, an async one for all at once.
+    """Turns verl's `compute_score(data_source, solution_str, ground_truth, extra_info) -> float | dict` into a reward
+    function. It is called for each completion; an async compute_score is called for all concurrently.
 
-    A dict gives its "score" as the reward. Every other entry is logged as a column "name/key", and its mean as a metric
-    if it is a number.
+    If it returns a dict, "score" is the reward. Every other entry is logged as a column "name/key", and its mean as a
+    metric if it is a number.
 
     Args:
         compute_score: verl's own default or a custom_reward_function.
-        column: of the rows, that holds the ground truth, itself or as a dict with a "ground_truth", as in verl's rows.
-        data_source: what it is told where the rows have no such column.
+        column: the column of the rows with the ground truth, or with a dict that has a "ground_truth", as in verl.
+        data_source: the argument data_source, for rows without such a column.
         reward_kwargs: further keyword arguments, as in verl's config.
-        name: in the logs; its own by default.
+        name: the function's name in the logs; its own by default.
 
-    extra_info is that of the row, if it has one, with num_turns None and no rollout_reward_scores.
+    extra_info is the row's, if it has one, with num_turns None and empty rollout_reward_scores.
 
     Raises (when called):
-        ValueError: for rows without the column, and a dict without a score.
+        ValueError: if rows lack the column, or a dict lacks a score.
     """
     check_callable("compute_score", compute_score)
     kind = AsyncPerCompletion if is_async(compute_score) else PerCompletion
@@ -73,7 +73,7 @@ def _call_verl(compute_score, column, data_source, reward_kwargs, prompt, comple
         data_source=row.get("data_source", data_source),
         solution_str=text_of(completion),
         ground_truth=truth,
-        # As the default reward manager of verl completes it.
+        # verl's default reward manager adds the same keys.
         extra_info={**(row.get("extra_info") or {}), "num_turns": None, "rollout_reward_scores": {}},
         **reward_kwargs,
     )
@@ -90,25 +90,25 @@ def _read_verl(result):
 def to_verl(
     reward: Callable, *, column: str = "ground_truth", chat: bool = False, default: float | None = None
 ) -> Callable:
-    """A reward function as verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`, which is async
-    if it is.
+    """Turns a reward function into verl's `compute_score(data_source, solution_str, ground_truth, extra_info)`.
+    An async reward gives an async compute_score.
 
-    It is called with one completion; data_source, the ground truth and what is in extra_info are its columns, and
-    further keyword arguments (reward_kwargs) are given as they are. verl tells no prompts, completion_ids and
-    trainer_state: they are None. What it logs becomes entries of a dict beside the "score".
+    The reward is called with one completion. data_source, the ground truth and the entries of extra_info are its
+    columns; other keyword arguments (reward_kwargs) are passed on. verl gives no prompts, completion_ids or
+    trainer_state, so these are None. What the reward logs becomes entries of a dict with the "score".
 
     Args:
         reward: plain or async.
         column: the keyword under which it takes the ground truth.
         chat: whether it takes completions as messages, not as text.
-        default: the score where it gives None, which verl does not know.
+        default: the score in place of None, which verl does not know.
 
     Raises (when called):
-        ValueError: if it gives anything but one finite number, or None without a default.
+        ValueError: if the reward gives anything but one finite number, or None without a default.
     """
     check_callable("reward", reward)
     function = _async_compute_score if is_async(reward) else _compute_score
-    # partial, which inspect.iscoroutinefunction looks into, as verl does.
+    # A partial, since inspect.iscoroutinefunction, which verl calls, looks into partials.
     return named(partial(function, Ours(reward, column, chat, default)), reward)
 
 
@@ -139,21 +139,21 @@ def _as_verls(result, called):
 def from_openrlhf(
     reward_func: Callable, *, column: str | None = "label", tokenizer: Any = None, name: str | None = None
 ) -> Callable:
-    """An OpenRLHF `reward_func(queries, prompts, labels)` as a reward function. It is called for each completion, as
-    OpenRLHF does, with lists of one.
+    """Turns OpenRLHF's `reward_func(queries, prompts, labels)` into a reward function. Like OpenRLHF, it calls
+    reward_func for each completion, with lists of one.
 
-    "rewards" of the dict that it returns is the reward (or what it returns, if that is no dict). "scores" and all of
-    "extra_logs" are logged as columns "name/key", and their means as metrics.
+    If reward_func returns a dict, "rewards" is the reward, and "scores" and all of "extra_logs" are logged as columns
+    "name/key" with their means as metrics. Otherwise the reward is what it returns.
 
     Args:
         reward_func: returns numbers, or tensors or lists of one.
-        column: of the rows, that holds the label; None: the label is "", as OpenRLHF has it without a label_key.
-        tokenizer: gives prompts that are messages as text, and queries their special tokens. Without it prompts must
-            be text, and queries end in the completion without special tokens.
-        name: in the logs; its own by default.
+        column: the column of the rows with the label. None gives the label "", as OpenRLHF does without a label_key.
+        tokenizer: turns prompts of messages into text, and adds special tokens to queries. Without it prompts must be
+            text, and queries have no special tokens in the completion.
+        name: the function's name in the logs; its own by default.
 
     Raises (when called):
-        ValueError: for rows without the column, prompts that need a tokenizer, and a dict without rewards.
+        ValueError: if rows lack the column, prompts need a tokenizer, or a dict lacks rewards.
     """
     check_callable("reward_func", reward_func)
     call = partial(_call_openrlhf, reward_func, column, tokenizer)
@@ -187,22 +187,22 @@ def to_openrlhf(
     default: float | None = None,
     special_tokens: Sequence[str] = (),
 ) -> Callable:
-    """A reward function as OpenRLHF's `reward_func(queries, prompts, labels)`.
+    """Turns a reward function into OpenRLHF's `reward_func(queries, prompts, labels)`.
 
-    The completion is what follows the prompt in the query. completion_ids and trainer_state are None, which OpenRLHF
-    does not tell. "rewards" and "scores" are float32 [B]; numbers that it logs are "extra_logs". An async function is
-    run to its end in an event loop of its own.
+    The completion is what follows the prompt in the query. OpenRLHF gives no completion_ids or trainer_state, so these
+    are None. "rewards" and "scores" are float32 [B]; numbers that the reward logs become "extra_logs". An async reward
+    runs to its end in its own event loop.
 
     Args:
         reward: plain or async.
         column: the keyword under which it takes the labels.
         chat: whether it takes completions as messages, not as text. Prompts are always text.
-        default: the reward where it gives None, which OpenRLHF does not know.
-        special_tokens: to be taken out of completions, as our trainers do: `tokenizer.all_special_tokens`.
+        default: the reward in place of None, which OpenRLHF does not know.
+        special_tokens: removed from completions, as our trainers do: `tokenizer.all_special_tokens`.
 
     Raises (when called):
-        ValueError: for a query that does not begin with its prompt (or, where that was truncated, with an end of it),
-            and if the reward is anything but finite numbers, or None without a default.
+        ValueError: if a query begins neither with its prompt nor, as for truncated prompts, with an end of it, or if
+            the reward gives anything but finite numbers, or None without a default.
     """
     check_callable("reward", reward)
     return named(partial(_reward_func, Ours(reward, column, chat, default), tuple(special_tokens)), reward)
@@ -226,7 +226,7 @@ def _reward_func(ours, special_tokens, queries, prompts, labels):
 
 
 def _after(prompt: str, query: str) -> str:
-    # From the whole prompt on: OpenRLHF cuts the beginning of one that is too long.
+    # The whole prompt first, then ever shorter ends of it: OpenRLHF cuts off the beginning of one that is too long.
     for start in range(max(len(prompt), 1)):
         if query.startswith(prompt[start:]):
             return query[len(prompt) - start :]
@@ -246,19 +246,19 @@ def from_reasoning_gym(
 ) -> tuple[list[dict[str, Any]], Callable]:
     """(rows, reward) of a reasoning-gym dataset: rows for our trainers, and its score_answer as a reward function.
 
-    Rows have prompt, answer, task and index, the place in the dataset. Rows of several datasets may be put together:
-    each reward is None where the task is another's.
+    Rows have the columns prompt, answer, task, and index, which is the place in the dataset. Rows of several datasets
+    may be combined: a reward is None for rows of another task.
 
     Args:
-        dataset: of `reasoning_gym.create_dataset`; each of its entries is made once, here.
+        dataset: made by `reasoning_gym.create_dataset`. Each of its entries is generated once, here.
         system_prompt: comes before the question.
         chat: whether prompts are messages, or text.
-        extract: the answer of a completion's text; None: there is none, and the score is 0. For answers between tags
-            `functools.partial(reasoning_gym.utils.extract_answer, tag_name="answer")`.
-        name: of the task; reasoning-gym's by default.
+        extract: gets a completion's text and returns the answer, or None if there is none, which scores 0. For answers
+            between tags use `functools.partial(reasoning_gym.utils.extract_answer, tag_name="answer")`.
+        name: the task's name; reasoning-gym's by default.
 
     Raises:
-        TypeError: for what is no such dataset.
+        TypeError: if `dataset` is not such a dataset.
     """
     if not all(hasattr(dataset, each) for each in ("score_answer", "__len__", "__getitem__")):
         raise TypeError(f"dataset must be one of reasoning-gym's, with a length; got {type(dataset).__name__}")
@@ -294,10 +294,11 @@ def _as_it_is(result):
 def to_reasoning_gym(
     reward: Callable, *, column: str = "answer", chat: bool = False, default: float | None = None
 ) -> Callable:
-    """A reward function as reasoning-gym's `score_answer(answer, entry) -> float`: 0 where there is no answer.
+    """Turns a reward function into reasoning-gym's `score_answer(answer, entry) -> float`, which gives 0 without an
+    answer.
 
-    It is called with the answer as the completion and the question as the prompt; the entry's question, answer and
-    metadata are its columns. What it logs is lost. column, chat, default, Raises: as in `to_verl`.
+    The reward is called with the answer as the completion and the question as the prompt. The entry's question, answer
+    and metadata are its columns. What it logs is lost. For column, chat, default and Raises see `to_verl`.
     """
     check_callable("reward", reward)
     return named(partial(_our_score_answer, Ours(reward, column, chat, default)), reward)

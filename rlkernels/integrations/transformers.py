@@ -3,7 +3,7 @@
     from rlkernels.integrations.transformers import apply
     trainer = transformers.Trainer(apply(model), ...)
 
-`model(**batch)` with labels then gives the same loss and gradients, and its logits never exist. `restore` undoes it.
+`model(**batch)` with labels then gives the same loss and gradients without storing logits. `restore` undoes it.
 """
 
 import functools
@@ -18,50 +18,49 @@ from rlkernels import linear_policy_loss, unwrap_lm_head, wrap_lm_head
 
 __all__ = ["apply", "restore"]
 
-IGNORE_INDEX = -100  # of labels, in all of Hugging Face
+IGNORE_INDEX = -100  # labels with this value are not in the loss, by Hugging Face's convention
 _STATE = "_fused_loss"
-"""Of an applied model: (its forward under ours, skip_logits)."""
+"""The attribute of an applied model that holds (the forward under ours, skip_logits)."""
 
 
 def apply(
     model: nn.Module, *, skip_logits: bool | None = None, scale: float | None = None, softcap: float | None = None
 ) -> Any:
-    """Make a Hugging Face causal LM compute the loss of its labels without ever computing logits.
+    """Make a Hugging Face causal LM compute the loss of its labels without storing logits.
 
         loss = -1/N sum_t log p(labels[b, t] | input_ids[b, :t]) over labels that are not -100,
-        N = num_items_in_batch, where it is given (transformers.Trainer does), else their number;
-        + router_aux_loss_coef * aux_loss of a mixture of experts that gives its aux_loss
+        N = num_items_in_batch if it is given (transformers.Trainer gives it), else the number of these labels;
+        + router_aux_loss_coef * aux_loss for a mixture of experts that gives its aux_loss
 
-    which is the model's own loss: with shift_labels, padding, packed sequences, gradient accumulation, mixed precision,
-    tied weights, PEFT (LoRA on the head too), and the softcap or scale of its logits. The rest of the output is the
-    model's own, but logits is None.
+    This is the model's own loss, also with shift_labels, padding, packed sequences, gradient accumulation, mixed
+    precision, tied weights, PEFT (LoRA on the head too), and the softcap or scale of its logits. The rest of the output
+    is the model's own, except that logits is None.
 
-    The model does what it always did where it is called without labels (generation, label_smoothing_factor,
+    Some calls still run the model's own forward: calls without labels (generation, label_smoothing_factor,
     compute_loss_func), with return_dict=False or another ignore_index, and in evaluation, where compute_metrics needs
     logits. `model(..., skip_logits=False)` gives logits in training too; True gives none in evaluation either.
 
     Args:
-        model: a causal LM, as it is or inside PEFT; before it is compiled, sharded or given to a Trainer.
-        skip_logits: for calls that do not say: None: in training only; True: also in evaluation, which needs less
-            memory where only the loss is evaluated; False: never.
-        scale, softcap: of the logits. Giving either omits the measurement, as in `wrap_lm_head`, and the comparison of
-            both losses on two rows of four tokens.
+        model: a causal LM, plain or inside PEFT, before it is compiled, sharded or given to a Trainer.
+        skip_logits: the default for calls. None skips logits in training only. True skips them in evaluation too, which
+            needs less memory if only the loss is evaluated. False never skips them.
+        scale, softcap: scale and softcap of the logits. If either is given, neither is measured, as in `wrap_lm_head`,
+            and the two losses are not compared on two rows of four tokens.
 
     Returns:
-        model. Applying again replaces skip_logits alone. Parameters, state_dict and save_pretrained are untouched; a
+        model. Applying it again only changes skip_logits. Parameters, state_dict and save_pretrained are unchanged. A
         deep copy has the fused head too; a pickle loads without it.
 
-    Differentiable: the loss, once: a second backward pass through it raises RuntimeError. It is float32.
+    Differentiable: the loss, once. A second backward pass through it raises RuntimeError. The loss is float32.
 
-    Not for torch.nn.DataParallel, which raises RuntimeError then. A Trainer that sees several GPUs takes it unless each
-    has a process of its own (torchrun, accelerate launch).
-
-    Edge cases: labels that are all -100 give NaN without num_items_in_batch, and 0 with it, as ever.
+    Edge cases: labels that are all -100 give NaN without num_items_in_batch and 0 with it, as in the model itself.
+    torch.nn.DataParallel raises RuntimeError. A Trainer uses it if one process sees several GPUs, so start a process
+    for each GPU (torchrun, accelerate launch).
 
     Raises:
-        TypeError: for what is no causal LM.
-        ValueError: with the model's class and the reason: where `wrap_lm_head` refuses it, and where its own loss is
-            another than this one.
+        TypeError: if model is not a causal LM.
+        ValueError: if `wrap_lm_head` refuses the model, or its own loss differs from this one. The message has the
+            model's class and the reason.
 
     Traffic: that of linear_policy_loss: three products of [scored, H] x [H, V], logits_budget_mb of logits at a time.
     """
@@ -79,12 +78,12 @@ def apply(
         if not (self.training if skip is None else skip) or not _gives_loss(self, named | kwargs):
             return under(*args, **kwargs)
         if named.keys() & kwargs.keys() or len(args) > len(positions):
-            return under(*args, **kwargs)  # which raises
+            return under(*args, **kwargs)  # raises the usual TypeError
         return _with_loss(self, under, named | kwargs)
 
     positions = list(inspect.signature(type(lm).forward).parameters)[1:]
     forward.fused_loss = forward  # type: ignore[attr-defined]
-    # On the model, not in the closure, so that a deep copy calls its own.
+    # Kept on the model, not in the closure, so that a deep copy calls its own forward.
     setattr(lm, _STATE, (lm.forward, skip_logits))
     lm.forward = types.MethodType(forward, lm)
     lm._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, lm)
@@ -98,11 +97,11 @@ def apply(
 
 
 def restore(model: nn.Module) -> Any:
-    """Undo `apply`: the model is what it was before. Harmless where it was not applied. Returns model.
+    """Undo `apply`. A model without the fused head is left as it is. Returns model.
 
     Raises:
-        ValueError: if another forward stands over ours, as a Trainer in mixed precision puts one there. Its
-            `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` undoes both.
+        ValueError: if another forward was put over ours, as a Trainer does in mixed precision. Then undo that first
+            with `accelerator.unwrap_model(model, keep_fp32_wrapper=False)`.
     """
     lm = _causal_lm(model)
     ours = _ours(lm)
@@ -119,11 +118,11 @@ def restore(model: nn.Module) -> Any:
 
 
 def _ours(lm: Any) -> Any:
-    """Our forward, if it stands on the model or under what stands there: not so on a model that was unpickled."""
+    """Our forward, if the model's forward is ours or wraps ours; else None, as on a model that was unpickled."""
     function = getattr(lm, "forward", None)
     while function is not None:
         function = getattr(function, "__func__", function)
-        # functools.wraps gives what stands over ours its attributes.
+        # functools.wraps copies ours' attributes to a function that wraps it, hence the identity check.
         if getattr(function, "fused_loss", None) is function:
             break
         function = getattr(function, "__wrapped__", None)
@@ -131,7 +130,7 @@ def _ours(lm: Any) -> Any:
 
 
 def _replicate_for_data_parallel(lm: Any) -> Any:
-    """In place of the module's own: replicas would share the forward and the hooks of the first."""
+    """Replaces the module's own method, whose replicas would share the forward and hooks of the first."""
     raise RuntimeError(
         f"{type(lm).__name__} has the fused head in its loss, which torch.nn.DataParallel cannot replicate; start a "
         "process for each GPU (torchrun, accelerate launch), or undo `apply` with `restore`"
@@ -139,7 +138,7 @@ def _replicate_for_data_parallel(lm: Any) -> Any:
 
 
 def _gives_loss(lm: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the model would give a loss, and in an output whose logits may be missing."""
+    """Whether the model would give a loss, in an output object whose logits may be None."""
     return_dict = kwargs.get("return_dict")
     return (
         kwargs.get("labels") is not None
@@ -157,12 +156,12 @@ def _with_loss(lm: Any, under: Any, kwargs: dict[str, Any]) -> Any:
     loss = loss / count
     if output.get("aux_loss") is not None:
         loss = loss + lm.router_aux_loss_coef * output.aux_loss.to(loss.device)
-    # A new one, since the loss comes first in what was made without it.
+    # A new output object, in which the loss comes first.
     return type(output)(**{**output, "loss": loss, "head_output": None})
 
 
 def _negative_log_likelihood(hidden: Tensor, weight: Tensor, token_ids: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
-    """The sum over the scored tokens, and their number. The gradient of reinforce is that of the log-probabilities."""
+    """(sum over the scored tokens, their number). The reinforce loss with advantages of 1 is this sum."""
     ones = torch.ones(len(hidden), device=hidden.device)
     loss, _ = linear_policy_loss(
         hidden, weight, token_ids, None, ones, objective="reinforce", aggregation="token_sum", **head
@@ -171,7 +170,7 @@ def _negative_log_likelihood(hidden: Tensor, weight: Tensor, token_ids: Tensor, 
 
 
 def _compare(lm: Any) -> None:
-    """Raises where the loss is not the model's own, on two rows of four tokens, of which not all are scored."""
+    """Raises unless our loss is the model's own on two rows of four tokens, one of them not scored."""
     special = {value for name, value in lm.config.to_dict().items() if "token" in name and isinstance(value, int)}
     embedding = lm.get_input_embeddings().weight
     tokens = [token for token in range(len(embedding)) if token not in special][:8]
@@ -196,7 +195,7 @@ def _compare(lm: Any) -> None:
 
 
 def _causal_lm(model: Any) -> Any:
-    """The model itself, out of torch.compile, DDP and PEFT."""
+    """The model inside torch.compile, DDP and PEFT."""
     while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
         model = inner
     return model.get_base_model() if hasattr(model, "get_base_model") else model

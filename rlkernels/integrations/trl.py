@@ -4,32 +4,32 @@
 
     rk.patch()              # or: with rk.patched(): ...
 
-Its trainers need no other change, not even those that exist already. Replaced, in TRL 1.13 and later:
+TRL's trainers need no other change, and even existing trainer objects use ours. Replaced in TRL 1.13 and later:
 
-- `_ChunkedLogProbFunction`, the log-probabilities of the fused LM head, on which SFT, DPO, KTO, GRPO and RLOO train
-  since 1.15 (some of GRPO before): by `rlkernels.linear_token_logprobs`.
-- `selective_log_softmax`, `entropy_from_logits` and `selective_log_softmax_and_entropy`, for wherever logits exist: by
+- `_ChunkedLogProbFunction`, the log-probabilities of the fused LM head, by `rlkernels.linear_token_logprobs`. SFT, DPO,
+  KTO, GRPO and RLOO train on it since 1.15, and part of GRPO before.
+- `selective_log_softmax`, `entropy_from_logits` and `selective_log_softmax_and_entropy`, used wherever logits exist, by
   `rlkernels.token_logprobs`.
-- `_chunked_divergence_loss`, the loss of the distillation trainer: by `rlkernels.linear_kl_divergence`.
+- `_chunked_divergence_loss`, the loss of the distillation trainer, by `rlkernels.linear_kl_divergence`.
 
-Left as it is:
+Not replaced:
 
-- the functions of logits where these are bfloat16 or float16 on a CPU: TRL's own tests want them equal, bit for bit, to
-  log_softmax in that dtype, and theirs serve;
-- what is written out in the trainers and is no function: the advantages, ratios and losses of GRPO and RLOO, the losses
-  of DPO and KTO, and SFT's own chunked cross-entropy before 1.15;
-- `nanstd`, a function of few numbers a step;
-- the Reward trainer, which calls none of the above.
+- the functions of logits for bfloat16 or float16 logits on a CPU, since TRL's own tests want them equal, bit for bit,
+  to log_softmax in that dtype;
+- code written out in the trainers, which is no function: the advantages, ratios and losses of GRPO and RLOO, the losses
+  of DPO and KTO, and SFT's chunked cross-entropy before 1.15;
+- `nanstd`, which handles few numbers per step;
+- the Reward trainer, which calls none of these functions.
 
-What differs from TRL:
+Differences from TRL:
 
-- An id outside of the vocabulary raises ValueError on a CPU and gives NaN on a GPU (there: RuntimeError, or as if its
-  logit were 0), but for -100 given to the fused head, whose row is 0 throughout.
-- A logit of -inf adds 0 to the entropy (there: NaN). No rows are no error. There is no second derivative.
-- The fused head takes no temperature of 0 or below, and chooses the sizes of its tiles itself. A weight of another
-  dtype than that of the products gets a gradient rounded to the latter, as by torch.nn.Linear under autocast.
-- Gradients of the fused head in bfloat16 and float16 are those of PyTorch, and of TRL since 1.15, which rounds the
-  gradient of a tile of logits for its products. Before, TRL multiplied them in float32, somewhat nearer the truth.
+- An id outside the vocabulary raises ValueError on a CPU and gives NaN on a GPU. TRL raises RuntimeError, or treats its
+  logit as 0. The fused head accepts -100, and that row's results are 0.
+- A logit of -inf adds 0 to the entropy (TRL: NaN). Zero rows are no error. There is no second derivative.
+- The fused head needs a temperature above 0 and chooses its tile sizes itself. If the weight has another dtype than the
+  products, its gradient is rounded to the products' dtype, as with torch.nn.Linear under autocast.
+- In bfloat16 and float16 the fused head's gradients are PyTorch's, and those of TRL since 1.15, which rounds the
+  gradient of a tile of logits for its products. Earlier TRL multiplied in float32, which is slightly more precise.
 """
 
 import torch
@@ -42,10 +42,10 @@ from rlkernels.integrations._patch import Patch, Replacement
 
 _HALF = (torch.bfloat16, torch.float16)
 _SKIPPED = torch.iinfo(torch.int64).min
-"""The id of a row that is not scored: one that nobody has, since TRL takes -100 for a mistake."""
+"""The id that marks a row as not scored. No data has it; -100 would not do, since TRL treats it as a mistake."""
 
 _OUTPUTS = {"log_sum_sq_probs": "log_sum_sq_probs", "mean_logits": "mean_logit", "is_top1": "is_top1"}
-"""TRL's names of them, and ours."""
+"""TRL's names of outputs -> our names."""
 
 
 def chunked_logprobs(
@@ -69,7 +69,7 @@ def chunked_logprobs(
         outputs=tuple(_OUTPUTS[name] for name in names if name != "entropy"),
     )
     named = dict(zip(["logprobs", *names], values if names else [values], strict=True))
-    # Also of float64 TRL makes float32, which its trainers copy into buffers of that dtype.
+    # float32 even for float64 inputs, as in TRL, whose trainers copy the values into float32 buffers.
     named = {name: value if value.dtype == torch.bool else value.float() for name, value in named.items()}
     return tuple(named.get(name) for name in ("logprobs", "entropy", *_OUTPUTS))
 
@@ -77,27 +77,27 @@ def chunked_logprobs(
 def chunked_logprobs_and_entropy(
     last_hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0
 ):
-    """As it was before 1.15."""
+    """chunked_logprobs as in TRL before 1.15."""
     options = (temperature, chunk_size, final_logit_softcapping, logit_scale)
     return chunked_logprobs(last_hidden, weight, bias, targets, *options, outputs=("entropy",))[:2]
 
 
 def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
-    """The dtype is that of theirs, and float32 until then."""
+    """Computes in float32 and returns the dtype that TRL would."""
     if _theirs_serves(logits, index, row_mask):
         return _theirs("selective_log_softmax")(logits, index, temperature, row_mask)
     return _scored(logits, index, temperature, row_mask)[0]
 
 
 def selective_log_softmax_of_logits(logits, index):
-    """As it was before 1.14."""
+    """selective_log_softmax as in TRL before 1.14."""
     if _theirs_serves(logits, index):
         return _theirs("selective_log_softmax")(logits, index)
     return _scored(logits, index)[0]
 
 
 def entropy_from_logits(logits, chunk_size=128):
-    """The dtype is that of theirs."""
+    """Returns the dtype that TRL would."""
     index = logits.new_zeros(logits.shape[:-1], dtype=torch.long)
     if _theirs_serves(logits, index):
         return _theirs("entropy_from_logits")(logits, chunk_size)
@@ -105,7 +105,7 @@ def entropy_from_logits(logits, chunk_size=128):
 
 
 def selective_log_softmax_and_entropy(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
-    """The dtypes are those of theirs."""
+    """Returns the dtypes that TRL would."""
     if _theirs_serves(logits, index, row_mask):
         name = "selective_log_softmax_and_entropy"
         return _theirs(name)(logits, index, entropy_requires_grad, temperature, row_mask)
@@ -129,7 +129,8 @@ def chunked_divergence_loss(
     teacher_final_logit_softcapping=None,
     temperature=1.0,
 ):
-    """(loss, sum of the student's entropies, number of scored positions). The entropy is data, as it is since 1.15."""
+    """(loss, sum of the student's entropies, number of scored positions). No gradient flows through the entropies, as
+    in TRL since 1.15."""
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
     device = student_hidden_states.device.type
@@ -141,7 +142,7 @@ def chunked_divergence_loss(
     with (
         maybe_gather_lm_head_ctx(*student[1:]),
         maybe_gather_lm_head_ctx(*teacher[1:]),
-        # A CPU's products of bfloat16 are rounded to it, and theirs are not.
+        # On a CPU bfloat16 products are rounded to bfloat16; TRL's are not.
         torch.autocast(device, enabled=device != "cpu" and torch.is_autocast_enabled(device)),
     ):
         if device == "cpu":
@@ -186,7 +187,7 @@ def chunked_divergence_loss_by_chunk_size(
     teacher_final_logit_softcapping=None,
     temperature=1.0,
 ):
-    """As it was before 1.15."""
+    """chunked_divergence_loss as in TRL before 1.15."""
     return chunked_divergence_loss(
         student_hidden_states,
         teacher_hidden_states,
@@ -206,10 +207,10 @@ def chunked_divergence_loss_by_chunk_size(
 
 
 def _head(hidden, weight, bias, softcap, scale):
-    """A head as our functions take it."""
+    """Keyword arguments of our linear_* functions for one LM head."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    # Saved for the backward pass are aliases: DeepSpeed's ZeRO-3 takes a parameter's data away after the forward pass.
+    # The backward pass keeps aliases, since DeepSpeed's ZeRO-3 frees a parameter's data after the forward pass.
     weight, bias = (None if value is None else value.view_as(value).to(dtype) for value in (weight, bias))
     if scale <= 0:
         hidden, bias, scale = hidden * scale, None if bias is None else bias * scale, 1.0
@@ -231,26 +232,27 @@ def _theirs(name):
 
 
 def _theirs_serves(logits, index, row_mask=None):
-    """Whether TRL's own function does: none that rounds less often than log_softmax of 16 bits gives the same bits."""
+    """Whether to call TRL's own function: 16-bit logits on a CPU must match log_softmax bit for bit, and a function
+    that rounds less often cannot."""
     if logits.device.type != "cpu" or logits.dtype not in _HALF or not logits.numel():
         return False
     return _dtype_of_theirs(logits, index, row_mask) in _HALF
 
 
 def _scored(logits, index, temperature=1.0, row_mask=None, with_entropy=False):
-    """Log-probabilities of `index`, and the entropy if it is asked for."""
+    """(log-probabilities of `index`, entropy or None)."""
     if temperature <= 0:
         raise ValueError("temperature must be positive")
     several = index.dim() == logits.dim()
     dtype = _dtype_of_theirs(logits, index, row_mask)
     if dtype in _HALF and temperature != 1.0:
-        logits, temperature = logits / temperature, 1.0  # rounded as theirs
-    # Of several tokens a row, the likeliest gives the logsumexp, since it has a log-probability that is finite.
+        logits, temperature = logits / temperature, 1.0  # rounded as in TRL
+    # With several tokens per row, the most likely token gives the logsumexp: its log-probability is finite.
     ids = logits.detach().argmax(-1) if several else index
     if row_mask is not None and not several:
         ids = ids.long().masked_fill(row_mask == 0, _SKIPPED)
     if several and logits.dtype in _HALF:
-        # Three gradients come together at each logit. In float32 they are rounded but once.
+        # Three gradients are added at each logit. In float32 the sum is rounded only once.
         logits = logits.float()
     values = token_logprobs(logits, ids, temperature=temperature, ignore_index=_SKIPPED, return_entropy=with_entropy)
     logprobs, entropy = values if with_entropy else (values, None)
@@ -259,17 +261,17 @@ def _scored(logits, index, temperature=1.0, row_mask=None, with_entropy=False):
         logprobs = z[..., 1:] - (z[..., 0] - logprobs).unsqueeze(-1)
         if row_mask is not None:
             logprobs = logprobs.masked_fill(row_mask == 0, 0.0)
-    # Copies, since TRL's trainers change them in place, and ours needs its own for the backward pass.
+    # Copies, since TRL's trainers change them in place, and our backward pass needs the originals.
     return logprobs.to(dtype, copy=True), None if entropy is None else entropy.to(dtype, copy=True)
 
 
 def _dtype_of_theirs(logits, index, row_mask):
     from trl.trainer import utils
 
-    kernel_serves = getattr(utils, "_supports_trl_loss_kernel", None)  # since 1.14, float32 on GPUs
+    kernel_serves = getattr(utils, "_supports_trl_loss_kernel", None)  # TRL since 1.14 has a float32 kernel on GPUs
     if kernel_serves is not None and kernel_serves(logits, index, row_mask):
         return torch.float32
-    return F.log_softmax(logits.new_zeros(1), -1).dtype  # which autocast has a say in
+    return F.log_softmax(logits.new_zeros(1), -1).dtype  # depends on autocast
 
 
 PATCH = Patch(
@@ -285,7 +287,7 @@ PATCH = Patch(
             versions="<1.15",
         ),
         Replacement(
-            "trl.kernels.chunked_logprob:ChunkedLogProbFunction.apply",  # the class of the same name as before, too
+            "trl.kernels.chunked_logprob:ChunkedLogProbFunction.apply",  # trl.trainer.utils holds the same class
             chunked_logprobs,
             "(ctx, hidden, weight, bias, targets, temperature, chunk_size, "
             "final_logit_softcapping=None, logit_scale=1.0, "

@@ -1,38 +1,39 @@
 """verl on our kernels. With both installed there is nothing to import: verl loads this module when it is imported.
 
-    algorithm.adv_estimator=rk_grpo                       # of verl's configuration
+    algorithm.adv_estimator=rk_grpo                       # in verl's configuration
     actor_rollout_ref.actor.policy_loss.loss_mode=rk_vanilla
 
-Registered beside verl's own, each as verl's of the same name computes it:
+These names are registered in addition to verl's. Each computes what verl's function of the same name computes:
 
     estimators   rk_gae rk_grpo rk_grpo_vectorized rk_rloo rk_rloo_vectorized rk_reinforce_plus_plus
                  rk_reinforce_plus_plus_baseline rk_gpg
     losses       rk_vanilla rk_gspo rk_cispo rk_sapo rk_geo_mean rk_dppo_tv rk_dppo_kl rk_gpg rk_dro
 
-rk_gae needs critic.enable=True beside it: verl starts a critic of its own accord for "gae" alone.
+rk_gae needs critic.enable=True: verl starts a critic without it for the name "gae" only.
 
-Under the names "gae" and "grpo" alone verl's trainer itself does more: it resamples the batch where use_pf_ppo is set,
-which rk_gae refuses, and of an agent loop's several outputs it compares the last ones, where under rk_grpo it takes
-each for a sample. For both there is patch(). The setting bypass_mode takes the place of any loss_mode.
+For the names "gae" and "grpo" verl's trainer does more than call the estimator. With "gae" it resamples the batch if
+use_pf_ppo is set; rk_gae refuses that setting. With "grpo" and an agent loop of several outputs it compares the last
+outputs; with rk_grpo each output counts as a sample. To keep both, use patch(). The setting bypass_mode overrides any
+loss_mode.
 
     import rlkernels.integrations.verl as rk;  rk.patch()        # or: with rk.patched(): ...
 
-puts ours in place of verl's under verl's own names, wherever they have been imported: the estimators and losses above
-and gdpo and remax, whose inputs verl's trainer prepares under these names alone; the loss `reinforce` of the mode
-bypass_mode; agg_loss, compute_value_loss, kl_penalty; logprobs_from_logits, entropy_from_logits (in chunks too),
-masked_whiten, FusedLinearForPPO.forward and linear_cross_entropy, which then runs on any device, with any hidden size.
-verl's workers are processes of Ray's, where one more setting has each of them call it:
+This replaces verl's functions under verl's own names, wherever they have been imported: the estimators and losses
+above; gdpo and remax, whose inputs verl's trainer prepares for these names only; the loss `reinforce` of bypass_mode;
+agg_loss, compute_value_loss, kl_penalty; logprobs_from_logits, entropy_from_logits (in chunks too), masked_whiten,
+FusedLinearForPPO.forward and linear_cross_entropy, which then runs on any device, with any hidden size. verl's workers
+are Ray's processes. This setting makes each of them call patch():
 
     ray_kwargs.ray_init.runtime_env.worker_process_setup_hook=rlkernels.integrations.verl.patch
 
-Not replaced, because the choice of tokens or of a baseline, which no function of ours makes, is all that there is to
-them: clip_cov and kl_cov (random and largest covariances), grpo_passk (two best of a group), opo (a mean weighted by
-length), optimal_token_baseline and tir_optimal_token_baseline. Their aggregation is ours once patched, and so are the
-losses that bypass_mode calls.
+Some functions are not replaced, because they only choose tokens or a baseline, which no function of ours does: clip_cov
+and kl_cov (random and largest covariances), grpo_passk (two best of a group), opo (a mean weighted by length),
+optimal_token_baseline and tir_optimal_token_baseline. Once patched, their aggregation is ours, and so are the losses
+that bypass_mode calls.
 
-Ours differ from verl's in this: a reward that is NaN does not count, where verl makes its whole group NaN; masks are of
-zeros and ones; gamma and lam lie in [0, 1]; advantages, old log-probabilities and returns are data, and one that
-requires a gradient is refused.
+Ours differ from verl's as follows. A NaN reward does not count, where verl makes its whole group NaN. Masks must be 0
+or 1. gamma and lam must lie in [0, 1]. Advantages, old log-probabilities and returns are data; ours refuse one that
+requires a gradient.
 """
 
 import importlib
@@ -171,7 +172,7 @@ LOSSES: dict[str, Callable] = {
 
 
 def _register() -> None:
-    """Put ours into verl's registries, or warn why not: verl itself would drop the error of a plugin unseen."""
+    """Puts ours into verl's registries. On failure it warns, since verl silently drops a plugin's exceptions."""
     try:
         version = importlib.metadata.version("verl")
     except importlib.metadata.PackageNotFoundError:
