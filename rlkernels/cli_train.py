@@ -25,7 +25,7 @@ from rlkernels import cli_data, trainers
 from rlkernels.cli_commands import COMMANDS, RunArguments
 from rlkernels.cli_errors import BadValue, Stopped, local_rank, show
 from rlkernels.cli_options import parse_run
-from rlkernels.trainers.base import checkpoints, saving
+from rlkernels.trainers.base import checkpoints, hf
 from rlkernels.trainers.rewards.calls import text_of
 from rlkernels.trainers.rewards.process_settings import restored
 
@@ -104,7 +104,7 @@ def checkpoint_to_resume(config: Any) -> str | bool | None:
     """What `Trainer.train` takes as resume_from_checkpoint: a folder, True for the last one, or None."""
     given, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
     try:
-        saving.settle(config)
+        hf.settle(config)
     except checkpoints.CheckpointError as error:
         raise BadValue(f"--{error}") from error
     if given is None:

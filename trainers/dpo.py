@@ -18,11 +18,11 @@ import rlkernels
 
 from .base.checkpoints import BadCheckpoint
 from .base.config import BaseConfig, router_field
+from .base.hf import reads
 from .base.limits import Limits
 from .base.loading import disable_dropout, load_tokenizer, refuse_prompt_learning
 from .base.reference_cache import cache_file, hash_model, read, write
 from .base.rows import each_part
-from .base.saving import reads
 from .base.sharding import refuse_zero3, reshard
 from .base.trainer import BaseTrainer
 from .batch import scoring

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import rlkernels
 
+from .base.hf import reads
 from .base.loading import load_classifier, refuse_prompt_learning
 from .base.rows import GroupSampler, check_columns
-from .base.saving import reads
 from .base.sharding import refuse_zero3
 from .batch import scoring
 from .batch.batch import IGNORE, Batch, Sequence

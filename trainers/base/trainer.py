@@ -30,6 +30,7 @@ from ..losses.router import find_router_loss
 from .checkpoints import BadCheckpoint, processes
 from .config import BaseConfig
 from .contexts import evaluating, isolated_rng, random_state
+from .hf import SavingTrainer, reads
 from .limits import embedded
 from .loading import (
     load_model,
@@ -39,7 +40,6 @@ from .loading import (
 from .metrics import Metrics
 from .reporting import CurvesCallback
 from .rows import LengthGroupedSampler, NumberedRows
-from .saving import SavingTrainer, reads
 from .sharding import accumulating, load_whole_state_dict, prepare_frozen, refuse_zero3, reshard
 
 logger = logging.get_logger(__name__)

@@ -23,11 +23,11 @@ from ..base import checkpoints
 from ..base.chat import is_chat
 from ..base.config import BaseConfig
 from ..base.contexts import isolated_rng
+from ..base.hf import reads
 from ..base.limits import Limits
 from ..base.loading import load_classifier
 from ..base.metrics import LOGGED, Metrics, unique
 from ..base.rows import GroupSampler, NumberedRows, check_columns, each_part
-from ..base.saving import reads
 from ..base.sharding import gathered_once
 from ..base.trainer import BaseTrainer
 from ..batch.batch import shift
