@@ -25,7 +25,7 @@ from rlkernels import cli_data, trainers
 from rlkernels.cli_commands import COMMANDS, RunArguments
 from rlkernels.cli_errors import BadValue, Stopped, local_rank, show
 from rlkernels.cli_options import parse_run
-from rlkernels.trainers.base import checkpoints, hf
+from rlkernels.trainers.base import checkpoints, lock
 from rlkernels.trainers.rewards.calls import text_of
 from rlkernels.trainers.rewards.process_settings import restored
 
@@ -104,7 +104,7 @@ def checkpoint_to_resume(config: Any) -> str | bool | None:
     """What `Trainer.train` takes as resume_from_checkpoint: a folder, True for the last one, or None."""
     given, output_dir = config.resume_from_checkpoint, Path(config.output_dir)
     try:
-        hf.settle(config)
+        lock.settle(config)
     except checkpoints.CheckpointError as error:
         raise BadValue(f"--{error}") from error
     if given is None:
@@ -196,7 +196,7 @@ def train(name: str, arguments: list[str]) -> None:
             trainer.save_model()
     except BaseException as error:
         has_begun = trainer is not None and trainer.state.global_step > 0
-        in_use = isinstance(error, checkpoints.FolderInUse)  # the files in it are another run's
+        in_use = isinstance(error, lock.FolderInUse)  # the files in it are another run's
         if output_dir in made and not (has_begun or in_use or checkpoints.whole_checkpoints(output_dir)):
             shutil.rmtree(output_dir, ignore_errors=True)  # holds only what loggers wrote at the start
         remove_empty(made)

@@ -692,7 +692,7 @@ def test_a_second_run_into_a_folder_is_refused(run, capsys):
     """Before it removes what the first is writing, and without taking away the folder, which it has not made."""
     unfinished = Path("out/run/.checkpoint-1.unfinished")
     unfinished.mkdir(parents=True)
-    with trainers.base.checkpoints.Lock(Path("out/run")):
+    with trainers.base.lock.Lock(Path("out/run")):
         assert run("sft") == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("rlkernels sft: error: --output_dir out/run: another run writes there (process ")
@@ -702,7 +702,7 @@ def test_a_second_run_into_a_folder_is_refused(run, capsys):
 
 def test_a_run_that_another_overtakes_leaves_its_folder(run, monkeypatch, capsys):
     """Which the first of them had made."""
-    lock = trainers.base.checkpoints.Lock(Path("out/run"))
+    lock = trainers.base.lock.Lock(Path("out/run"))
     build = trainers.SFTTrainer.__init__
 
     def overtaken(*args, **kwargs):

@@ -30,6 +30,7 @@ from rlkernels.trainers import (
     SFTTrainer,
 )
 from rlkernels.trainers.base import checkpoints as c
+from rlkernels.trainers.base import lock
 from rlkernels.trainers.base import trainer as base_trainer
 from rlkernels.trainers.rollouts import online
 from rlkernels.trainers.rollouts.completions import CompletionsCallback
@@ -681,7 +682,7 @@ def test_a_second_run_into_a_folder_is_refused(tmp_path):
     told, tells = os.pipe()
     run = os.fork()
     if not run:
-        with c.Lock(folder):
+        with lock.Lock(folder):
             child = os.fork()
             if child:
                 os.write(tells, str(child).encode())
@@ -689,14 +690,14 @@ def test_a_second_run_into_a_folder_is_refused(tmp_path):
         os._exit(0)
     child = int(os.read(told, 20))
     try:
-        with pytest.raises(c.FolderInUse) as error:
-            c.Lock(folder).__enter__()
+        with pytest.raises(lock.FolderInUse) as error:
+            lock.Lock(folder).__enter__()
         holder = f"process {run} on {platform.node()}"
         assert str(error.value) == f"output_dir {folder}: another run writes there ({holder})"
         os.kill(run, signal.SIGKILL)
         os.waitpid(run, 0)
         os.kill(child, 0)
-        with c.Lock(folder):
+        with lock.Lock(folder):
             assert [path.name for path in folder.iterdir()] == [".lock"]
         assert list(folder.iterdir()) == []
     finally:
@@ -705,9 +706,9 @@ def test_a_second_run_into_a_folder_is_refused(tmp_path):
 
 def test_a_lock_whose_file_was_closed_is_given_back(tmp_path):
     """By code of the user that closes all files, as a daemon does."""
-    lock = c.Lock(tmp_path)
-    with lock:
-        os.close(lock._held)
+    held = lock.Lock(tmp_path)
+    with held:
+        os.close(held._held)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -720,7 +721,7 @@ def test_every_trainer_is_alone_in_its_folder(method, run_options, monkeypatch):
     trainer = build(method, str(folder))
     unfinished = folder / ".checkpoint-7.unfinished"
     unfinished.mkdir(parents=True)
-    with c.Lock(folder):
+    with lock.Lock(folder):
         for attempt in (trainer.train, trainer.save_model):
             with pytest.raises(CheckpointError, match=f"^output_dir {folder}: another run writes there"):
                 attempt()
@@ -735,13 +736,13 @@ def test_a_folder_that_cannot_be_locked_is_told(tmp_path, monkeypatch, fails):
     import fcntl
 
     warnings: list[str] = []
-    monkeypatch.setattr(c.logger, "warning", warnings.append)
+    monkeypatch.setattr(lock.logger, "warning", warnings.append)
 
     def fail(*args):
         raise OSError(errno.EROFS if fails == "open" else errno.ENOLCK, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(*(os, "open") if fails == "open" else (fcntl, "flock"), fail)
-    with c.Lock(tmp_path):
+    with lock.Lock(tmp_path):
         pass
     monkeypatch.undo()
     assert warnings == [

@@ -4,22 +4,22 @@ never stopped."""
 import contextlib
 import functools
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import EarlyStoppingCallback, GenerationConfig, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
 from .interrupts import StopRequest, stopped_by
+from .lock import FolderInUse, Lock, settle
+from .save_callback import SavesAndStops
 from .sharding import keeps_shards
-from .states import other_optimizer, other_weights, unlike
+from .states import check_state, other_optimizer, other_weights, unlike
 
 
 def reads(what: str) -> Callable:
@@ -61,7 +61,7 @@ class SavingTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stop = StopRequest()
-        self._locks: dict[Path, checkpoints.Lock] = {}
+        self._locks: dict[Path, Lock] = {}
         super().__init__(*args, **kwargs)
         self.add_callback(SavesAndStops(self))
 
@@ -89,22 +89,22 @@ class SavingTrainer(Trainer):
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside, no other run may write into the output folder: a `checkpoints.FolderInUse` on every process where one
+        """Inside, no other run may write into the output folder: a `lock.FolderInUse` on every process where one
         does. Every process calls it."""
         with contextlib.ExitStack() as stack:
             error, told = None, None
             if self.args.should_save:
                 try:
                     stack.enter_context(self._lock(Path(self.args.output_dir)))
-                except checkpoints.FolderInUse as raised:
+                except FolderInUse as raised:
                     error, told = raised, str(raised)
             found = gather_object([told]) if self.args.world_size > 1 else [told]
             for why in filter(None, found):
-                raise checkpoints.FolderInUse(why) from error
+                raise FolderInUse(why) from error
             yield
 
-    def _lock(self, folder: Path) -> checkpoints.Lock:
-        return self._locks.setdefault(folder.absolute(), checkpoints.Lock(folder))
+    def _lock(self, folder: Path) -> Lock:
+        return self._locks.setdefault(folder.absolute(), Lock(folder))
 
     def _goes_on_from(self, given: str | bool) -> str:
         """The checkpoint to go on from, whose content one process reads for all."""
@@ -344,104 +344,3 @@ class SavingTrainer(Trainer):
             self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
         else:
             super().save_model(folder, _internal_call=True)
-
-
-def check_state(checkpoint: Path) -> None:
-    """A BadCheckpoint if its trainer_state.json is none of a Trainer."""
-    try:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        own = TrainerState(train_batch_size=1, epoch=0.0)
-        why = unlike(vars(state), vars(own), "state")
-        if why is None and not all(isinstance(each, dict) for each in state.log_history):
-            why = "state.log_history must be a list of objects"
-        for name, saved in state.stateful_callbacks.items() if why is None else ():
-            for each in saved if isinstance(saved, list) else [saved]:
-                if not isinstance(each, dict) or not isinstance(each.get("attributes"), dict):
-                    why = f"state.stateful_callbacks.{name} has no attributes"
-        if why is None and not 0 <= state.global_step == int(state.global_step):
-            why = f"state.global_step must be a whole number, at least 0; got {state.global_step}"
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if why is not None:
-        raise checkpoints.BadCheckpoint(checkpoint, f"its trainer_state.json cannot be read: {why}")
-
-
-def check_generation_config(model: Any) -> None:
-    """A ValueError if no checkpoint could hold it: transformers saves none in doubt that is not as it was loaded, and
-    its Trainer gives it the special tokens of the tokenizer."""
-    config = getattr(model, "generation_config", None)
-    if not isinstance(config, GenerationConfig) or hasattr(model, "peft_config"):  # adapters are saved alone
-        return
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-    except OSError:  # no matter of the config
-        return
-    except ValueError as error:
-        raise ValueError(f"generation_config of the model cannot be saved: {' '.join(str(error).split())}") from error
-
-
-def settle(args: Any, lock: checkpoints.Lock | None = None) -> None:
-    """`checkpoints.settle` of the output folder, by the process that writes there; the others wait. A
-    `checkpoints.FolderInUse` where another run does, which may be amid a checkpoint."""
-    state = PartialState()
-    try:
-        if args.should_save and os.path.isdir(args.output_dir):
-            folder = Path(args.output_dir)
-            with lock or checkpoints.Lock(folder):
-                checkpoints.settle(folder)
-    finally:
-        state.wait_for_everyone()
-
-
-class SavesAndStops(TrainerCallback):
-    """Comes after the callbacks that decide what a step ends with. A run that was asked to stop does so when it has
-    saved; and what is saved after the last step of an epoch is saved at the end of the epoch, whose log and evaluation
-    a resumed run would not come back to."""
-
-    def __init__(self, trainer: SavingTrainer) -> None:
-        self.trainer = trainer
-        self.in_step = self.is_held = False
-
-    def _decide(self, state: Any, control: Any) -> None:
-        control.should_save |= bool(self.trainer.stop.agreed)
-        if not self.in_step or not control.should_save:
-            return
-        if state.epoch == int(state.epoch) or control.should_training_stop or control.should_epoch_stop:
-            control.should_save, self.is_held = False, True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.in_step = self.is_held = False
-        self.trainer.begun_after = state.global_step
-        if args.save_strategy != "no":
-            check_generation_config(self.trainer.saved_model())
-        resumed = self.trainer.resumed_from
-        # The run before may not have come to it. One of its later ones stays until this run has saved.
-        if resumed is not None and checkpoints.whole_checkpoints(Path(args.output_dir))[-1:] == [Path(resumed)]:
-            self.trainer.rotate(Path(resumed))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size == 1:
-            self.trainer.agree()
-        self.in_step = True
-        self._decide(state, control)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stop.listens:
-            self.trainer.agree()
-            self._decide(state, control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save |= self.is_held
-        self.in_step = self.is_held = False
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer.stop.listens:
-            return
-        self.trainer.agree()
-        if self.trainer.stop.agreed:
-            folder = self.trainer.checkpoint_folder()
-            raise stopped_by(
-                self.trainer.stop.agreed,
-                f"stopped after step {state.global_step} of {state.max_steps}; resume_from_checkpoint={folder} goes on",
-            )
