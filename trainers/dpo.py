@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,7 +17,7 @@ import rlkernels
 
 from .base.checkpoints import BadCheckpoint
 from .base.config import BaseConfig, router_field
-from .base.hf import reads
+from .base.kept import State
 from .base.limits import Limits
 from .base.loading import disable_dropout, load_tokenizer, refuse_prompt_learning
 from .base.reference_cache import cache_file, hash_model, read, write
@@ -292,8 +291,15 @@ class DPOTrainer(BaseTrainer):
             if args.disable_dropout and each is not None:
                 disable_dropout(each)
         if args.sync_ref_model:
-            self.keeps_reference = True  # in checkpoints
+            if ref_model is not None:
+                self.keep_reference()
             self.add_callback(SyncReference(self.accelerator.unwrap_model(self.reference_model)))
+        self.columns = ("sequences", "num_tokens", *REFERENCE_LOGPS)
+        self.keep(
+            "reference_hash",
+            State(lambda: self.reference_hash, self._check_reference),
+            "the hash of its reference",
+        )
         self.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
         self.ref_model, self.has_adapter = ref_model, peft_config is not None
         self.train_dataset = self.with_reference("train_dataset", train_dataset)
@@ -324,9 +330,6 @@ class DPOTrainer(BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self.with_reference("eval_dataset", self.prepared("eval_dataset", eval_dataset))
         return super().get_eval_dataloader(eval_dataset)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["_row_id", "sequences", "num_tokens", *REFERENCE_LOGPS]
 
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         if self.model.training:
@@ -441,18 +444,10 @@ class DPOTrainer(BaseTrainer):
 
     # A resumed run must go on against the same reference, also where it is given the checkpoint as its model.
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.reference_hash is not None and self.args.should_save:
-            Path(output_dir, "reference_hash").write_text(self.reference_hash)
-
-    @reads("the hash of its reference")
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        file = None if checkpoint is None else Path(checkpoint, "reference_hash")
-        if file is not None and file.is_file() and self.reference_hash not in (None, file.read_text()):
+    def _check_reference(self, precomputed: str | None) -> None:
+        if precomputed is not None and self.reference_hash not in (None, precomputed):
             raise BadCheckpoint(
-                checkpoint,
+                str(self.resumed_from),
                 "its run precomputed the log-probabilities of another reference; give the model, and ref_model if "
                 "there was one, that it started with",
             )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 import rlkernels
@@ -348,6 +347,7 @@ class GRPOTrainer(OnlineTrainer):
             optimizers=optimizers,
             rollout=rollout,
         )
+        self.train_batch_size = args.train_batch_size * args.steps_per_generation
         self.num_generations_eval = args.num_generations_eval or args.num_generations
         # Optimizer steps that one generation batch serves.
         self.steps_per_rollout = args.steps_per_generation * args.num_iterations // self.accumulation_steps
@@ -357,16 +357,7 @@ class GRPOTrainer(OnlineTrainer):
 
     # Data: a batch of the dataloader is the prompts of a whole generation batch, repeated for each step it serves.
 
-    def get_train_dataloader(self) -> DataLoader:
-        return self._get_dataloader(
-            dataset=self.train_dataset,
-            description="Training",
-            batch_size=self._train_batch_size * self.args.steps_per_generation,
-            sampler_fn=self._get_train_sampler,
-            is_training=True,
-        )
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
+    def train_sampler(self) -> GroupSampler:
         size = len(self.train_dataset)
         steps_per_epoch = size // self.prompts_per_batch * self.steps_per_rollout
         return GroupSampler(

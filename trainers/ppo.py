@@ -2,12 +2,9 @@
 rewards with a KL penalty, a learned value function, generalised advantages, clipped policy and value losses."""
 
 import copy
-import json
 import math
 import random
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 import rlkernels
 
-from .base.hf import reads
 from .base.loading import load_classifier, refuse_prompt_learning
 from .base.rows import GroupSampler, check_columns
 from .base.sharding import refuse_zero3
@@ -166,6 +162,33 @@ class PPOBatch(Batch):
     value_normalizer: float | Tensor = 1.0
 
 
+class AdaptiveKL:
+    """The coefficient of the KL penalty. With adap_kl_ctrl it moves to where the policy keeps `target_kl`:
+
+        coef *= 1 + clip(kl / target_kl - 1, -0.2, 0.2) * completions / horizon
+
+    References: Ziegler et al. 2019 (arXiv 1909.08593, section 2.2).
+    """
+
+    def __init__(self, args: PPOConfig) -> None:
+        self.args, self.coef = args, args.kl_coef
+
+    def update(self, kl: float, completions: float) -> None:
+        if self.args.adap_kl_ctrl:
+            error = min(max(kl / self.args.target_kl - 1, -0.2), 0.2)
+            self.coef *= 1 + error * completions / self.args.horizon
+
+    def state_dict(self) -> float:
+        return self.coef
+
+    def load_state_dict(self, coef: float | None) -> None:
+        if not self.args.adap_kl_ctrl:
+            return
+        if coef is None:
+            raise FileNotFoundError(KL_COEF)
+        self.coef = float(coef)
+
+
 class PPOTrainer(OnlineTrainer):
     """Trains a causal language model on rewards of its own completions, with a learned value function.
 
@@ -250,7 +273,9 @@ class PPOTrainer(OnlineTrainer):
             if self.value_model.config.pad_token_id is None:
                 # Without one, classifiers of transformers refuse padded batches.
                 self.value_model.config.pad_token_id = self.processing_class.pad_token_id
-        self.kl_coef = args.kl_coef
+        self.kl = AdaptiveKL(args)
+        self.keep(KL_COEF, self.kl, "its KL coefficient")
+        self.undone.append(self.kl)
         self.steps_per_rollout = args.num_ppo_epochs * args.num_mini_batches
 
     def trained(self, model: nn.Module) -> nn.Module:
@@ -258,6 +283,9 @@ class PPOTrainer(OnlineTrainer):
 
     def generating_model(self) -> Any:
         return self.model.policy
+
+    def model_parts(self) -> dict[str, nn.Module]:
+        return {"": self.model.policy, VALUE: self.model.value}
 
     def read_by(self) -> list[Any]:
         return [*super().read_by(), *([] if self.value_model is None else [self.value_model])]
@@ -267,7 +295,7 @@ class PPOTrainer(OnlineTrainer):
 
     # Data: a batch of the dataloader is the prompts of a batch of completions, repeated for each step it serves.
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
+    def train_sampler(self) -> GroupSampler:
         size = len(self.train_dataset)
         steps_per_epoch = size // self.prompts_per_batch * self.steps_per_rollout
         return GroupSampler(
@@ -309,7 +337,7 @@ class PPOTrainer(OnlineTrainer):
             logprobs,
             ref_logprobs,
             has_value,
-            kl_coef=self.kl_coef,
+            kl_coef=self.kl.coef,
             estimator=self.args.kl_estimator,
             cu_seqlens=cu_seqlens,
         )
@@ -386,14 +414,12 @@ class PPOTrainer(OnlineTrainer):
         kl, entropy, score = (each / max(rows, 1) for each in sums)
         self.metrics.add("objective/entropy", entropy, rows)
         self.metrics.add("objective/scores", score, rows)
-        self.metrics.add("objective/rlhf_reward", score - self.kl_coef * kl, rows)
+        self.metrics.add("objective/rlhf_reward", score - self.kl.coef * kl, rows)
         if self.has_reference:
             self.metrics.add("objective/kl", kl, rows)
-            self.metrics.add("objective/kl_coef", self.kl_coef)
-            self.metrics.add("objective/non_score_reward", -self.kl_coef * kl, rows)
-        if self.args.adap_kl_ctrl:  # Ziegler et al. 2019 (arXiv 1909.08593, section 2.2)
-            error = min(max(kl / self.args.target_kl - 1, -0.2), 0.2)
-            self.kl_coef *= 1 + error * rows / self.args.horizon
+            self.metrics.add("objective/kl_coef", self.kl.coef)
+            self.metrics.add("objective/non_score_reward", -self.kl.coef * kl, rows)
+        self.kl.update(kl, rows)
 
     # The optimizer step
 
@@ -466,58 +492,3 @@ class PPOTrainer(OnlineTrainer):
         tokens = value["num_tokens"]
         self.metrics.add("loss/value_avg", value_sum / tokens, tokens)
         self.metrics.add("val/clipfrac_avg", value["clip_fraction"], tokens)
-
-    # The policy is saved as any model, and what says its value, with the same tokenizer, in a folder in it.
-
-    def _each_part(self, folder: str) -> Iterator[tuple[str, str]]:
-        """Name and folder of the policy, then those of the value, while either is `self.model`."""
-        both = self.model
-        try:
-            self.model = both.policy
-            yield "policy", folder
-            self.model = both.value
-            yield "value", str(Path(folder) / VALUE)
-        finally:
-            self.model = both
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        for name, folder in self._each_part(self.args.output_dir if output_dir is None else output_dir):
-            part = None
-            if state_dict is not None:
-                named = ((key.partition("."), tensor) for key, tensor in state_dict.items())
-                part = {key: tensor for (first, _, key), tensor in named if first == name}
-            super()._save(folder, part)
-
-    @reads("its weights")
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:  # whose checkpoints hold both in one
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        for _, folder in self._each_part(resume_from_checkpoint):
-            super()._load_from_checkpoint(folder)
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def before_step(self) -> Callable[[], None]:
-        restore_others, kl_coef = super().before_step(), self.kl_coef
-
-        def restore() -> None:
-            restore_others()
-            self.kl_coef = kl_coef
-
-        return restore
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.args.should_save:
-            (Path(output_dir) / KL_COEF).write_text(json.dumps(self.kl_coef))
-
-    @reads("its KL coefficient")
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self.args.adap_kl_ctrl:
-            self.kl_coef = float(json.loads((Path(checkpoint) / KL_COEF).read_text()))

@@ -34,6 +34,7 @@ class PolicyAndValue(nn.Module):
         self.policy: Any = policy
         self.value: Any = ValueHead(policy) if value is None else value
         self.config = policy.config
+        self._keys_to_ignore_on_save = None  # the Trainer asks for it when it loads either
         # FSDP shards each of these layers by itself.
         parts = [getattr(model, "_no_split_modules", None) or [] for model in (self.policy, self.value)]
         self._no_split_modules = list(dict.fromkeys(name for names in parts for name in names))

@@ -129,7 +129,7 @@ def test_resumes_exactly(make_trainer, make_classifier, value, step, tmp_path):
     assert history(resumed) == history(whole)
     assert len(history(resumed)) == 9
     assert torch.equal(weights(resumed.model), weights(whole.model))
-    assert resumed.kl_coef == whole.kl_coef != 0.05
+    assert resumed.kl.coef == whole.kl.coef != 0.05
 
 
 @pytest.mark.parametrize("value", ["head", "model"])
@@ -330,7 +330,7 @@ def test_completions_without_any_reward(make_trainer, make_model, score_at, whit
     for name in logs:
         if not name.startswith(("completions/", "val/num_eos_tokens", "num_tokens", "epoch")):
             assert logs[name] == pytest.approx(expected[name], rel=1e-4), name
-    assert some.kl_coef == pytest.approx(others.kl_coef, rel=1e-6) != 0.05
+    assert some.kl.coef == pytest.approx(others.kl.coef, rel=1e-6) != 0.05
     torch.testing.assert_close(weights(some.model), weights(others.model))
     assert [row["advantage"] for row in some.completions][::2] == [0.0, 0.0]
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,30 +11,39 @@ from accelerate.utils import set_seed
 from torch import nn
 
 
-def random_state(device: torch.device) -> Callable[[], None]:
-    """Records the state of all random number generators and returns a function that restores it."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+class RandomState:
+    """The states of all random number generators of this process."""
 
-    def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if accelerator is not None:
-            torch.get_device_module(device).set_rng_state(accelerator, device)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.accelerator = None if device.type == "cpu" else torch.get_device_module(device)
 
-    return restore
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "cpu": torch.get_rng_state(),
+            "device": None if self.accelerator is None else self.accelerator.get_rng_state(self.device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["cpu"])
+        if self.accelerator is not None:
+            self.accelerator.set_rng_state(state["device"], self.device)
 
 
 @contextlib.contextmanager
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds all random number generators with `seed` for the with block and restores their states after it."""
-    restore = random_state(device)
+    streams = RandomState(device)
+    before = streams.state_dict()
     try:
         set_seed(seed, device_specific=True)
         yield
     finally:
-        restore()
+        streams.load_state_dict(before)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""What makes a run survive: `SavingTrainer`, whose checkpoints hold all that a resumed run needs to go on as if it had
-never stopped."""
+"""`HFTrainer`: the only file that overrides or calls private methods of `transformers.Trainer`.
+
+A run survives here: its checkpoints hold all that a resumed run needs to go on as if it had never stopped."""
 
 import contextlib
-import functools
+import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,48 +11,48 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerState
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from . import checkpoints
+from .hf_private import verify
 from .interrupts import StopRequest, stopped_by
+from .kept import Kept, State, reading
 from .lock import FolderInUse, Lock, settle
+from .metrics import Metrics
+from .resuming import checkpoint_to_resume
+from .rows import NumberedRows
 from .save_callback import SavesAndStops
 from .sharding import keeps_shards
-from .states import check_state, other_optimizer, other_weights, unlike
+from .states import other_optimizer, other_weights, unlike
+
+verify(Trainer)
 
 
-def reads(what: str) -> Callable:
-    """For a method that is given the folder of a checkpoint: whatever it raises is a BadCheckpoint."""
+class HFTrainer(Trainer):
+    """`transformers.Trainer` with public hooks in place of its private methods.
 
-    def decorate(method: Callable) -> Callable:
-        @functools.wraps(method)
-        def reading(self: Any, checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return method(self, checkpoint, *args, **kwargs)
-            except checkpoints.BadCheckpoint:
-                raise
-            except Exception as error:
-                if checkpoint is None:
-                    raise
-                why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise checkpoints.BadCheckpoint(checkpoint, f"{what} cannot be loaded: {why}") from error
+    Its checkpoints are whole or not there (`checkpoints`); from one a run goes on bit for bit, its logs included; and
+    Ctrl-C and SIGTERM ask it to save and stop.
 
-        return reading
+    A subclass overrides `train_sampler`, `eval_sampler` and `model_parts`, sets `train_batch_size` and `columns`, and
+    registers with `keep` what else of a run has state. One batch of the dataloader is one optimizer step: transformers'
+    loop reads `args.gradient_accumulation_steps` as 1, and everybody else as it was given.
 
-    return decorate
-
-
-class SavingTrainer(Trainer):
-    """`transformers.Trainer` with checkpoints that are whole or not there (`checkpoints`), from which a run goes on bit
-    for bit, its logs included; and which Ctrl-C and SIGTERM ask to save and stop.
-
-    A subclass with a state of its own saves it in `_save_rng_state` and loads it in `_load_rng_state`, which every
-    process calls."""
+    Args:
+        model, args: as for `transformers.Trainer`; args are copied.
+        **kwargs: of `transformers.Trainer`.
+    """
 
     args: Any
-    metrics: Any
+    #: Columns of the dataset that remove_unused_columns keeps.
+    columns: tuple[str, ...] = ()
     #: The checkpoint that this run goes on from.
     resumed_from: str | None = None
     #: The step at which this run saved last.
@@ -59,11 +60,103 @@ class SavingTrainer(Trainer):
     #: The last step before this run.
     begun_after: int = 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, args: Any, **kwargs: Any) -> None:
         self.stop = StopRequest()
         self._locks: dict[Path, Lock] = {}
-        super().__init__(*args, **kwargs)
+        #: What a checkpoint keeps besides the model and what transformers keeps, in the order in which it is loaded.
+        self.kept: list[Any] = []
+        self.accumulation_steps = args.gradient_accumulation_steps
+        args = copy.copy(args)
+        args.output_dir = os.path.abspath(args.output_dir)  # the current folder is a matter of the user's functions
+        if args.data_seed is None:
+            # All processes shuffle alike, whose random numbers differ; so does a resumed run, whatever was before it.
+            args.data_seed = args.seed
+        super().__init__(model=model, args=args, **kwargs)
+        call_event = self.callback_handler.call_event
+
+        def call_event_as_given(*args: Any, **kwargs: Any) -> Any:
+            with self._accumulating(self.accumulation_steps):
+                return call_event(*args, **kwargs)
+
+        self.callback_handler.call_event = call_event_as_given
+        #: Rows of one batch of the training dataloader, which is one optimizer step, on this process.
+        self.train_batch_size = self.args.train_batch_size * self.accumulation_steps
+        self.metrics = Metrics(self.accelerator.device)
+        self.keep("unlogged_{process}.pth", State(self._unlogged, self._load_unlogged), "its unlogged metrics")
         self.add_callback(SavesAndStops(self))
+
+    # The hooks
+
+    def train_sampler(self) -> Sampler | None:
+        return super()._get_train_sampler(self.train_dataset)
+
+    def eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return super()._get_eval_sampler(eval_dataset)
+
+    def model_parts(self) -> dict[str, nn.Module]:
+        """What is saved and loaded as models, by its folder in a checkpoint."""
+        return {"": self.model}
+
+    def keep(self, file: str, owner: Any, what: str) -> None:
+        """Makes the state of `owner` a file of each checkpoint, see `kept.Kept`."""
+        self.kept.append(Kept(file, owner, what))
+
+    def save_checkpoint(self) -> None:
+        """Writes a checkpoint of now. Every process calls it."""
+        self._save_checkpoint(self.model, trial=None)
+
+    # Data: a batch of the dataloader is what one optimizer step learns from.
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        size = self.train_batch_size if is_training else batch_size
+        return super()._get_dataloader(
+            NumberedRows(dataset), description, size, sampler_fn, is_training, dataloader_key
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        return self.train_sampler()
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return self.eval_sampler(eval_dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*self.columns, "_row_id"]
+
+    # What transformers' loop reads as gradient_accumulation_steps, and what everybody else does
+
+    @contextlib.contextmanager
+    def _accumulating(self, steps: int) -> Iterator[None]:
+        before, self.args.gradient_accumulation_steps = self.args.gradient_accumulation_steps, steps
+        try:
+            yield
+        finally:
+            self.args.gradient_accumulation_steps = before
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with self._accumulating(1):  # DeepSpeed's engine would divide each loss by the number
+            super().create_accelerator_and_postprocess()
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        with self._accumulating(1):
+            return super().set_initial_training_values(*args, **kwargs)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        with self._accumulating(self.accumulation_steps):
+            return super().get_total_train_batch_size(args)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        with self._accumulating(1):
+            return super()._init_training_state(*args, **kwargs)
+
+    # A run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`. Ctrl-C and SIGTERM end it after a checkpoint, by KeyboardInterrupt and
@@ -77,7 +170,7 @@ class SavingTrainer(Trainer):
         self.saved_step = self.resumed_from = None
         self.metrics.clear()  # of a run of this trainer before
         if resume_from_checkpoint:
-            self.resumed_from = os.path.abspath(self._goes_on_from(resume_from_checkpoint))
+            self.resumed_from = os.path.abspath(checkpoint_to_resume(resume_from_checkpoint, self.args))
         if self.args.save_strategy == "no":
             return super().train(self.resumed_from, *args, **kwargs)
         with self.stop.listening(tells=self.args.local_process_index == 0):
@@ -106,30 +199,6 @@ class SavingTrainer(Trainer):
     def _lock(self, folder: Path) -> Lock:
         return self._locks.setdefault(folder.absolute(), Lock(folder))
 
-    def _goes_on_from(self, given: str | bool) -> str:
-        """The checkpoint to go on from, whose content one process reads for all."""
-        found: list[tuple[str, str | None]] = [("", None)]
-        if self.args.process_index == 0:
-            folder, why = Path(str(given)), None
-            try:
-                if given is True:
-                    last = checkpoints.last_checkpoint(Path(self.args.output_dir), contents=True)
-                    if last is None:
-                        why = f"there is no whole checkpoint in {self.args.output_dir}"
-                        raise checkpoints.BadCheckpoint("True", why)
-                    folder = last
-                checkpoints.check(folder, contents=given is not True)
-                check_state(folder)
-            except checkpoints.BadCheckpoint as error:
-                why = error.why
-            found = [(str(folder), why)]
-        if self.args.world_size > 1:
-            broadcast_object_list(found)
-        ((checkpoint, why),) = found
-        if why is not None:
-            raise checkpoints.BadCheckpoint(checkpoint, why)
-        return checkpoint
-
     def agree(self) -> None:
         """Whether any process was asked to stop. All come here together."""
         self.stop.agreed = self.stop.number
@@ -139,67 +208,79 @@ class SavingTrainer(Trainer):
 
     # A run that goes on
 
-    @reads("its weights")
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        loaded = self.model if model is None else model
+        # With FSDP a checkpoint holds all parts in one.
+        parts = {"": self.model if model is None else model} if self.is_fsdp_enabled else self.model_parts()
+        for name, part in parts.items():
+            folder = str(Path(resume_from_checkpoint) / name)
+            with reading(folder, "its weights"):
+                self._load_part(folder, part)
+
+    def _load_part(self, folder: str, part: Any) -> None:
         given: set[str] = set()
 
         def look(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
             given.update(state_dict)
             if why := other_weights(module, state_dict):
-                raise checkpoints.BadCheckpoint(resume_from_checkpoint, why)
+                raise checkpoints.BadCheckpoint(folder, why)
 
-        hook = loaded.register_load_state_dict_pre_hook(look)
-        adapters = {} if self.is_fsdp_enabled or not hasattr(loaded, "get_base_model") else loaded.peft_config
+        hook = part.register_load_state_dict_pre_hook(look)
+        adapters = {} if self.is_fsdp_enabled or not hasattr(part, "get_base_model") else part.peft_config
         try:
             if not adapters:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                super()._load_from_checkpoint(folder, part)
             # The Trainer would take any folder with adapters, such as those of PPO's value, for one more of these.
-            active = loaded.active_adapters if adapters else ()
+            active = part.active_adapters if adapters else ()
             for name in adapters:
-                folder = Path(resume_from_checkpoint) / ("" if name == "default" else name)
-                loaded.load_adapter(str(folder), name, is_trainable=name in active)
+                adapter = Path(folder) / ("" if name == "default" else name)
+                part.load_adapter(str(adapter), name, is_trainable=name in active)
         finally:
             hook.remove()
         if self.is_fsdp_enabled or any(each.is_prompt_learning for each in adapters.values()):
             return
         # The Trainer and PEFT warn at most. One of tied weights is enough; a model with adapters needs those trained.
-        own = loaded.state_dict(keep_vars=True)
+        own = part.state_dict(keep_vars=True)
         found = {id(own[name]) for name in given & own.keys()}
         missing = [n for n, value in own.items() if id(value) not in found and (not adapters or value.requires_grad)]
         if others := [*missing, *sorted(given - own.keys())]:
-            names = ", ".join(others[:5])
-            raise checkpoints.BadCheckpoint(resume_from_checkpoint, f"of another model: {names} in one alone")
+            raise checkpoints.BadCheckpoint(folder, f"of another model: {', '.join(others[:5])} in one alone")
 
-    @reads("its optimizer and scheduler")
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or [*self.model_parts()] == [""]:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        with reading(checkpoint, "its optimizer and scheduler"):
+            self._check_form(checkpoint, "scheduler.pt", self.lr_scheduler)
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            if not isinstance(optimizer, torch.optim.Optimizer):  # of DeepSpeed
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            if not self.is_fsdp_enabled:
+                for name in ("optimizer.pt", "scheduler.pt"):  # without which the Trainer goes on with new ones
+                    if not (Path(checkpoint) / name).is_file():
+                        raise checkpoints.BadCheckpoint(checkpoint, f"it has no {name}")
 
-        def look(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-            if why := other_optimizer(optimizer, state_dict):
-                raise checkpoints.BadCheckpoint(checkpoint, why)
+            def look(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+                if why := other_optimizer(optimizer, state_dict):
+                    raise checkpoints.BadCheckpoint(checkpoint, why)
 
-        self._check_form(checkpoint, "scheduler.pt", self.lr_scheduler)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if not isinstance(optimizer, torch.optim.Optimizer):  # of DeepSpeed
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        if not self.is_fsdp_enabled:
-            for name in ("optimizer.pt", "scheduler.pt"):  # without which the Trainer goes on with new ones
-                if not (Path(checkpoint) / name).is_file():
-                    raise checkpoints.BadCheckpoint(checkpoint, f"it has no {name}")
-        hook = optimizer.register_load_state_dict_pre_hook(look)
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        finally:
-            hook.remove()
+            hook = optimizer.register_load_state_dict_pre_hook(look)
+            try:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            finally:
+                hook.remove()
 
-    @reads("its scaler")
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
+        if checkpoint is None:
+            return
+        with reading(checkpoint, "its scaler"):
             self._check_form(checkpoint, "scaler.pt", self.accelerator.scaler)
-        super()._load_scaler(checkpoint)
+            super()._load_scaler(checkpoint)
 
     def _check_form(self, checkpoint: str, name: str, loader: Any) -> None:
         file = Path(checkpoint) / name
@@ -226,7 +307,8 @@ class SavingTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._is_done():  # the Trainer would take one more step
             self.control.should_training_stop = True
-        else:
+            return
+        with self._accumulating(1):
             super()._run_epoch(*args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
@@ -244,53 +326,50 @@ class SavingTrainer(Trainer):
         output = super()._finalize_training(*args)
         return output._replace(training_loss=output.metrics["train_loss"])
 
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        pass  # counted where the tokens are made
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log, not an evaluation's or the final summary
+            logs.update(self.metrics.flush(self.accelerator), num_tokens=self.state.num_input_tokens_seen)
         if "train_loss" in logs:  # over all steps, also those before this run was resumed
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
-    def before_step(self) -> Callable[[], None]:
-        """Remembers what a step changes before its loss is known; calling the result puts it back."""
-        seen, metrics = self.state.num_input_tokens_seen, self.metrics.state()
-
-        def restore() -> None:
-            self.state.num_input_tokens_seen = seen
-            self.metrics.load(metrics)
-
-        return restore
-
     # Checkpoints
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        unlogged = {
+    def _unlogged(self) -> dict[str, Any]:
+        return {
             "loss": self._tr_loss,
             "logged_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "metrics": self.metrics.state(),
+            "metrics": self.metrics.state_dict(),
         }
-        torch.save(unlogged, checkpoints.unlogged_file(Path(output_dir), self.args.process_index))
 
-    @reads("its random states")
+    def _load_unlogged(self, unlogged: Any) -> None:
+        # A process may have the file of another rank: the loss was already reduced.
+        self._tr_loss, self._total_loss_scalar = unlogged["loss"].to(self.args.device), unlogged["logged_loss"]
+        self._globalstep_last_logged = unlogged["last_logged"]
+        self.metrics.load_state_dict(unlogged["metrics"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        for each in self.kept:
+            each.save(Path(output_dir), self.args.process_index, self.args.should_save)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.args.world_size == checkpoints.processes(Path(checkpoint)) == 1:
-            (Path(checkpoint) / "rng_state.pth").stat()  # where there is none the Trainer says so and goes on
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is None:
+            return
+        with reading(checkpoint, "its random states"):
+            if self.args.world_size == checkpoints.processes(Path(checkpoint)) == 1:
+                (Path(checkpoint) / "rng_state.pth").stat()  # where there is none the Trainer says so and goes on
+            super()._load_rng_state(checkpoint)
             place = np.random.get_state(legacy=False)["state"]["pos"]
             if not 0 <= place <= 624:  # it has 624 words, past which numpy would read
                 raise ValueError(f"numpy's is at a place that there is not, {place}")
-            folder = Path(checkpoint)
-            # Of fewer processes, another's: its loss is theirs all the same.
-            file = checkpoints.unlogged_file(folder, self.args.process_index % checkpoints.processes(folder))
-            # Not by the name of the device: of "cpu:0", which a process of several has, torch does not know.
-            unlogged = torch.load(file, map_location="cpu", weights_only=True)
-            self._tr_loss, self._total_loss_scalar = unlogged["loss"].to(self.args.device), unlogged["logged_loss"]
-            self._globalstep_last_logged = unlogged["last_logged"]
-            self.metrics.load(unlogged["metrics"])
-
-    def saved_model(self) -> Any:
-        return self.model
+        for each in self.kept:
+            with reading(checkpoint, each.what):
+                each.load(Path(checkpoint), self.args.process_index)
 
     def checkpoint_folder(self) -> Path:
         return Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
@@ -344,3 +423,27 @@ class SavingTrainer(Trainer):
             self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
         else:
             super().save_model(folder, _internal_call=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        with self._accumulating(self.accumulation_steps):  # which training_args.bin shows
+            for name, part in self.model_parts().items():
+                if part is self.model:
+                    super()._save(str(folder), state_dict)
+                elif self.args.should_save:
+                    self._save_part(folder / name, part, state_dict)
+
+    def _save_part(self, folder: Path, part: Any, state_dict: dict | None) -> None:
+        """As `transformers.Trainer._save` saves the model; state_dict is that of the whole."""
+        if state_dict is not None:
+            prefix = next(name for name, module in self.model.named_modules() if module is part) + "."
+            own = (name for name in state_dict if name.startswith(prefix))
+            state_dict = {name.removeprefix(prefix): state_dict[name] for name in own}
+        folder.mkdir(parents=True, exist_ok=True)
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained(folder, state_dict=state_dict)
+        else:
+            weights = part.state_dict() if state_dict is None else state_dict
+            save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)

@@ -35,11 +35,11 @@ class Metrics:
         pair = torch.stack([-values.min(), values.max()])
         self.highest[name] = self.highest[name].maximum(pair) if name in self.highest else pair
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The values since the last log; `load` restores them."""
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The values since the last log; `load_state_dict` restores them."""
         return {"sums": dict(self.sums), "highest": dict(self.highest)}
 
-    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         for kind, values in state.items():
             setattr(self, kind, {name: value.to(self.device) for name, value in values.items()})
 

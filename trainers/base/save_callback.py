@@ -30,7 +30,7 @@ class SavesAndStops(TrainerCallback):
         self.in_step = self.is_held = False
         self.trainer.begun_after = state.global_step
         if args.save_strategy != "no":
-            check_generation_config(self.trainer.saved_model())
+            check_generation_config(self.trainer.model_parts()[""])
         resumed = self.trainer.resumed_from
         # The run before may not have come to it. One of its later ones stays until this run has saved.
         if resumed is not None and checkpoints.whole_checkpoints(Path(args.output_dir))[-1:] == [Path(resumed)]:

@@ -1,38 +1,14 @@
 """Whether what a checkpoint holds fits what a run has. Kernels take it at its word: the fused AdamW would write past
 the end of a state of another shape."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Adam, Optimizer
-from transformers import TrainerState
-
-from .checkpoints import BadCheckpoint
 
 # States that are a number, not one per element of the parameter.
 NUMBERS = ("step", "eta", "mu")
-
-
-def check_state(checkpoint: Path) -> None:
-    """A BadCheckpoint if its trainer_state.json is none of a Trainer."""
-    try:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        own = TrainerState(train_batch_size=1, epoch=0.0)
-        why = unlike(vars(state), vars(own), "state")
-        if why is None and not all(isinstance(each, dict) for each in state.log_history):
-            why = "state.log_history must be a list of objects"
-        for name, saved in state.stateful_callbacks.items() if why is None else ():
-            for each in saved if isinstance(saved, list) else [saved]:
-                if not isinstance(each, dict) or not isinstance(each.get("attributes"), dict):
-                    why = f"state.stateful_callbacks.{name} has no attributes"
-        if why is None and not 0 <= state.global_step == int(state.global_step):
-            why = f"state.global_step must be a whole number, at least 0; got {state.global_step}"
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if why is not None:
-        raise BadCheckpoint(checkpoint, f"its trainer_state.json cannot be read: {why}")
 
 
 def other_weights(module: nn.Module, given: dict[str, Tensor]) -> str | None:

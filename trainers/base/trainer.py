@@ -5,8 +5,7 @@ import copy
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +26,11 @@ from ..batch.batch import Batch, Sequence
 from ..batch.probe import prepare_packing, warn_of_batch_dependence
 from ..batch.scoring import needs_no_logits
 from ..losses.router import find_router_loss
-from .checkpoints import BadCheckpoint, processes
+from .checkpoints import processes
 from .config import BaseConfig
-from .contexts import evaluating, isolated_rng, random_state
-from .hf import SavingTrainer, reads
+from .contexts import RandomState, evaluating, isolated_rng
+from .hf import HFTrainer
+from .kept import State
 from .limits import embedded
 from .loading import (
     load_model,
@@ -38,19 +38,18 @@ from .loading import (
     refuse_prompt_learning,
 )
 from .metrics import Metrics
+from .reference import KeptReference
 from .reporting import CurvesCallback
-from .rows import LengthGroupedSampler, NumberedRows
-from .sharding import accumulating, load_whole_state_dict, prepare_frozen, refuse_zero3, reshard
+from .rows import LengthGroupedSampler
+from .sharding import accumulating, prepare_frozen, refuse_zero3, reshard
 
 logger = logging.get_logger(__name__)
 
 # What the trainers themselves read of a dataset.
 COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "margin", "sequences", "num_tokens")
 
-# In a checkpoint: of a reference with adapters, the part that the model has trained since.
-REFERENCE_ADAPTERS = "reference_adapters.pth"
-SETTINGS = "settings.json"
-REFERENCE = "reference"
+# In a checkpoint; and of its settings that which says what the reference is.
+SETTINGS, REFERENCE = "settings.json", "reference"
 
 
 B = TypeVar("B", bound=Batch)
@@ -60,13 +59,12 @@ class NonFiniteLoss(RuntimeError):
     """A step's loss was NaN or infinite. The weights are those before it, and were saved."""
 
 
-class BaseTrainer(SavingTrainer):
+class BaseTrainer(HFTrainer):
     """`transformers.Trainer`, in which one batch of the dataloader is one optimizer step.
 
     A subclass turns a batch, a list of rows of the dataset, into micro-batches (`micro_batches`), and a micro-batch
-    into its share of the step's loss (`compute_loss`), already divided by what the whole step is normalised with. The
-    Trainer itself accumulates nothing: its `args.gradient_accumulation_steps` is 1, and the given number is
-    `self.accumulation_steps`.
+    into its share of the step's loss (`compute_loss`), already divided by what the whole step is normalised with. What
+    a step changes before its loss is known stands in `undone`, and is put back if the loss is not finite.
 
     Args:
         model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
@@ -81,6 +79,7 @@ class BaseTrainer(SavingTrainer):
 
     args: BaseConfig
     auto_class: Any = AutoModelForCausalLM
+    columns: tuple[str, ...] = COLUMNS
 
     def __init__(
         self,
@@ -109,7 +108,7 @@ class BaseTrainer(SavingTrainer):
         if self.has_own_reference:
             refuse_zero3("a reference model")
             reference = copy.deepcopy(model) if ref_model is None else self.load(ref_model, args)
-            #: What a checkpoint holds of a reference with adapters: what the model trains.
+            #: What a checkpoint holds of a reference with adapters: the weights that the model trains.
             self.adapter_names = [name for name, weight in model.named_parameters() if weight.requires_grad]
             reference.eval().requires_grad_(False)
         if peft_config is not None:
@@ -119,15 +118,9 @@ class BaseTrainer(SavingTrainer):
         models = [model] if reference is None else [model, reference]
         #: Whether log-probabilities come from the LM head without logits.
         self.fused = self.auto_class is AutoModelForCausalLM and all(map(needs_no_logits, models))
-        self.accumulation_steps = args.gradient_accumulation_steps
-        args = copy.copy(args)
-        args.output_dir = os.path.abspath(args.output_dir)  # the current folder is a matter of the user's functions
-        args.gradient_accumulation_steps = 1
-        if args.data_seed is None:
-            # All processes shuffle alike, whose random numbers differ; so does a resumed run, whatever was before it.
-            args.data_seed = args.seed
         # Batches are lists of rows of the dataset; there is nothing to collate before they are tokenised.
         super().__init__(model=self.trained(model), args=args, data_collator=list, processing_class=tokenizer, **kwargs)
+        args = self.args
         if args.n_gpu > 1:
             raise ValueError(
                 "several GPUs in one process are not supported: launch with torchrun or accelerate, or make one visible"
@@ -154,8 +147,18 @@ class BaseTrainer(SavingTrainer):
         pad = self.processing_class.pad_token_id
         #: One that every model can read, also where the tokenizer has none, or one that was added to it.
         self.pad_token_id = 0 if pad is None or pad >= min(map(embedded, models)) else pad
-        self.keeps_reference = self.has_own_reference and ref_model is None
-        self.metrics = Metrics(self.accelerator.device)
+        #: What the resumed run does otherwise than that of its checkpoint, in words.
+        self.changed: list[str] = []
+        self.keep(SETTINGS, State(self.settings, self._compare_settings), "its settings")
+        if self.has_own_reference and ref_model is None:
+            self.keep_reference()
+        #: What a step changes before its loss is known: owners of state.
+        self.undone: list[Any] = [
+            State(self._tokens_seen, self._set_tokens_seen),
+            self.metrics,
+            RandomState(self.accelerator.device),
+        ]
+        self._before_step: list[Any] = []
         self.add_callback(CurvesCallback())
         # Dropout must differ between the processes; sampling has random numbers of its own.
         set_seed(args.seed, device_specific=True)
@@ -187,33 +190,20 @@ class BaseTrainer(SavingTrainer):
             sequences, self.accelerator.device, padding_free=self.padding_free, pad_token_id=self.pad_token_id, **fields
         )
 
-    # Data: a batch of the dataloader is what one optimizer step learns from.
+    # Data
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        return super()._get_dataloader(NumberedRows(dataset), *args, **kwargs)
-
-    def get_train_dataloader(self) -> DataLoader:
-        return self._get_dataloader(
-            dataset=self.train_dataset,
-            description="Training",
-            batch_size=self._train_batch_size * self.accumulation_steps,
-            sampler_fn=self._get_train_sampler,
-            is_training=True,
-        )
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def train_sampler(self) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        size = self._train_batch_size * self.accumulation_steps * self.accelerator.num_processes
+            return super().train_sampler()
+        size = self.train_batch_size * self.accelerator.num_processes
         # Exactly the number of epochs where one begins.
         return LengthGroupedSampler(
             self.train_dataset["num_tokens"][:], size, self.args.data_seed, lambda: int(self.state.epoch or 0)
         )
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        return (
-            None if self.args.train_sampling_strategy == "group_by_length" else super()._get_eval_sampler(eval_dataset)
-        )
+    def eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        is_grouped = self.args.train_sampling_strategy == "group_by_length"
+        return None if is_grouped else super().eval_sampler(eval_dataset)
 
     # The optimizer step
 
@@ -262,7 +252,7 @@ class BaseTrainer(SavingTrainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()
-        restore = self.before_step()
+        self._before_step = [owner.state_dict() for owner in self.undone]
         batches = self.micro_batches(inputs)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
@@ -271,27 +261,23 @@ class BaseTrainer(SavingTrainer):
                 loss = self._counted_loss(model, batch)
                 total += loss.detach()
                 if last:  # before DeepSpeed steps, in its last backward pass
-                    self._agree(total, inputs, restore)
+                    self._agree(total, inputs)
                 self.accelerator.backward(loss)
         return total
 
-    def _agree(self, total: Tensor, inputs: list[dict[str, Any]], restore: Callable[[], None]) -> None:
+    def _agree(self, total: Tensor, inputs: list[dict[str, Any]]) -> None:
         """Processes stop together: where the loss of any is not finite, and where any was asked to."""
         asked = torch.full_like(total, self.stop.number)
         found = self.accelerator.gather(torch.stack([total, asked])).view(-1, 2).tolist()
         if not all(math.isfinite(loss) for loss, _ in found):
-            restore()
+            self.undo_step()
             self._stop(total.item(), inputs)
         self.stop.agreed = int(max(number for _, number in found))
 
-    def before_step(self) -> Callable[[], None]:
-        restore_own, restore_random_state = super().before_step(), random_state(self.accelerator.device)
-
-        def restore() -> None:
-            restore_own()
-            restore_random_state()
-
-        return restore
+    def undo_step(self) -> None:
+        """Puts back what the step that was begun has changed so far."""
+        for owner, state in zip(self.undone, self._before_step, strict=True):
+            owner.load_state_dict(state)
 
     def _counted_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         if not batch.is_filler:
@@ -315,7 +301,7 @@ class BaseTrainer(SavingTrainer):
         found = gather_object([(loss, rows)]) if self.accelerator.num_processes > 1 else [(loss, rows)]
         if self.saved_step != self.state.global_step:
             reshard(self.model)
-            self._save_checkpoint(self.model, trial=None)
+            self.save_checkpoint()
         loss = next(value for value, _ in found if not math.isfinite(value))
         named = ", ".join(map(str, sorted(set().union(*(rows for _, rows in found)))))
         raise NonFiniteLoss(
@@ -368,6 +354,12 @@ class BaseTrainer(SavingTrainer):
         """Those of this process, as the others add theirs."""
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(torch.tensor(seen, device=self.args.device)))
 
+    def _tokens_seen(self) -> int:
+        return self.state.num_input_tokens_seen
+
+    def _set_tokens_seen(self, seen: int) -> None:
+        self.state.num_input_tokens_seen = seen
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Random numbers that reward functions draw in evaluation are a stream of their own, the same each time."""
         with isolated_rng(self.args.seed, self.accelerator.device), self.stop.while_doing("evaluating"):
@@ -375,22 +367,8 @@ class BaseTrainer(SavingTrainer):
         reshard(self.model)
         return found
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a training log, not an evaluation's or the final summary
-            logs.update(self.metrics.flush(self.accelerator), num_tokens=self.state.num_input_tokens_seen)
-        super().log(logs, start_time)
-
-    def get_total_train_batch_size(self, args: BaseConfig) -> int:
-        return super().get_total_train_batch_size(args) * self.accumulation_steps
-
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the Trainer's estimate needs tokenised inputs
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        pass  # counted where the tokens are made
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*COLUMNS, "_row_id"]
 
     # What rows a step learns from depends on its number and on these alone.
 
@@ -405,71 +383,32 @@ class BaseTrainer(SavingTrainer):
             REFERENCE: self.reference_is,
         }
 
-    def changed(self, checkpoint: str | Path) -> list[str]:
-        """Those of the settings that were others in the run of a checkpoint, and what they were and are."""
-        file = Path(checkpoint) / SETTINGS
-        if not file.is_file():  # of an earlier version
-            return [f"settings, of which {checkpoint} does not tell"]
-        before, now = json.loads(file.read_text()), json.loads(json.dumps(self.settings(), default=str))
-        before["processes"] = processes(file.parent)  # those that have left something in it
+    def _compare_settings(self, before: dict[str, Any] | None) -> None:
+        """Warns of what moves the run to another place in its data. `self.changed` names all that is another."""
+        if before is None:  # of an earlier version
+            self.changed = [f"settings, of which {self.resumed_from} does not tell"]
+            return
+        now = json.loads(json.dumps(self.settings(), default=str))
+        before["processes"] = processes(Path(str(self.resumed_from)))  # those that have left something in it
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        return [f"{name} (was {before.get(name)}, is {now.get(name)})" for name in names]
-
-    # Checkpoints hold the reference too, if it is the model of the start: a resumed run may be given the checkpoint.
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.args.should_save:
-            (Path(output_dir) / SETTINGS).write_text(json.dumps(self.settings(), default=str))
-        if self.keeps_reference:
-            reference: Any = self.accelerator.unwrap_model(self.reference_model)
-            state_dict = self.accelerator.get_state_dict(reference) if self.accelerator.is_fsdp2 else None
-            if self.args.should_save and hasattr(reference, "get_base_model"):
-                # Not as PEFT saves adapters: the Trainer takes a folder of such for one more of the model's own.
-                kept = reference.state_dict() if state_dict is None else state_dict
-                adapters = {name: kept[name] for name in self.adapter_names}
-                torch.save(adapters, Path(output_dir) / REFERENCE_ADAPTERS)
-            elif self.args.should_save:
-                reference.save_pretrained(Path(output_dir) / "reference", state_dict=state_dict)
-
-    @reads("its reference")
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        changed = [
-            each for each in self.changed(checkpoint) if each.partition(" (was")[0] in BaseTrainer.settings(self)
-        ]
-        if of_reference := [each for each in changed if each.startswith(REFERENCE)]:
-            logger.warning(f"{checkpoint} is of a run with another {of_reference[0]}")
-        if changed := [each for each in changed if each not in of_reference]:
+        told = {name: f"{name} (was {before.get(name)}, is {now.get(name)})" for name in names}
+        self.changed = [*told.values()]
+        if REFERENCE in told:
+            logger.warning(f"{self.resumed_from} is of a run with another {told.pop(REFERENCE)}")
+        if moves := [why for name, why in told.items() if name in BaseTrainer.settings(self)]:
             logger.warning(
-                f"{checkpoint} is of a run with another {', '.join(changed)}: its steps count, and this run goes on in "
-                f"the data where {self.state.global_step} steps of its own would have ended"
+                f"{self.resumed_from} is of a run with another {', '.join(moves)}: its steps count, and this run goes "
+                f"on in the data where {self.state.global_step} steps of its own would have ended"
             )
-        if not self.keeps_reference:
-            return
-        reference: Any = self.accelerator.unwrap_model(self.reference_model)
-        folder, adapters = Path(checkpoint) / "reference", Path(checkpoint) / REFERENCE_ADAPTERS
-        if hasattr(reference, "get_base_model") and adapters.is_file():
-            saved = torch.load(adapters, map_location="cpu", weights_only=True)
-            others = saved.keys() ^ set(self.adapter_names)
-        elif folder.is_dir():
-            model, report = self.auto_class.from_pretrained(
-                folder,
-                dtype=reference.dtype,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=self.args.trust_remote_code,
+
+    def keep_reference(self) -> None:
+        """In checkpoints."""
+        self.kept.append(
+            KeptReference(
+                self.accelerator,
+                self.reference_model,
+                self.auto_class,
+                self.adapter_names,
+                self.args.trust_remote_code,
             )
-            saved, others = model.state_dict(), set(report["missing_keys"])
-        else:
-            logger.warning(
-                f"{checkpoint} does not hold its run's reference: that of this run is the model it was given"
-            )
-            return
-        if others:
-            raise BadCheckpoint(
-                checkpoint, f"a reference of another kind: {', '.join(sorted(others)[:5])} in one alone"
-            )
-        load_whole_state_dict(reference, saved, strict=folder.is_dir())
+        )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..base import checkpoints
 from ..base.chat import is_chat
 from ..base.config import BaseConfig
 from ..base.contexts import isolated_rng
-from ..base.hf import reads
+from ..base.kept import State
 from ..base.limits import Limits
 from ..base.loading import load_classifier
 from ..base.metrics import LOGGED, Metrics, unique
@@ -187,7 +187,7 @@ class OnlineTrainer(BaseTrainer):
                 f"vllm_server_base_url; got {type(self.engine).__name__}"
             )
         self.sent_step: int | None = None  # the step whose weights the engine has
-        self.undo_step: Callable[[], None] = lambda: None
+        self._keep_completions()
         if args.log_completions:
             self.add_callback(CompletionsCallback(self))
 
@@ -208,7 +208,6 @@ class OnlineTrainer(BaseTrainer):
         """Before anything is sampled, whether the models can read the prompts and what may follow."""
         tokenizer, completion = self.processing_class, self.args.max_completion_length
         self.limits = Limits.of(*self.read_by())
-        # Read once, as completions that are sampled ahead come while PPO's model may be saved, in another's place.
         config = self.generating_model().config.get_text_config(decoder=True)
         self.vocab_size = min(config.vocab_size, self.limits.vocab_size)
         ends = end_tokens(self.generating_model(), tokenizer)
@@ -226,9 +225,6 @@ class OnlineTrainer(BaseTrainer):
 
     def generating_model(self) -> Any:
         return self.model
-
-    def saved_model(self) -> Any:
-        return self.generating_model()
 
     def _engine(self) -> Engine:
         args, model, tokenizer = self.args, self.generating_model(), self.processing_class
@@ -284,18 +280,6 @@ class OnlineTrainer(BaseTrainer):
         names = ["seed", "bf16", "fp16", *sorted(own - others - LATER)]
         shaping = {name: getattr(self.args, name) for name in names}
         return {**super().settings(), **shaping, "reward_funcs": self.rewards.names}
-
-    def before_step(self) -> Callable[[], None]:
-        restore_others, rollouts, rows = super().before_step(), self.rollouts, self.rollout_rows
-        completions, step = self.completions, self.completions_step
-
-        def restore() -> None:
-            restore_others()
-            self.rollouts, self.completions, self.completions_step = rollouts, completions, step
-            self.rollout_rows = rows
-
-        self.undo_step = restore
-        return restore
 
     def own_rows(self, count: int) -> range:
         """The numbers, among those of all processes, of a batch of so many rows on each."""
@@ -365,7 +349,8 @@ class OnlineTrainer(BaseTrainer):
             self.metrics.add("sampling/staleness", is_older)
         step = options.step + self.steps_per_rollout
         if self.args.staleness and step < self.state.max_steps:
-            order = self._get_train_sampler(self.train_dataset).of_step(step)
+            sampler: Any = self.train_sampler()
+            order = sampler.of_step(step)
             dataset = NumberedRows(self.train_dataset)
             rows = [dataset[order[row]] for row in self.own_rows(len(prompts))]
             coming = dataclasses.replace(options, step=step)
@@ -398,7 +383,7 @@ class OnlineTrainer(BaseTrainer):
         is_saved = last is not None and last.name == self.checkpoint_folder().name
         if self.accelerator.num_processes == 1 and step > 0 and not is_saved:
             self.undo_step()  # of which some completions may have been rewarded already
-            self._save_checkpoint(self.model, trial=None)
+            self.save_checkpoint()
             last = self.checkpoint_folder()
         if last is None:
             return "There is no checkpoint yet"
@@ -460,7 +445,7 @@ class OnlineTrainer(BaseTrainer):
     def count_tokens(self, rollouts: list[Rollout]) -> None:
         self.add_tokens_seen(sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts))
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> GroupSampler:
+    def eval_sampler(self, eval_dataset: Any) -> GroupSampler:
         return GroupSampler(len(eval_dataset), 1, self.num_generations_eval, 1, seed=None, epoch=lambda: 0)
 
     def evaluation_loop(
@@ -486,38 +471,49 @@ class OnlineTrainer(BaseTrainer):
         values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=len(outcomes))
 
-    # Checkpoints: beside what the Trainer keeps, the unfinished rollouts of each process, and the completions to show.
+    # Checkpoints keep the unfinished rollouts of each process, what was sampled ahead, and the completions to show.
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.rollouts is not None and self.state.global_step % self.steps_per_rollout:
-            saved = {"rows": digest(self.rollout_rows), "rollouts": vars(self.rollouts)}
-            torch.save(saved, self._rollouts_file(output_dir))
-        if self.args.should_save:
-            shown = {"step": self.completions_step, "rows": self.completions}
-            (Path(output_dir) / COMPLETIONS).write_text(json.dumps(shown, default=str))
-        if ahead := self.ahead.state(self.state.global_step):
-            torch.save(ahead, self._rollouts_file(output_dir, "ahead"))
+    def _keep_completions(self) -> None:
+        for file, state_dict, load_state_dict in (
+            ("rollouts_{process}.pth", self._unfinished, self._load_unfinished),
+            (COMPLETIONS, self._shown, self._load_shown),
+            ("ahead_{process}.pth", self._sampled_ahead, self._load_sampled_ahead),
+        ):
+            self.keep(file, State(state_dict, load_state_dict), "its completions")
+        self.undone.append(State(self._collected, self._put_back))
 
-    @reads("its completions")
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
-            self._changed = self.changed(checkpoint)
-            file = self._rollouts_file(checkpoint)
-            self.rollouts = self._saved_rows = None
-            if not self._changed and file.is_file():
-                saved = torch.load(file, map_location="cpu", weights_only=True)
-                self.rollouts, self._saved_rows = self.rollouts_type(**saved["rollouts"]), saved["rows"]
-            shown = json.loads((Path(checkpoint) / COMPLETIONS).read_text())
-            self.completions, self.completions_step = shown["rows"], shown["step"]
-            file = self._rollouts_file(checkpoint, "ahead")
-            if file.is_file() and self._changed:
-                logger.warning(
-                    f"what {checkpoint} holds of completions sampled ahead is sampled anew: it is of another "
-                    f"{', '.join(self._changed)}"
-                )
-            self.ahead.load(torch.load(file, weights_only=True) if file.is_file() and not self._changed else [])
+    def _unfinished(self) -> dict[str, Any] | None:
+        if self.rollouts is None or self.state.global_step % self.steps_per_rollout == 0:
+            return None
+        return {"rows": digest(self.rollout_rows), "rollouts": vars(self.rollouts)}
 
-    def _rollouts_file(self, folder: str, name: str = "rollouts") -> Path:
-        return Path(folder) / f"{name}_{self.accelerator.process_index}.pth"
+    def _load_unfinished(self, saved: dict[str, Any] | None) -> None:
+        self._changed = self.changed
+        self.rollouts = self._saved_rows = None
+        if saved is not None and not self._changed:
+            self.rollouts, self._saved_rows = self.rollouts_type(**saved["rollouts"]), saved["rows"]
+
+    def _shown(self) -> dict[str, Any]:
+        return {"step": self.completions_step, "rows": self.completions}
+
+    def _load_shown(self, shown: dict[str, Any] | None) -> None:
+        if shown is None:
+            raise FileNotFoundError(COMPLETIONS)
+        self.completions, self.completions_step = shown["rows"], shown["step"]
+
+    def _sampled_ahead(self) -> list[dict[str, Any]] | None:
+        return self.ahead.state(self.state.global_step) or None
+
+    def _load_sampled_ahead(self, ahead: list[dict[str, Any]] | None) -> None:
+        if ahead is not None and self._changed:
+            logger.warning(
+                f"what {self.resumed_from} holds of completions sampled ahead is sampled anew: it is of another "
+                f"{', '.join(self._changed)}"
+            )
+        self.ahead.load(ahead if ahead is not None and not self._changed else [])
+
+    def _collected(self) -> tuple:
+        return self.rollouts, self.rollout_rows, self.completions, self.completions_step
+
+    def _put_back(self, collected: tuple) -> None:
+        self.rollouts, self.rollout_rows, self.completions, self.completions_step = collected
