@@ -255,8 +255,8 @@ def grpo_ours(job: Job, watch: Stopwatch, batch: Batch, folder: str) -> None:
         rollout=given_rollouts(batch) if job.gradient else None,
     )
     batch.sample_all(trainer.model)
-    watch.time(trainer, "engine", "generation")
-    watch.time(type(trainer.rewards), "__call__", "reward")
+    watch.time(trainer.collector, "engine", "generation")
+    watch.time(type(trainer.collector.rewards), "__call__", "reward")
     watch.start(trainer, trainer.model)
 
 
@@ -353,8 +353,8 @@ def ppo_ours(job: Job, watch: Stopwatch, batch: Batch, folder: str) -> None:
         rollout=given_rollouts(batch) if job.gradient else None,
     )
     batch.sample_all(models["model"])
-    watch.time(trainer, "engine", "generation")
-    watch.time(type(trainer.rewards), "__call__", "reward")
+    watch.time(trainer.collector, "engine", "generation")
+    watch.time(type(trainer.collector.rewards), "__call__", "reward")
     watch.start(trainer, models["model"], models["value_model"], trainer.reference_model, models["reward_model"])
 
 

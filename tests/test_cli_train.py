@@ -799,7 +799,7 @@ def test_other_errors_keep_their_traceback(run, monkeypatch):
     def fail(self, inputs):
         raise ValueError("a defect of ours")
 
-    monkeypatch.setattr(trainers.GRPOTrainer, "roll_out", fail)
+    monkeypatch.setattr(trainers.GRPOTrainer, "make_experience", fail)
     with pytest.raises(ValueError, match="a defect of ours"):
         run("grpo")
 

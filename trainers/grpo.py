@@ -9,22 +9,16 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-import rlkernels
-
-from .base.contexts import evaluating
-from .base.loading import refuse_prompt_learning
-from .base.rows import GroupSampler, NumberedRows, check_columns
-from .batch import scoring
+from .base.trainer import BaseTrainer
 from .batch.batch import IGNORE, Batch, Sequence
-from .batch.packing import fill_by_length
 from .losses import advantages, objectives
-from .losses.objectives import OBJECTIVES
-from .rewards.functions import RewardFunction
-from .rollouts.config import OnlineConfig
+from .rollouts.collector import Collector, reward_functions
+from .rollouts.config import OnlineConfig, RewardSource
 from .rollouts.engine import Engine
-from .rollouts.online import OnlineTrainer, Samples
+from .rollouts.samples import Samples
 
 
 @dataclass(repr=False)
@@ -102,7 +96,7 @@ class GRPOConfig(OnlineConfig):
             "optimizer step), luspo (sum over each completion, mean over completions). Other objectives, aggregated "
             "as dapo: cispo, vespo, dppo_tv, dppo_kl, reinforce; as grpo: sapo, gmpo. Their equations are in "
             "`rlkernels.policy_loss`.",
-            "choices": [*OBJECTIVES],
+            "choices": [*objectives.OBJECTIVES],
         },
     )
     sapo_temperature_neg: float = field(
@@ -203,8 +197,8 @@ class GRPOConfig(OnlineConfig):
                 f"epsilon_high must be at least 1 with loss_type cispo, which clips the ratio there; got "
                 f"{self.epsilon_high}"
             )
-        if self.importance_sampling_level == "sequence" and OBJECTIVES[self.loss_type][0] != "ppo":
-            by_level = ", ".join(name for name, (objective, _) in OBJECTIVES.items() if objective == "ppo")
+        if self.importance_sampling_level == "sequence" and objectives.OBJECTIVES[self.loss_type][0] != "ppo":
+            by_level = ", ".join(name for name, (objective, _) in objectives.OBJECTIVES.items() if objective == "ppo")
             raise ValueError(
                 f"importance_sampling_level 'sequence' goes with loss_type {by_level}; got {self.loss_type!r}"
             )
@@ -244,9 +238,9 @@ class GRPOConfig(OnlineConfig):
 
 
 @dataclass
-class Rollouts:
-    """This process's completions of one generation batch, a list entry per row. Values per token are shifted, as in
-    `Batch`."""
+class Experience:
+    """What the steps on one generation batch learn from, on this process: a list entry per row. What is per token is
+    shifted as in `Batch`."""
 
     input_ids: list[list[int]]
     labels: list[list[int]]
@@ -257,6 +251,10 @@ class Rollouts:
     old_logprobs: list[Tensor | None] | None = None  # None: those of the current weights
     ref_logprobs: list[Tensor | None] | None = None  # None: there is no KL penalty in the loss
     sampler_logprobs: list[Tensor] | None = None  # None: they are not corrected for
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.input_ids]
 
     def has_gradient(self, row: int) -> bool:
         by_token = self.token_advantages
@@ -286,7 +284,7 @@ class GRPOBatch(Batch):
     top_entropy: Tensor | None = None
 
 
-class GRPOTrainer(OnlineTrainer):
+class GRPOTrainer(BaseTrainer):
     """Trains a causal language model on rewards of its own completions.
 
     For each prompt `num_generations` completions are sampled; a completion's advantage is its reward against the others
@@ -308,12 +306,11 @@ class GRPOTrainer(OnlineTrainer):
     """
 
     args: GRPOConfig
-    rollouts_type = Rollouts
 
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: RewardFunction | list[RewardFunction],
+        reward_funcs: RewardSource | list[RewardSource],
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -325,18 +322,18 @@ class GRPOTrainer(OnlineTrainer):
         rollout: Engine | None = None,
     ) -> None:
         args = GRPOConfig() if args is None else args
-        refuse_prompt_learning("peft_config", peft_config)
-        check_columns("train_dataset", train_dataset, "prompt")
-        self.prompts_per_batch = args.generation_batch_size // args.num_generations
-        if len(train_dataset) < self.prompts_per_batch:
+        Collector.check(args, train_dataset, eval_dataset, peft_config, rollout)
+        prompts = args.generation_batch_size // args.num_generations
+        if len(train_dataset) < prompts:
             raise ValueError(
-                f"train_dataset has {len(train_dataset)} rows, fewer than the {self.prompts_per_batch} prompts of one "
+                f"train_dataset has {len(train_dataset)} rows, fewer than the {prompts} prompts of one "
                 f"generation batch ({args.generation_batch_size} completions, {args.num_generations} per prompt)"
             )
-
+        # The name of a reward that this trainer itself logs.
+        taken = () if args.overlong_buffer_length is None else ("overlong",)
+        rewards = reward_functions(reward_funcs, args, taken)
         super().__init__(
             model,
-            reward_funcs,
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -345,77 +342,91 @@ class GRPOTrainer(OnlineTrainer):
             needs_reference=args.beta > 0,
             callbacks=callbacks,
             optimizers=optimizers,
-            rollout=rollout,
+        )
+        self.collector = Collector(
+            self,
+            self.model,
+            rewards,
+            rollout,
+            experience=Experience,
+            prompts=prompts,
+            num_generations=args.num_generations,
+            num_generations_eval=args.num_generations_eval or args.num_generations,
+            steps=args.steps_per_generation * args.num_iterations // self.accumulation_steps,
         )
         self.train_batch_size = args.train_batch_size * args.steps_per_generation
-        self.num_generations_eval = args.num_generations_eval or args.num_generations
-        # Optimizer steps that one generation batch serves.
-        self.steps_per_rollout = args.steps_per_generation * args.num_iterations // self.accumulation_steps
 
-    def reward_names_taken(self, args: Any) -> tuple[str, ...]:
-        return () if args.overlong_buffer_length is None else ("overlong",)
+    @property
+    def completions(self) -> list[dict[str, Any]]:
+        """The latest completions over all processes, a dict each: for callbacks that show or save them."""
+        return self.collector.latest.rows
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.collector.running():
+            return super().train(*args, **kwargs)
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), **self.collector.settings()}
 
     # Data: a batch of the dataloader is the prompts of a whole generation batch, repeated for each step it serves.
 
-    def train_sampler(self) -> GroupSampler:
-        size = len(self.train_dataset)
-        steps_per_epoch = size // self.prompts_per_batch * self.steps_per_rollout
-        return GroupSampler(
-            size,
-            self.prompts_per_batch,
-            self.args.num_generations,
-            self.steps_per_rollout,
-            seed=self.args.seed if self.args.shuffle_dataset else None,
-            epoch=lambda: self.state.global_step // steps_per_epoch,
-        )
+    def train_sampler(self) -> Sampler:
+        return self.collector.prompts
 
-    # Rollouts
+    def eval_sampler(self, eval_dataset: Any) -> Sampler:
+        return self.collector.eval_sampler(eval_dataset)
 
-    def roll_out(self, inputs: list[dict[str, Any]]) -> Rollouts:
+    def evaluate_rows(self, dataloader: DataLoader) -> int:
+        return self.collector.evaluate(dataloader)
+
+    # From rows to the experience that the steps learn from
+
+    def make_experience(self, rows: list[dict[str, Any]]) -> Experience:
         args = self.args
-        samples, rewards, weights = self._sample_groups(inputs)
+        samples, rewards, weights = self._collect_groups(rows)
         sequences = [rollout.sequence() for rollout in samples.rollouts]
-        rollouts = Rollouts(
+        experience = Experience(
             input_ids=[sequence.input_ids for sequence in sequences],
             labels=[sequence.labels for sequence in sequences],
-            advantages=[0.0] * len(inputs),
+            advantages=[0.0] * len(rows),
             in_loss=[rollout.ended or not args.mask_truncated_completions for rollout in samples.rollouts],
             num_tokens=0.0,
         )
-        scored = sum(rollouts.scored(row) for row, counts in enumerate(rollouts.in_loss) if counts)
+        scored = sum(experience.scored(row) for row, counts in enumerate(experience.in_loss) if counts)
         scored = self.accelerator.reduce(torch.tensor(scored, device=rewards.device)).item()
-        rollouts.num_tokens = scored / self.accelerator.num_processes
+        experience.num_tokens = scored / self.accelerator.num_processes
         if args.importance_sampling_correction:
-            rollouts.sampler_logprobs = self.sampler_logprobs(samples.rollouts)
+            experience.sampler_logprobs = self.collector.sampler_logprobs(samples.rollouts)
         if args.beta > 0:
             with self.reference() as reference:
-                rollouts.ref_logprobs = self._score(reference, rollouts, rollouts.in_loss)
+                experience.ref_logprobs = self._score(reference, experience, experience.in_loss)
         if args.kl_in_reward:
-            rollouts.old_logprobs = self._score(self.model_wrapped, rollouts, rollouts.in_loss)
-        self._set_advantages(rollouts, rewards, weights)
-        self.completions = self.table(samples, rollouts.advantages)
-        if self.steps_per_rollout == 1:
-            rollouts.old_logprobs = None
-        elif rollouts.old_logprobs is None:
-            rows = [self._is_run(rollouts, row) for row in range(len(inputs))]
-            rollouts.old_logprobs = self._score(self.model_wrapped, rollouts, rows)
-        return rollouts
+            experience.old_logprobs = self._score(self.model_wrapped, experience, experience.in_loss)
+        self._set_advantages(experience, rewards, weights)
+        self.collector.show(samples, experience.advantages)
+        if self.collector.buffer.steps == 1:
+            experience.old_logprobs = None
+        elif experience.old_logprobs is None:
+            is_run = [self._is_run(experience, row) for row in range(len(rows))]
+            experience.old_logprobs = self._score(self.model_wrapped, experience, is_run)
+        return experience
 
-    def _sample_groups(self, inputs: list[dict[str, Any]]) -> tuple[Samples, Tensor, Tensor]:
-        """Completions on this process; rewards of all processes, since a group may lie on several, and their weights.
+    def _collect_groups(self, rows: list[dict[str, Any]]) -> tuple[Samples, Tensor, Tensor]:
+        """Samples of this process; rewards of all processes, since a group may lie on several, and their weights.
 
         For up to `dynamic_sampling_max_rounds` rounds other prompts take the place of those without signal."""
-        args = self.args
+        args, collector = self.args, self.collector
         size, most = args.num_generations, args.dynamic_sampling_max_rounds
-        first = self.accelerator.process_index * len(inputs)
-        total = self.accelerator.num_processes * len(inputs)
-        others = self._other_prompts(inputs) if most else iter(())
-        samples = self.sample(inputs, self.metrics)
-        self.count_tokens(samples.rollouts)
+        first = self.accelerator.process_index * len(rows)
+        total = self.accelerator.num_processes * len(rows)
+        others = self._other_prompts(rows) if most else iter(())
+        samples = collector.collect(rows)
+        self.add_tokens_seen(samples.num_tokens())
         rounds = 0
         while True:
-            outcomes = self.gather_outcomes(samples)
-            rewards, weights = advantages.with_overlong(outcomes[:, :-2], self.reward_weights, outcomes[:, -2], args)
+            outcomes = samples.outcomes(self.accelerator)
+            rewards, lengths = outcomes[:, :-2], outcomes[:, -2]
+            rewards, weights = advantages.with_overlong(rewards, collector.reward_weights, lengths, args)
             signal = advantages.signal(rewards, weights, size)
             if rounds == most:
                 break
@@ -424,17 +435,17 @@ class GRPOTrainer(OnlineTrainer):
             if not prompts:
                 break
             rounds += 1
-            rows = [row for row in range(len(inputs)) if (first + row) // size in prompts]
-            if rows:
-                drawn = [NumberedRows(self.train_dataset)[prompts[(first + row) // size]] for row in rows]
+            places = [row for row in range(len(rows)) if (first + row) // size in prompts]
+            if places:
+                drawn = collector.rows(prompts[(first + row) // size] for row in places)
                 # The columns are those that the Trainer left.
-                drawn = [{name: row[name] for name in inputs[0]} for row in drawn]
-                numbers = [first + row + rounds * total for row in rows]
-                samples.replace(rows, self.sample(drawn, self.metrics, numbers))
+                drawn = [{name: row[name] for name in rows[0]} for row in drawn]
+                numbers = [first + row + rounds * total for row in places]
+                samples.replace(places, collector.collect(drawn, numbers))
             else:  # a sharded model must generate on every process
-                self.complete([inputs[0]["prompt"]], self.sampling)
-            self.count_tokens([samples.rollouts[row] for row in rows])
-        self.record_outcomes(outcomes, self.metrics)
+                collector.complete([rows[0]["prompt"]], collector.sampling)
+            self.add_tokens_seen(samples.num_tokens(places))
+        collector.record(outcomes)
         self.metrics.add("frac_reward_zero_std", 1 - signal.float().mean())
         if most:
             self.metrics.add("dynamic_sampling/rounds", rounds)
@@ -442,67 +453,60 @@ class GRPOTrainer(OnlineTrainer):
             self.metrics.add("rewards/overlong/mean", rewards[:, -1].nanmean())
         return samples, rewards, weights
 
-    def _other_prompts(self, inputs: list[dict[str, Any]]) -> Iterator[int]:
+    def _other_prompts(self, rows: list[dict[str, Any]]) -> Iterator[int]:
         """Prompts that are not in this batch, at random: the same on every process, and in a resumed run."""
-        size, most = len(self.train_dataset), self.prompts_per_batch * (self.args.dynamic_sampling_max_rounds + 1)
+        size = len(self.train_dataset)
+        most = self.collector.prompts.prompts * (self.args.dynamic_sampling_max_rounds + 1)
         drawn = random.Random(f"{self.args.seed} {self.state.global_step}").sample(range(size), min(size, most))
-        present = set(gather_object([row["_row_id"] for row in inputs]))
+        present = set(gather_object([row["_row_id"] for row in rows]))
         return (index for index in drawn if index not in present)
 
-    def _set_advantages(self, rollouts: Rollouts, rewards: Tensor, weights: Tensor) -> None:
-        args, count = self.args, len(rollouts.in_loss)
+    def _set_advantages(self, experience: Experience, rewards: Tensor, weights: Tensor) -> None:
+        args, count = self.args, len(experience.in_loss)
         own = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
         if args.advantage == "grpo":
-            rollouts.advantages = advantages.grpo(rewards, weights, args)[own].tolist()
+            experience.advantages = advantages.grpo(rewards, weights, args)[own].tolist()
             return
-        batch = self._lay_out(rollouts, range(count))
+        batch = self._lay_out(experience, range(count))
         nothing = torch.zeros(len(batch.mask), device=rewards.device)
         old, ref = (nothing if each is None else each for each in (batch.old_logprobs, batch.ref_logprobs))
         scores = advantages.scores(rewards, weights)
         if args.advantage == "rloo":
             kl = self.accelerator.gather(batch.sequence_sums(old - ref))
-            rollouts.advantages = advantages.rloo(scores, kl, args.beta, args.num_generations)[own].tolist()
+            experience.advantages = advantages.rloo(scores, kl, args.beta, args.num_generations)[own].tolist()
         else:
-            counted = torch.tensor(rollouts.in_loss, device=rewards.device) & ~scores[own].isnan()
+            counted = torch.tensor(experience.in_loss, device=rewards.device) & ~scores[own].isnan()
             batch = replace(batch, mask=batch.mask & batch.spread(counted))
             group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
             values = advantages.reinforce_plus_plus(scores[own], old, ref, batch, args.beta, group)
-            rollouts.advantages = batch.sequence_means(values).tolist()
-            rollouts.token_advantages = [part.clone() for part in batch.split(values.cpu())]
+            experience.advantages = batch.sequence_means(values).tolist()
+            experience.token_advantages = [part.clone() for part in batch.split(values.cpu())]
         if args.kl_in_reward:
-            tokens = max(rollouts.num_tokens, 1)
+            tokens = max(experience.num_tokens, 1)
             self.metrics.add("kl", (old - ref).sum() / tokens, tokens)
-            rollouts.ref_logprobs = None
+            experience.ref_logprobs = None
 
-    @torch.no_grad()
     def _score(
-        self, model: nn.Module, rollouts: Rollouts, wanted: list[bool], entropy: bool = False
+        self, model: nn.Module, experience: Experience, wanted: list[bool], entropy: bool = False
     ) -> list[Tensor | None]:
         """Log-probabilities of each wanted row's tokens, or the entropies of their distributions, NaN where there is
         none. Without dropout, as they were sampled."""
         scores: list[Tensor | None] = [None] * len(wanted)
-        chunks = self._fill(rollouts, [row for row, is_wanted in enumerate(wanted) if is_wanted])
-        # A sharded model must run equally often on every process.
-        chunks += [[0]] * (self.most_on_any_process(len(chunks)) - len(chunks))
-        for chunk in chunks:
-            batch = self._lay_out(rollouts, chunk)
-            with evaluating(model):
-                scored = scoring.token_logprobs(
-                    model, batch, fused=self.fused, temperature=self.args.temperature, return_entropy=entropy
-                )
+        rows = [row for row, is_wanted in enumerate(wanted) if is_wanted]
+        for chunk in self.even_chunks(experience.lengths, rows):
+            batch = self._lay_out(experience, chunk)
+            with self.frozen(model):
+                scored = self.token_logprobs(model, batch, temperature=self.args.temperature, return_entropy=entropy)
             if entropy:
                 scored = scored[1].masked_fill(~batch.mask, math.nan)
             for row, values in zip(chunk, batch.split(scored), strict=True):
                 scores[row] = values.clone() if wanted[row] else None
         return scores
 
-    def _fill(self, rollouts: Rollouts, rows: list[int]) -> list[list[int]]:
-        return fill_by_length([len(ids) for ids in rollouts.input_ids], self.args.token_budget, rows)
-
     # The optimizer step
 
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
-        rollouts, step = self.current_rollouts(inputs)
+        experience, step = self.collector.experience(inputs, self.make_experience)
         size = self.args.per_device_train_batch_size
         first = step * self.accumulation_steps % self.args.steps_per_generation * size
         rows = range(first, first + size * self.accumulation_steps)
@@ -511,58 +515,57 @@ class GRPOTrainer(OnlineTrainer):
         width = size if is_bnpo or self.router is not None else len(rows)
         kept = None
         if self.args.top_entropy_quantile < 1:
-            wanted = [row in rows and counts for row, counts in enumerate(rollouts.in_loss)]
-            entropies = self._score(self.model_wrapped, rollouts, wanted, entropy=True)
+            wanted = [row in rows and counts for row, counts in enumerate(experience.in_loss)]
+            entropies = self._score(self.model_wrapped, experience, wanted, entropy=True)
             kept = objectives.top_entropy(entropies, self.args.top_entropy_quantile, self.accelerator)
         parts: list[list[Batch]] = []
         for start in range(rows.start, rows.stop, width):
             part = range(start, start + width)
-            normalizer = self._normalizer(rollouts, part if is_bnpo else rows)
+            normalizer = self._normalizer(experience, part if is_bnpo else rows)
             parts.append([])
-            for chunk in self._fill(rollouts, [row for row in part if self._is_run(rollouts, row)]):
+            for chunk in self.chunks(experience.lengths, [row for row in part if self._is_run(experience, row)]):
                 top_entropy = None if kept is None else torch.cat([kept[row] for row in chunk])
-                parts[-1].append(self._lay_out(rollouts, chunk, normalizer=normalizer, top_entropy=top_entropy))
+                parts[-1].append(self._lay_out(experience, chunk, normalizer=normalizer, top_entropy=top_entropy))
         if not any(parts):
             # A filler makes gradients zero, where they would be missing.
-            parts = [[self._lay_out(rollouts, [rows.start], is_filler=True)]]
+            parts = [[self._lay_out(experience, [rows.start], is_filler=True)]]
         return self.even_out(self.joined(parts))
 
-    def _is_run(self, rollouts: Rollouts, row: int) -> bool:
+    def _is_run(self, experience: Experience, row: int) -> bool:
         """Whether the row needs a pass through the model: it is in the loss, and has a gradient of its own or a part in
         the router loss."""
-        return rollouts.in_loss[row] and (self.router is not None or rollouts.has_gradient(row))
+        return experience.in_loss[row] and (self.router is not None or experience.has_gradient(row))
 
-    def _normalizer(self, rollouts: Rollouts, rows: range) -> float:
+    def _normalizer(self, experience: Experience, rows: range) -> float:
         """What the sum over these rows is divided by, as in TRL: rows that are not run count too."""
         loss_type, steps = self.args.loss_type, self.accumulation_steps
-        if OBJECTIVES[loss_type][1].startswith("seq_mean"):
+        if objectives.OBJECTIVES[loss_type][1].startswith("seq_mean"):
             return len(rows)
         if loss_type == "dr_grpo":
             return len(rows) * self.args.max_completion_length
         if loss_type == "bnpo":
-            return max(sum(rollouts.scored(row) for row in rows if rollouts.in_loss[row]), 1) * steps
-        return max(rollouts.num_tokens, 1) * steps / self.args.steps_per_generation
+            return max(sum(experience.scored(row) for row in rows if experience.in_loss[row]), 1) * steps
+        return max(experience.num_tokens, 1) * steps / self.args.steps_per_generation
 
-    def _lay_out(self, rollouts: Rollouts, rows: Iterable[int], **fields: Any) -> GRPOBatch:
+    def _lay_out(self, experience: Experience, rows: Iterable[int], **fields: Any) -> GRPOBatch:
         device = self.accelerator.device
-        sequences = [Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows]
-        if rollouts.token_advantages is None:
-            fields["advantages"] = torch.tensor([rollouts.advantages[row] for row in rows], device=device)
+        sequences = [Sequence(experience.input_ids[row], experience.labels[row]) for row in rows]
+        if experience.token_advantages is None:
+            fields["advantages"] = torch.tensor([experience.advantages[row] for row in rows], device=device)
         else:
-            fields["advantages"] = torch.cat([rollouts.token_advantages[row].to(device) for row in rows])
+            fields["advantages"] = torch.cat([experience.token_advantages[row].to(device) for row in rows])
         for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs"):
-            known = getattr(rollouts, name)
+            known = getattr(experience, name)
             if known is not None:
                 parts = [
-                    torch.zeros(len(rollouts.input_ids[row])) if known[row] is None else known[row] for row in rows
+                    torch.zeros(len(experience.input_ids[row])) if known[row] is None else known[row] for row in rows
                 ]
                 fields[name] = torch.cat([part.to(device) for part in parts])
         return self.lay_out(sequences, GRPOBatch, **fields)
 
     def compute_loss(self, model: nn.Module, batch: GRPOBatch) -> Tensor:
         loss, values = objectives.policy_loss(model, batch, self.args, fused=self.fused)
-        names = rlkernels.policy_loss.metrics  # type: ignore[attr-defined]
-        self._record_loss(dict(zip(names, values.unbind(), strict=True)))
+        self._record_loss(values)
         return loss
 
     def _record_loss(self, values: dict[str, Tensor]) -> None:
@@ -575,4 +578,4 @@ class GRPOTrainer(OnlineTrainer):
         self.metrics.add("entropy", values["entropy"], weight)
         if self.args.beta > 0 and not self.args.kl_in_reward:
             self.metrics.add("kl", values["ref_kl"], weight)
-        self.record_correction(values)
+        self.collector.record_correction(values)

@@ -9,23 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 import rlkernels
 
-from .base.loading import load_classifier, refuse_prompt_learning
-from .base.rows import GroupSampler, check_columns
-from .base.sharding import refuse_zero3
+from .base.trainer import BaseTrainer
 from .batch import scoring
 from .batch.batch import IGNORE, Batch, Sequence
-from .batch.packing import fill_by_length
-from .batch.probe import prepare_packing
-from .losses import objectives
-from .rewards.functions import RewardSource
-from .rollouts.config import OnlineConfig
-from .rollouts.engine import Engine, Rollout, SamplingOptions
-from .rollouts.online import OnlineTrainer
-from .value import PolicyAndValue
+from .rollouts.collector import Collector, reward_functions
+from .rollouts.config import OnlineConfig, RewardSource
+from .rollouts.engine import Engine
+from .value import PolicyAndValue, load_value_model
 
 
 @dataclass(repr=False)
@@ -122,8 +117,9 @@ KL_COEF, VALUE = "kl_coef.json", "value"
 
 
 @dataclass
-class Rollouts:
-    """This process's completions of one batch, a list entry per row. Values per token are shifted, as in `Batch`."""
+class Experience:
+    """What the steps on one batch of prompts learn from, on this process: a list entry per row. What is per token is
+    shifted, as in `Batch`."""
 
     input_ids: list[list[int]]
     labels: list[list[int]]
@@ -189,7 +185,7 @@ class AdaptiveKL:
         self.coef = float(coef)
 
 
-class PPOTrainer(OnlineTrainer):
+class PPOTrainer(BaseTrainer):
     """Trains a causal language model on rewards of its own completions, with a learned value function.
 
     A batch of prompts is completed. A completion's score, the weighted sum of those of its rewards that apply, is given
@@ -217,7 +213,6 @@ class PPOTrainer(OnlineTrainer):
     """
 
     args: PPOConfig
-    rollouts_type = Rollouts
 
     def __init__(
         self,
@@ -236,11 +231,9 @@ class PPOTrainer(OnlineTrainer):
         rollout: Engine | None = None,
     ) -> None:
         args = PPOConfig() if args is None else copy.copy(args)
-        refuse_prompt_learning("peft_config", peft_config)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        refuse_zero3("PPO")
-        check_columns("train_dataset", train_dataset, "prompt")
+        Collector.check(args, train_dataset, eval_dataset, peft_config, rollout)
         if len(train_dataset) < args.rollout_batch_size:
             raise ValueError(
                 f"train_dataset has {len(train_dataset)} rows, fewer than the {args.rollout_batch_size} prompts of one "
@@ -249,14 +242,13 @@ class PPOTrainer(OnlineTrainer):
         sources = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if isinstance(value_model, nn.Module) and any(value_model is source for source in sources):
             raise ValueError("value_model must be another object than the reward model: it changes")
-        self.value_model = None if value_model is None else load_classifier("value_model", value_model, args)
-        self.prompts_per_batch = args.rollout_batch_size
+        self.value_model = load_value_model(value_model, args)
         self.has_reference = args.kl_coef != 0
         if ref_model is not None and not self.has_reference:
             raise ValueError("ref_model must be None with kl_coef 0, which keeps the policy close to no model")
+        rewards = reward_functions(reward_funcs, args)
         super().__init__(
             model,
-            reward_funcs,
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -266,56 +258,62 @@ class PPOTrainer(OnlineTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
-            rollout=rollout,
         )
-        if self.value_model is not None:
-            self.padding_free = self.padding_free and prepare_packing(self.value_model, args.device)
-            if self.value_model.config.pad_token_id is None:
-                # Without one, classifiers of transformers refuse padded batches.
-                self.value_model.config.pad_token_id = self.processing_class.pad_token_id
+        self.padding_free = self.model.prepare(self.processing_class, args.device, packs=self.padding_free)
         self.kl = AdaptiveKL(args)
         self.keep(KL_COEF, self.kl, "its KL coefficient")
         self.undone.append(self.kl)
-        self.steps_per_rollout = args.num_ppo_epochs * args.num_mini_batches
+        self.collector = Collector(
+            self,
+            self.model.policy,
+            rewards,
+            rollout,
+            experience=Experience,
+            prompts=args.rollout_batch_size,
+            steps=args.num_ppo_epochs * args.num_mini_batches,
+            readers=[] if self.value_model is None else [self.value_model],
+            run=lambda *given: self.model.generate(*given),
+        )
 
     def trained(self, model: nn.Module) -> nn.Module:
         return PolicyAndValue(model, self.value_model)
 
-    def generating_model(self) -> Any:
-        return self.model.policy
+    @property
+    def completions(self) -> list[dict[str, Any]]:
+        """The latest completions over all processes, a dict each: for callbacks that show or save them."""
+        return self.collector.latest.rows
 
     def model_parts(self) -> dict[str, nn.Module]:
         return {"": self.model.policy, VALUE: self.model.value}
 
-    def read_by(self) -> list[Any]:
-        return [*super().read_by(), *([] if self.value_model is None else [self.value_model])]
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.collector.running():
+            return super().train(*args, **kwargs)
 
-    def run_engine(self, prompts: list, options: SamplingOptions) -> list[Rollout]:
-        return self.model.generate(self.engine, prompts, options)
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), **self.collector.settings()}
 
     # Data: a batch of the dataloader is the prompts of a batch of completions, repeated for each step it serves.
 
-    def train_sampler(self) -> GroupSampler:
-        size = len(self.train_dataset)
-        steps_per_epoch = size // self.prompts_per_batch * self.steps_per_rollout
-        return GroupSampler(
-            size,
-            self.prompts_per_batch,
-            1,
-            self.steps_per_rollout,
-            seed=self.args.seed if self.args.shuffle_dataset else None,
-            epoch=lambda: self.state.global_step // steps_per_epoch,
-        )
+    def train_sampler(self) -> Sampler:
+        return self.collector.prompts
 
-    # Rollouts
+    def eval_sampler(self, eval_dataset: Any) -> Sampler:
+        return self.collector.eval_sampler(eval_dataset)
 
-    def roll_out(self, inputs: list[dict[str, Any]]) -> Rollouts:
-        samples = self.sample(inputs, self.metrics)
-        outcomes = self.gather_outcomes(samples)
-        self.record_outcomes(outcomes, self.metrics)
+    def evaluate_rows(self, dataloader: DataLoader) -> int:
+        return self.collector.evaluate(dataloader)
+
+    # From rows to the experience that the steps learn from
+
+    def make_experience(self, rows: list[dict[str, Any]]) -> Experience:
+        collector = self.collector
+        samples = collector.collect(rows)
+        outcomes = samples.outcomes(self.accelerator)
+        collector.record(outcomes)
         self.metrics.add("val/num_eos_tokens", outcomes[:, -1].sum())
-        self.count_tokens(samples.rollouts)
-        scores, is_scored = (samples.rewards * self.reward_weights).nansum(1), ~samples.rewards.isnan().all(1)
+        self.add_tokens_seen(samples.num_tokens())
+        scores, is_scored = (samples.rewards * collector.reward_weights).nansum(1), ~samples.rewards.isnan().all(1)
         if self.args.missing_eos_penalty is not None:
             ended = torch.tensor([rollout.ended for rollout in samples.rollouts], device=scores.device)
             scores = scores - self.args.missing_eos_penalty * ~ended
@@ -348,11 +346,11 @@ class PPOTrainer(OnlineTrainer):
             rewards, values, has_value, gamma=self.args.gamma, lam=self.args.lam, cu_seqlens=cu_seqlens
         )
         advantages = rlkernels.masked_whiten(advantages, mask, group=group)
-        self._record_rollouts(scores[is_scored], logprobs, ref_logprobs)
+        self._record_experience(scores[is_scored], logprobs, ref_logprobs)
         self.metrics.add("val/explained_variance", self._explained_variance(values, returns, has_value))
         counts = batch.sequence_sums(mask.float()).clamp(min=1)
-        self.completions = self.table(samples, (batch.sequence_sums(advantages) / counts).tolist())
-        return Rollouts(
+        collector.show(samples, (batch.sequence_sums(advantages) / counts).tolist())
+        return Experience(
             input_ids=[sequence.input_ids for sequence in sequences],
             labels=[sequence.labels for sequence in sequences],
             order=[self._draw_order(len(sequences), epoch) for epoch in range(self.args.num_ppo_epochs)],
@@ -361,7 +359,7 @@ class PPOTrainer(OnlineTrainer):
             advantages=batch.split(advantages),
             returns=batch.split(returns),
             has_value=batch.split(has_value),
-            sampler_logprobs=self.sampler_logprobs(samples.rollouts) if corrects else None,
+            sampler_logprobs=collector.sampler_logprobs(samples.rollouts) if corrects else None,
         )
 
     @torch.no_grad()
@@ -369,10 +367,7 @@ class PPOTrainer(OnlineTrainer):
         """Log-probabilities, values and the reference's log-probabilities, each [N] over all sequences."""
         options: dict[str, Any] = {"fused": self.fused, "temperature": self.args.temperature}
         found: list[Any] = [None] * len(sequences)
-        chunks = fill_by_length([len(sequence) for sequence in sequences], self.args.token_budget)
-        # A sharded model must run equally often on every process.
-        chunks += chunks[:1] * (self.most_on_any_process(len(chunks)) - len(chunks))
-        for chunk in chunks:
+        for chunk in self.even_chunks([len(sequence) for sequence in sequences]):
             batch = self.lay_out([sequences[row] for row in chunk], Batch)
             logprobs, values = self.model_wrapped(scoring.token_logprobs, batch, **options)
             ref_logprobs = logprobs
@@ -392,7 +387,7 @@ class PPOTrainer(OnlineTrainer):
         random, one to each minibatch. The draw depends on the number of the first of them among the rows of all
         processes, so that a minibatch holds the same rows, and as many of each process, however many there are."""
         parts, drawn = self.args.num_mini_batches, []
-        for start, number in zip(range(0, count, parts), self.own_rows(count)[::parts], strict=True):
+        for start, number in zip(range(0, count, parts), self.collector.own_rows(count)[::parts], strict=True):
             rows = list(range(start, start + parts))
             random.Random(f"{self.args.seed} {self.state.global_step} {epoch} {number}").shuffle(rows)
             drawn.append(rows)
@@ -405,7 +400,7 @@ class PPOTrainer(OnlineTrainer):
         _, metrics = rlkernels.value_loss(values, None, returns, known.bool(), clip=None)
         return metrics[rlkernels.value_loss.metrics.index("explained_variance")]  # type: ignore[attr-defined]
 
-    def _record_rollouts(self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> None:
+    def _record_experience(self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> None:
         """Means over the completions that have a score of sums over tokens, as in TRL; and the next batch's KL
         coefficient."""
         kl = rlkernels.kl_penalty(logprobs, ref_logprobs, estimator=self.args.kl_estimator)
@@ -424,13 +419,13 @@ class PPOTrainer(OnlineTrainer):
     # The optimizer step
 
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
-        rollouts, step = self.current_rollouts(inputs)
+        experience, step = self.collector.experience(inputs, self.make_experience)
         epoch, part = divmod(step, self.args.num_mini_batches)
-        size = len(rollouts.input_ids) // self.args.num_mini_batches
-        rows = rollouts.order[epoch][part * size : (part + 1) * size]
-        lengths = [len(ids) for ids in rollouts.input_ids]
-        chunks = [fill_by_length(lengths, self.args.token_budget, part) for part in self.parts(rows)]
-        batches = self.joined([[self._lay_out(rollouts, chunk) for chunk in part] for part in chunks])
+        size = len(experience.input_ids) // self.args.num_mini_batches
+        rows = experience.order[epoch][part * size : (part + 1) * size]
+        lengths = [len(ids) for ids in experience.input_ids]
+        chunks = [self.chunks(lengths, part) for part in self.parts(rows)]
+        batches = self.joined([[self._lay_out(experience, chunk) for chunk in part] for part in chunks])
         counts = torch.stack([places.sum() for batch in batches for places in (batch.mask, batch.has_value)])
         # Losses are means over the tokens of all processes. These average their gradients, so that each divides by the
         # mean count.
@@ -440,10 +435,10 @@ class PPOTrainer(OnlineTrainer):
             [replace(batch, normalizer=normalizer, value_normalizer=value_normalizer) for batch in batches]
         )
 
-    def _lay_out(self, rollouts: Rollouts, rows: list[int]) -> PPOBatch:
+    def _lay_out(self, experience: Experience, rows: list[int]) -> PPOBatch:
         device = self.accelerator.device
-        sequences = [Sequence(rollouts.input_ids[row], rollouts.labels[row]) for row in rows]
-        known = {name: parts for name in PER_TOKEN if (parts := getattr(rollouts, name)) is not None}
+        sequences = [Sequence(experience.input_ids[row], experience.labels[row]) for row in rows]
+        known = {name: parts for name in PER_TOKEN if (parts := getattr(experience, name)) is not None}
         per_token = {name: torch.cat([parts[row] for row in rows]).to(device) for name, parts in known.items()}
         return self.lay_out(sequences, PPOBatch, **per_token)
 
@@ -459,7 +454,7 @@ class PPOTrainer(OnlineTrainer):
             clip_low=args.cliprange,
             clip_high=args.cliprange,
             normalizer=batch.normalizer,
-            **objectives.sampler_correction(batch.sampler_logprobs, args),
+            **args.sampler_correction(batch.sampler_logprobs),
         )
         value_loss, value = rlkernels.value_loss(
             values,
@@ -488,7 +483,7 @@ class PPOTrainer(OnlineTrainer):
         self.metrics.add("policy/clipfrac_avg", policy["clip_fraction_low"] + policy["clip_fraction_high"], tokens)
         self.metrics.add("policy/entropy_avg", policy["entropy"], tokens)
         self.metrics.add("val/ratio", policy["ratio_mean"], tokens)
-        self.record_correction(policy)
+        self.collector.record_correction(policy)
         tokens = value["num_tokens"]
         self.metrics.add("loss/value_avg", value_sum / tokens, tokens)
         self.metrics.add("val/clipfrac_avg", value["clip_fraction"], tokens)

@@ -20,7 +20,7 @@ import rlkernels
 
 from .base.config import BaseConfig
 from .base.limits import Limits
-from .base.loading import disable_dropout, load_model, load_tokenizer, refuse_prompt_learning
+from .base.loading import disable_dropout, load_model, load_tokenizer, refuse_prompt_learning, set_pad_token
 from .base.rows import each_part
 from .base.trainer import BaseTrainer
 from .batch.batch import Batch
@@ -128,9 +128,7 @@ class RewardTrainer(BaseTrainer):
         )
         if args.disable_dropout:
             disable_dropout(self.model)
-        if self.model.config.pad_token_id is None:
-            # Without one, classifiers of transformers refuse padded batches.
-            self.model.config.pad_token_id = self.processing_class.pad_token_id
+        set_pad_token(self.model, self.processing_class)
 
     def load(self, model: str | PreTrainedModel, args: BaseConfig) -> PreTrainedModel:
         if isinstance(model, str):

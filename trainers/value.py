@@ -5,10 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .base.loading import disable_dropout
+from .base.config import BaseConfig
+from .base.loading import disable_dropout, load_classifier, set_pad_token
+from .base.sharding import refuse_zero3
 from .batch import scoring
 from .batch.batch import Batch
+from .batch.probe import prepare_packing
+
+
+def load_value_model(value_model: str | PreTrainedModel | None, args: BaseConfig) -> PreTrainedModel | None:
+    """The sequence classifier that says the values; None: a head on the policy's hidden states does."""
+    refuse_zero3("PPO")
+    return None if value_model is None else load_classifier("value_model", value_model, args)
 
 
 class ValueHead(nn.Linear):
@@ -52,6 +62,13 @@ class PolicyAndValue(nn.Module):
         finally:
             handle.remove()
         return result, self.value(batch.packed(seen[0])).squeeze(-1)
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, packs: bool) -> bool:
+        """Whether packed batches serve the value model too, where they serve the policy (`packs`)."""
+        if isinstance(self.value, ValueHead):
+            return packs
+        set_pad_token(self.value, tokenizer)
+        return packs and prepare_packing(self.value, device)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         self._enable("activation_checkpointing_enable", options)

@@ -58,9 +58,9 @@ def train(folder: str, options: dict) -> dict:
     trainer_class = PPOTrainer if is_ppo else GRPOTrainer
     trainer = trainer_class(build_model(), one_group_differs, args, dataset, dataset[:3], build_tokenizer())
     if is_ppo and os.environ["RANK"] == "1":
-        trainer.engine = shortened(trainer.engine)
+        trainer.collector.engine = shortened(trainer.collector.engine)
     rollouts, micro_batches = [], []
-    trainer.roll_out = record(trainer.roll_out, rollouts)
+    trainer.make_experience = record(trainer.make_experience, rollouts)
     trainer.micro_batches = record(trainer.micro_batches, micro_batches)
     trainer.train()
     return {

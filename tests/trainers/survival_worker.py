@@ -146,10 +146,11 @@ def record_steps(trainer, file: Path) -> None:
             "torch": digest(torch.get_rng_state().numpy().tobytes()),
         }
         loss = take(*args, **kwargs)
+        sampled = trainer.collector.buffer.experience if hasattr(trainer, "collector") else None
         found = {
             **start,
             "loss": loss.item().hex(),
-            "sampled": digest(as_bytes(vars(trainer.rollouts))) if getattr(trainer, "rollouts", None) else "",
+            "sampled": digest(as_bytes(vars(sampled))) if sampled else "",
             "rewards": digest(getattr(trainer, "completions", None)),
             "metrics": digest(as_bytes(trainer.metrics.sums)),
             "seen": trainer.state.num_input_tokens_seen,

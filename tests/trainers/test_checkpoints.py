@@ -32,7 +32,7 @@ from rlkernels.trainers import (
 from rlkernels.trainers.base import checkpoints as c
 from rlkernels.trainers.base import lock
 from rlkernels.trainers.base import trainer as base_trainer
-from rlkernels.trainers.rollouts import online
+from rlkernels.trainers.rollouts import collector, experience
 from rlkernels.trainers.rollouts.completions import CompletionsCallback
 
 ARGS = type("Args", (), {"should_save": True, "world_size": 1})
@@ -874,18 +874,18 @@ def test_completions_of_other_options_are_sampled_anew(make_trainer, monkeypatch
     with pytest.raises(Killed):
         first.train()
     again, warnings, sampled = make_trainer(trainer, **{**options, **change}), [], []
-    monkeypatch.setattr(online.logger, "warning", warnings.append)
+    monkeypatch.setattr(experience.logger, "warning", warnings.append)
     monkeypatch.setattr(base_trainer.logger, "warning", warnings.append)
-    roll_out = again.roll_out
+    make_experience = again.make_experience
 
     def note(inputs):
         sampled.append((again.state.global_step, len(inputs)))
-        return roll_out(inputs)
+        return make_experience(inputs)
 
-    monkeypatch.setattr(again, "roll_out", note)
+    monkeypatch.setattr(again, "make_experience", note)
     again.train(resume_from_checkpoint=str(Path(first.args.output_dir, "checkpoint-1")))
     rows = again.args.per_device_train_batch_size * getattr(again.args, "steps_per_generation", 1)
-    wanted = [(1, rows), (2, rows)] if again.steps_per_rollout == 2 else [(1, rows)]
+    wanted = [(1, rows), (2, rows)] if again.collector.buffer.steps == 2 else [(1, rows)]
     assert sampled == wanted and again.state.global_step == 3
     (anew,) = [each for each in warnings if "completed anew" in each]
     names = {"reward": "reward_funcs", "rows": "rows of train_dataset"}
@@ -906,9 +906,9 @@ def test_completions_of_other_options_are_sampled_anew(make_trainer, monkeypatch
 def test_completions_serve_on_where_they_are_the_same(saved, monkeypatch, change):
     make, folder = saved
     trainer, sampled = make(**change), []
-    roll_out = trainer.roll_out
+    make_experience = trainer.make_experience
     monkeypatch.setattr(
-        trainer, "roll_out", lambda inputs: sampled.append(trainer.state.global_step) or roll_out(inputs)
+        trainer, "make_experience", lambda inputs: sampled.append(trainer.state.global_step) or make_experience(inputs)
     )
     trainer.train(resume_from_checkpoint=str(folder))
     assert sampled == [2]
@@ -916,4 +916,4 @@ def test_completions_serve_on_where_they_are_the_same(saved, monkeypatch, change
 
 def test_what_completions_do_not_depend_on_is_an_option():
     options = {each.name for config in (GRPOConfig, PPOConfig) for each in dataclasses.fields(config)}
-    assert options > online.LATER
+    assert options > collector.LATER

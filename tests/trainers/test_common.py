@@ -170,7 +170,7 @@ def test_models_with_prompt_learning_are_refused(role, task, name, make_model, t
 def test_the_reference_of_adapters_is_the_model_without_them(make_trainer, make_model, checkpointing):
     trainer = make_trainer(peft_config=lora(), beta=0.1, activation_checkpointing=checkpointing)
     trainer.train()
-    batch = trainer._lay_out(trainer.rollouts, [0, 1, 2])
+    batch = trainer._lay_out(trainer.collector.buffer.experience, [0, 1, 2])
     expected = scoring.token_logprobs(make_model(), batch, fused=False)
     adapted = scoring.token_logprobs(trainer.model, batch, fused=True)
     with trainer.reference() as reference:
@@ -185,15 +185,25 @@ def test_micro_batches_by_token_budget_are_one_step(make_trainer):
     results = []
     for budget in (8192, 30, 1):
         trainer = make_trainer(token_budget=budget, beta=0.1)
-        trainer.rollouts = results[0][2] if results else trainer.roll_out([PROMPTS[i // 4] for i in range(8)])
-        trainer.roll_out = lambda inputs, rollouts=trainer.rollouts: rollouts
+        trainer.collector.buffer.experience = (
+            results[0][2] if results else trainer.make_experience([PROMPTS[i // 4] for i in range(8)])
+        )
+        trainer.make_experience = lambda inputs, rollouts=trainer.collector.buffer.experience: rollouts
         batches = trainer.micro_batches([])
         if budget == 30:
             batches.insert(0, replace(batches[0], is_filler=True))
         trainer.micro_batches = lambda inputs, batches=batches: batches
         loss = trainer.training_step(trainer.model, [])
         gradient = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
-        results.append((loss, gradient, trainer.rollouts, len(batches), trainer.metrics.flush(trainer.accelerator)))
+        results.append(
+            (
+                loss,
+                gradient,
+                trainer.collector.buffer.experience,
+                len(batches),
+                trainer.metrics.flush(trainer.accelerator),
+            )
+        )
     assert results[0][3] == 1 and 1 < results[1][3] < 9 and results[2][3] == 8
     for loss, gradient, _, _, metrics in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-4, atol=1e-6)

@@ -113,7 +113,7 @@ def test_gradient_is_that_of_one_process(results, make_model, tokenizer, tmp_pat
         output_dir=str(tmp_path), num_generations=4, bf16=False, use_cpu=True, report_to="none", **options
     )
     trainer = GRPOTrainer(make_model(), lambda **_: [], args, [{"prompt": "a"}] * 2, processing_class=tokenizer)
-    trainer.roll_out = lambda inputs: grpo.Rollouts(**both, num_tokens=num_tokens)
+    trainer.make_experience = lambda inputs: grpo.Experience(**both, num_tokens=num_tokens)
     trainer.training_step(trainer.model, [])
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
     assert norm.item() == pytest.approx(results(run)[0]["logs"][0]["grad_norm"], rel=1e-4)
@@ -137,7 +137,7 @@ def test_ppo_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
         output_dir=str(tmp_path), per_device_train_batch_size=8, bf16=False, use_cpu=True, report_to="none"
     )
     trainer = PPOTrainer(make_model(), lambda **_: [], args, [{"prompt": "a"}] * 8, processing_class=tokenizer)
-    trainer.roll_out = lambda inputs: ppo.Rollouts(**both, order=[list(range(8))])
+    trainer.make_experience = lambda inputs: ppo.Experience(**both, order=[list(range(8))])
     trainer.training_step(trainer.model, [])
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
     assert norm.item() == pytest.approx(ranks[0]["logs"][0]["grad_norm"], rel=1e-4)

@@ -227,7 +227,7 @@ def test_rows_without_signal_are_not_run(make_trainer, monkeypatch, rows_run, lo
     for everything in (False, True):
         trainer = make_trainer(group_rewards, **options)
         if everything:
-            monkeypatch.setattr(grpo.Rollouts, "has_gradient", lambda self, row: True)
+            monkeypatch.setattr(grpo.Experience, "has_gradient", lambda self, row: True)
         inputs = [PROMPTS[row // 4] for row in range(8)]
         loss = trainer.training_step(trainer.model, inputs)
         gradient = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
@@ -406,7 +406,8 @@ def test_log_probabilities_are_those_of_the_sampler_without_dropout(make_trainer
         layer.self_attn.attention_dropout = 0.5
     trainer = make_trainer(model=model, num_iterations=2, max_steps=1, learning_rate=0.0, beta=0.1)
     trainer.train()
-    found, batch = trainer.rollouts.old_logprobs, trainer._lay_out(trainer.rollouts, range(8))
+    experience = trainer.collector.buffer.experience
+    found, batch = experience.old_logprobs, trainer._lay_out(experience, range(8))
     expected = batch.split(scoring.token_logprobs(make_model(), batch, fused=False))
     for old, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(old, wanted, rtol=1e-4, atol=1e-5)

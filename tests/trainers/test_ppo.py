@@ -270,7 +270,7 @@ def test_tokens_of_a_tool(make_trainer, make_model, tokenizer):
     )
     torch.nn.init.normal_(trainer.model.value.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     (batch,) = trainer.micro_batches(PROMPTS[:2])
-    rollouts = trainer.rollouts
+    rollouts = trainer.collector.buffer.experience
     for row, (prompt, completion) in enumerate(rows):
         places = [len(prompt) - 1 + place for place, token in enumerate(completion) if token < 40]
         assert rollouts.old_logprobs[row].nonzero().flatten().tolist() == places
@@ -303,7 +303,9 @@ def test_score_at(make_trainer):
     for score_at, room in (("after_last", [True, False, False, True]), ("last", [False] * 4)):
         trainer = make_trainer(score_at=score_at, rollout=engine)
         trainer.micro_batches(PROMPTS[:4])
-        for places, completion, has_room in zip(trainer.rollouts.has_value, completions, room, strict=True):
+        for places, completion, has_room in zip(
+            trainer.collector.buffer.experience.has_value, completions, room, strict=True
+        ):
             assert places.tolist() == [False] + [True] * len(completion) + [has_room]
 
 
@@ -391,8 +393,8 @@ def test_reward_models(make_trainer, make_classifier, tokenizer, tmp_path):
     trainer = make_trainer([scorer, str(tmp_path / "scorer"), vowels], reward_weights=[1.0, -0.5, 2.0])
     trainer.train()
     assert torch.equal(weights(scorer), weights(make_classifier()))
-    samples = trainer.sample(PROMPTS[:4], trainer.metrics)
-    assert trainer.rewards.names == ["LlamaForSequenceClassification", "scorer", "vowels"]
+    samples = trainer.collector.collect(PROMPTS[:4])
+    assert trainer.collector.rewards.names == ["LlamaForSequenceClassification", "scorer", "vowels"]
     for rollout, rewards in zip(samples.rollouts, samples.rewards.tolist(), strict=True):
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         score = scorer.score(scorer.model(ids).last_hidden_state)[0, -1].item()
@@ -422,7 +424,7 @@ def test_reward_model_of_another_tokenizer(make_trainer, make_classifier, tokeni
     if chat:
         prompt, texts = [{"role": "user", "content": "ab"}], ["u:aba:c d", "u:aba:e f g"]
     trainer = make_trainer(str(tmp_path / "scorer"), rollout=engine)
-    rewards = trainer.sample([{"prompt": prompt}] * 2, trainer.metrics).rewards
+    rewards = trainer.collector.collect([{"prompt": prompt}] * 2).rewards
     for text, reward in zip(texts, rewards[:, 0].tolist(), strict=True):
         ids = own(text)["input_ids"]
         assert len(ids) == len(text.replace("<eos>", "."))
@@ -502,7 +504,7 @@ def test_value_head_teaches_the_policy_too(make_trainer):
     ours = gradient(trainer)
     trainer.model.zero_grad()
     errors = []
-    rollouts = trainer.rollouts
+    rollouts = trainer.collector.buffer.experience
     for ids, returns, places in zip(rollouts.input_ids, rollouts.returns, rollouts.has_value, strict=True):
         values = head(policy.model(torch.tensor([ids])).last_hidden_state)[0, :, 0]
         errors.append((values - returns)[places])

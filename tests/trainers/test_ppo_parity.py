@@ -54,10 +54,10 @@ def run(request, make_model, tokenizer, tmp_path):
             ref_model=models["ref_model"],
             rollout=engine,
         )
-        roll_out, training_step, steps = trainer.roll_out, trainer.training_step, []
+        make_experience, training_step, steps = trainer.make_experience, trainer.training_step, []
 
         def in_recorded_order(inputs):
-            rollouts = roll_out(inputs)
+            rollouts = make_experience(inputs)
             rows = [step["rows"] for step in recorded["steps"]]
             size = args.num_mini_batches
             starts = range(0, len(rows), size)
@@ -69,7 +69,7 @@ def run(request, make_model, tokenizer, tmp_path):
             steps.append({"loss": loss.item(), "gradient": recorder["summary"](trainer.model)})
             return loss
 
-        trainer.roll_out, trainer.training_step = in_recorded_order, recording
+        trainer.make_experience, trainer.training_step = in_recorded_order, recording
         trainer.train()
         return trainer, recorded, steps
 
@@ -84,7 +84,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("name", RUNS)
 def test_what_the_loss_is_made_of(run, name):
     trainer, recorded, _ = run(name, max_steps=1)
-    rollouts = trainer.rollouts
+    rollouts = trainer.collector.buffer.experience
     for row, completion in enumerate(recorder["COMPLETIONS"]):
         in_loss = torch.tensor([label != -100 for label in [*rollouts.labels[row][1:], -100]])
         for ours, theirs, where in (

@@ -550,7 +550,7 @@ def test_trains_with_workers(trained, method):
     assert all(log["rewards/length/failed"] == 0.0 and log["rewards/length/mean"] > 0 for log in logs)
     assert not workers()
     assert trainer.evaluate()["eval_rewards/length/mean"] > 0
-    trainer.rewards.close()
+    trainer.collector.rewards.close()
 
 
 def test_a_run_that_fails_leaves_no_workers(trained):

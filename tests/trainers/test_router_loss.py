@@ -116,7 +116,7 @@ def test_ppo(tokenizer, run_options, peft):
     trainer.router.coef = 7.0
     inputs = [{"prompt": row["prompt"]} for row in ROWS]
     loss = trainer.training_step(trainer.model, inputs)
-    sequences, order = trainer.rollouts.input_ids, trainer.rollouts.order[0]
+    sequences, order = trainer.collector.buffer.experience.input_ids, trainer.collector.buffer.experience.order[0]
     expected = []
     trainer.model.eval()
     for rows in (order[:2], order[2:]):

@@ -19,7 +19,7 @@ from rlkernels.trainers import (
     SamplingOptions,
     TransformersEngine,
 )
-from rlkernels.trainers.rollouts import ahead, online
+from rlkernels.trainers.rollouts import ahead, collector
 
 ROWS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(12)]
 
@@ -92,10 +92,10 @@ def test_the_weights_are_one_batch_older(method, steps, make_trainer):
     stale.train()
     fresh.train()
     batches = range(0, 8, steps)
-    assert fresh.engine.weights_of == {step: step for step in batches}
-    assert stale.engine.weights_of == {step: max(step - steps, 0) for step in batches}
-    assert stale.engine.prompts_of == fresh.engine.prompts_of
-    assert [stale.engine.threads[step] == "ahead" for step in batches] == [step > 0 for step in batches]
+    assert fresh.collector.engine.weights_of == {step: step for step in batches}
+    assert stale.collector.engine.weights_of == {step: max(step - steps, 0) for step in batches}
+    assert stale.collector.engine.prompts_of == fresh.collector.engine.prompts_of
+    assert [stale.collector.engine.threads[step] == "ahead" for step in batches] == [step > 0 for step in batches]
     assert logged(stale)[:steps] == logged(fresh)[:steps] and logged(stale)[-1] != logged(fresh)[-1]
     assert logged(stale, "sampling/staleness")[0] == 0 and set(logged(stale, "sampling/staleness")[1:]) == {1}
 
@@ -106,12 +106,12 @@ def test_it_samples_while_the_trainer_learns(make_trainer):
 
     def reward(completions, trainer_state, **columns):
         if trainer_state.global_step == 1:
-            assert trainer.engine.sampling.locked()
+            assert trainer.collector.engine.sampling.locked()
             gate.set()
         return vowels(completions)
 
     trainer = make_trainer(reward=reward, max_steps=3)
-    trainer.engine.gates[2] = gate
+    trainer.collector.engine.gates[2] = gate
     trainer.train()
     assert gate.is_set()
 
@@ -142,7 +142,7 @@ def test_resuming_gives_the_same(method, step, make_trainer, tmp_path):
     assert logged(resumed) == logged(whole) and logged(resumed, "reward") == logged(whole, "reward")
     ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert min(resumed.engine.weights_of) == (4 if step == 2 else 6)
+    assert min(resumed.collector.engine.weights_of) == (4 if step == 2 else 6)
 
 
 def test_what_an_engine_returns_is_saved_as_plain_numbers(make_trainer, tmp_path):
@@ -159,11 +159,11 @@ def test_what_an_engine_returns_is_saved_as_plain_numbers(make_trainer, tmp_path
 
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **options)
-    whole.engine.__class__ = OfNumpy
+    whole.collector.engine.__class__ = OfNumpy
     whole.train()
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert logged(resumed) == logged(whole) and not resumed.engine.weights_of
+    assert logged(resumed) == logged(whole) and not resumed.collector.engine.weights_of
 
 
 def test_what_is_wrong_with_the_next_batch_is_told_when_it_is_needed(make_trainer, tmp_path):
@@ -172,7 +172,7 @@ def test_what_is_wrong_with_the_next_batch_is_told_when_it_is_needed(make_traine
             return None if options.step else super().__call__(prompts, options)
 
     trainer = make_trainer(save_strategy="steps", save_steps=1)
-    trainer.engine.__class__ = Nothing
+    trainer.collector.engine.__class__ = Nothing
     with pytest.raises(RolloutError, match=r"^rollout must return a list of Rollout; got NoneType$"):
         trainer.train()
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
@@ -183,10 +183,10 @@ def test_a_checkpoint_of_a_run_without_it_and_the_other_way_round(make_trainer, 
     make_trainer(staleness=0, **options).train()
     later = make_trainer(output_dir=str(tmp_path / "later"), **options)
     later.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert later.engine.weights_of == {2: 2, 3: 2, 4: 3, 5: 4}
+    assert later.collector.engine.weights_of == {2: 2, 3: 2, 4: 3, 5: 4}
     back = make_trainer(staleness=0)
     back.train(resume_from_checkpoint=str(tmp_path / "later" / "checkpoint-4"))
-    assert back.engine.weights_of == {5: 5}
+    assert back.collector.engine.weights_of == {5: 5}
 
 
 @pytest.mark.parametrize(
@@ -197,10 +197,10 @@ def test_what_was_sampled_ahead_for_others_is_sampled_anew(make_trainer, tmp_pat
     options = {"save_strategy": "steps", "save_steps": 2}
     make_trainer(**options).train()
     again, warnings = make_trainer(output_dir=str(tmp_path / "again"), **options, **change), []
-    for module in (online, ahead):
+    for module in (collector, ahead):
         monkeypatch.setattr(module.logger, "warning", warnings.append)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert again.engine.weights_of == {2: 2, 3: 2, 4: 3, 5: 4}
+    assert again.collector.engine.weights_of == {2: 2, 3: 2, 4: 3, 5: 4}
     (warning,) = warnings
     assert ("seed (was 42, is 7)" if "seed" in change else "step 3: completed anew") in warning
 
@@ -212,7 +212,9 @@ def test_evaluation_in_between_does_not_disturb_it(make_trainer):
     with_it.train()
     without.train()
     assert logged(with_it) == logged(without)
-    assert {step: of for step, of in with_it.engine.weights_of.items() if step >= 0} == without.engine.weights_of
+    assert {
+        step: of for step, of in with_it.collector.engine.weights_of.items() if step >= 0
+    } == without.collector.engine.weights_of
 
 
 def test_dynamic_sampling_stays_in_step(make_trainer):
@@ -225,11 +227,11 @@ def test_dynamic_sampling_stays_in_step(make_trainer):
 def test_the_last_step_samples_nothing_ahead(make_trainer):
     trainer = make_trainer()
     trainer.train()
-    assert max(trainer.engine.weights_of) == 5
+    assert max(trainer.collector.engine.weights_of) == 5
     # A second run of the same trainer has nothing of the first.
-    trainer.engine.weights_of.clear()
+    trainer.collector.engine.weights_of.clear()
     trainer.train()
-    assert trainer.engine.weights_of == {step: max(step - 1, 0) for step in range(6)}
+    assert trainer.collector.engine.weights_of == {step: max(step - 1, 0) for step in range(6)}
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_the_last_step_samples_nothing_ahead(make_trainer):
 )
 def test_what_fails_in_the_background_is_raised_when_it_is_needed(error, message, make_trainer, tmp_path):
     trainer = make_trainer(save_strategy="steps", save_steps=1)
-    trainer.engine.fails[3] = error
+    trainer.collector.engine.fails[3] = error
     with pytest.raises(RolloutError, match=message):
         trainer.train()
     assert trainer.state.global_step == 3
@@ -249,7 +251,7 @@ def test_what_fails_in_the_background_is_raised_when_it_is_needed(error, message
     assert json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
     resumed = make_trainer(output_dir=str(tmp_path / "resumed"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    assert resumed.engine.weights_of == {3: 3, 4: 3, 5: 4}
+    assert resumed.collector.engine.weights_of == {3: 3, 4: 3, 5: 4}
 
 
 def test_rows_that_change_are_an_error(make_trainer):
@@ -271,10 +273,10 @@ def test_ctrl_c_does_not_wait_for_it(make_trainer):
         return vowels(completions)
 
     trainer = make_trainer(reward=reward)
-    trainer.engine.gates[2] = gate
+    trainer.collector.engine.gates[2] = gate
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert trainer.engine.sampling.locked()
+    assert trainer.collector.engine.sampling.locked()
     gate.set()
 
 
@@ -294,12 +296,10 @@ def test_what_it_needs(make_trainer, make_model, tokenizer, run_options):
         make_trainer(vllm_server_base_url="127.0.0.1:8000")
 
 
-def test_completions_are_checked_while_ppo_saves(make_trainer):
-    """It puts its policy, then its value model, in the place of both; the thread that samples ahead does not wait."""
+def test_completions_of_ppo_are_checked_by_the_size_of_its_policy(make_trainer):
     trainer = make_trainer("ppo")
-    trainer.model = trainer.generating_model()
     rollout = Rollout([1], [2, 3], ended=False)
     options = SamplingOptions(temperature=1.0, max_completion_length=2)
-    assert trainer._checked(lambda prompts, options: [rollout], ["a"], options) == [rollout]
+    assert trainer.collector._checked(lambda prompts, options: [rollout], ["a"], options) == [rollout]
     with pytest.raises(RolloutError, match="but the model's token ids are 0 to 66"):
-        trainer._checked(lambda prompts, options: [Rollout([1], [67], ended=True)], ["a"], options)
+        trainer.collector._checked(lambda prompts, options: [Rollout([1], [67], ended=True)], ["a"], options)

@@ -551,7 +551,7 @@ def test_a_run(method, server, make_trainer):
     ratios = [log[name] for log in trainer.state.log_history if name in log]
     assert len(ratios) >= 3 and ratios == pytest.approx([1.0] * len(ratios), abs=1e-4)
     trainer.evaluate([{"prompt": "ab"}])
-    assert same_weights(served(server), trainer.generating_model().state_dict())
+    assert same_weights(served(server), trainer.collector.policy.state_dict())
 
 
 @pytest.mark.thorough

@@ -167,6 +167,6 @@ def test_a_run(staleness, server, folder, tokenizer, tmp_path, monkeypatch):
     # The last weights are served.
     model = trainer.model.float().eval()
     options = SamplingOptions(0.9, max_completion_length=16, logprobs=True)
-    trainer.update_weights()
-    rollouts = trainer.engine(PROMPTS, options)
+    trainer.collector.update_weights()
+    rollouts = trainer.collector.engine(PROMPTS, options)
     assert distance(model, rollouts, 0.9) < 2

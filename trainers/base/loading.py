@@ -130,6 +130,12 @@ def load_classifier(
     return model
 
 
+def set_pad_token(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a classifier without a padding token the tokenizer's: without one transformers refuses padded batches."""
+    if classifier.config.pad_token_id is None:
+        classifier.config.pad_token_id = tokenizer.pad_token_id
+
+
 def load_tokenizer(model: PreTrainedModel, args: BaseConfig, name: str = "processing_class") -> PreTrainedTokenizerBase:
     """The tokenizer in the folder that the model was loaded from. `name` is the argument that it stands for."""
     path = model.config._name_or_path

@@ -53,38 +53,3 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-class GroupSampler(Sampler[int]):
-    """Indices of prompts: each is repeated `num_generations` times in a row, and each block of `prompts` prompts is
-    repeated `repeats` times.
-
-    The order depends only on the seed and the epoch, so that a resumed run sees the same prompts.
-    """
-
-    def __init__(
-        self, size: int, prompts: int, num_generations: int, repeats: int, seed: int | None, epoch: Callable[[], int]
-    ) -> None:
-        self.size, self.prompts, self.num_generations, self.repeats = size, prompts, num_generations, repeats
-        self.seed, self.epoch = seed, epoch
-
-    def __len__(self) -> int:
-        return self.size // self.prompts * self.prompts * self.num_generations * self.repeats
-
-    def __iter__(self) -> Iterator[int]:
-        order = self._order(self.epoch())
-        for start in range(0, self.size - self.prompts + 1, self.prompts):
-            yield from self._batch(order, start) * self.repeats
-
-    def of_step(self, step: int) -> list[int]:
-        """The indices of one optimizer step, counted over the whole run."""
-        epoch, step = divmod(step, self.size // self.prompts * self.repeats)
-        return self._batch(self._order(epoch), step // self.repeats * self.prompts)
-
-    def _order(self, epoch: int) -> list[int]:
-        if self.seed is None:
-            return list(range(self.size))
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
-
-    def _batch(self, order: list[int], start: int) -> list[int]:
-        return [index for index in order[start : start + self.prompts] for _ in range(self.num_generations)]

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +22,10 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..batch import scoring
 from ..batch.batch import Batch, Sequence
+from ..batch.packing import fill_by_length
 from ..batch.probe import prepare_packing, warn_of_batch_dependence
-from ..batch.scoring import needs_no_logits
 from ..losses.router import find_router_loss
 from .checkpoints import processes
 from .config import BaseConfig
@@ -92,6 +93,7 @@ class BaseTrainer(HFTrainer):
         needs_reference: bool = False,
         **kwargs: Any,
     ) -> None:
+        refuse_prompt_learning("peft_config", peft_config)
         if isinstance(ref_model, nn.Module) and ref_model is model:
             raise ValueError("ref_model must be another object than model, which changes; None keeps a copy of it")
         if peft_config is not None and hasattr(model, "peft_config"):
@@ -117,7 +119,7 @@ class BaseTrainer(HFTrainer):
             model = peft.get_peft_model(model, peft_config)
         models = [model] if reference is None else [model, reference]
         #: Whether log-probabilities come from the LM head without logits.
-        self.fused = self.auto_class is AutoModelForCausalLM and all(map(needs_no_logits, models))
+        self.fused = self.auto_class is AutoModelForCausalLM and all(map(scoring.needs_no_logits, models))
         # Batches are lists of rows of the dataset; there is nothing to collate before they are tokenised.
         super().__init__(model=self.trained(model), args=args, data_collator=list, processing_class=tokenizer, **kwargs)
         args = self.args
@@ -176,13 +178,33 @@ class BaseTrainer(HFTrainer):
     @contextlib.contextmanager
     def reference(self) -> Iterator[nn.Module]:
         """The model whose log-probabilities are the reference, in evaluation mode, without gradients."""
-        with torch.no_grad():
-            if self.reference_model is not None:
+        if self.reference_model is not None:
+            with torch.no_grad():
                 yield self.reference_model
-                return
-            model: Any = self.accelerator.unwrap_model(self.model_wrapped)
-            with evaluating(model), model.disable_adapter():
-                yield self.model_wrapped
+            return
+        model: Any = self.accelerator.unwrap_model(self.model_wrapped)
+        with self.frozen(model), model.disable_adapter():
+            yield self.model_wrapped
+
+    @contextlib.contextmanager
+    def frozen(self, model: nn.Module) -> Iterator[None]:
+        """Inside, forward passes of the model have neither gradients nor dropout."""
+        with torch.no_grad(), evaluating(model):
+            yield
+
+    def token_logprobs(self, model: nn.Module, batch: Batch, **options: Any) -> Any:
+        """`scoring.token_logprobs`, without logits if no model of this trainer needs them."""
+        return scoring.token_logprobs(model, batch, fused=self.fused, **options)
+
+    def chunks(self, lengths: list[int], rows: Iterable[int] | None = None) -> list[list[int]]:
+        """These rows, or all, in micro-batches of at most `token_budget` tokens; rows of similar length together."""
+        return fill_by_length(lengths, self.args.token_budget, rows)
+
+    def even_chunks(self, lengths: list[int], rows: Iterable[int] | None = None) -> list[list[int]]:
+        """`chunks`, as many on every process, since a sharded model must run equally often on each. A process with
+        fewer runs its first again."""
+        chunks = self.chunks(lengths, rows)
+        return chunks + (chunks[:1] or [[0]]) * (self.most_on_any_process(len(chunks)) - len(chunks))
 
     def lay_out(self, sequences: list[Sequence], kind: type[B], **fields: Any) -> B:
         """A batch of this kind, with these further fields, on the device of training."""
@@ -328,20 +350,24 @@ class BaseTrainer(HFTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The loss, and what `compute_loss` records besides, over the rows of an evaluation set."""
-        metrics = Metrics(self.accelerator.device)
-        with evaluating(self.model), self.metrics_into(metrics):
+        with self.metrics_into(Metrics(self.accelerator.device)):
+            count = self.evaluate_rows(dataloader)
+            found = self.metrics.flush(self.accelerator)
+        values = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=count)
+
+    def evaluate_rows(self, dataloader: DataLoader) -> int:
+        """Records the loss of an evaluation set and what else `compute_loss` records; returns the number of rows."""
+        with evaluating(self.model):
             for inputs in dataloader:
                 own = self._own_rows(inputs)
                 with self.accelerator.autocast():
                     batches = self.micro_batches(own or inputs[:1])
                     batches = [batch if own else dataclasses.replace(batch, is_filler=True) for batch in batches]
                     total = sum((self._counted_loss(self.model, batch).detach() for batch in batches), torch.zeros(()))
-                metrics.add("loss", total, batches[-1].normalizer if own else 0.0)
+                self.metrics.add("loss", total, batches[-1].normalizer if own else 0.0)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.flush(self.accelerator).items()}
-        count = len(dataloader.dataset)  # type: ignore[arg-type]
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=count)
+        return len(dataloader.dataset)  # type: ignore[arg-type]
 
     def _own_rows(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Without those that repeat the first rows, for every process to have a full last batch."""

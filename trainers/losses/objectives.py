@@ -13,7 +13,6 @@ from ..batch import scoring
 
 if TYPE_CHECKING:
     from ..grpo import GRPOBatch, GRPOConfig
-    from ..rollouts.config import OnlineConfig
 
 # By loss_type of GRPO, the objective and the aggregation of `rlkernels.policy_loss`.
 OBJECTIVES = {
@@ -32,9 +31,17 @@ OBJECTIVES = {
 }
 
 
-def policy_loss(model: nn.Module, batch: "GRPOBatch", args: "GRPOConfig", *, fused: bool) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    model: nn.Module, batch: "GRPOBatch", args: "GRPOConfig", *, fused: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of one micro-batch. Its token losses are aggregated as `loss_type` says, and divided by its
-    `normalizer`."""
+    `normalizer`; the metrics are those of `rlkernels.policy_loss`, by name."""
+    loss, metrics = _policy_loss(model, batch, args, fused)
+    names = rlkernels.policy_loss.metrics  # type: ignore[attr-defined]
+    return loss, dict(zip(names, metrics.unbind(), strict=True))
+
+
+def _policy_loss(model: nn.Module, batch: "GRPOBatch", args: "GRPOConfig", fused: bool) -> tuple[Tensor, Tensor]:
     old, ref = batch.old_logprobs, batch.ref_logprobs
     objective, aggregation = OBJECTIVES[args.loss_type]
     by_sequence = args.importance_sampling_level == "sequence"
@@ -46,7 +53,7 @@ def policy_loss(model: nn.Module, batch: "GRPOBatch", args: "GRPOConfig", *, fus
         **clipping(args),
         **{name: getattr(args, name) for name in vars(args) if name.startswith(("sapo_", "vespo_"))},
         "delta": args.delta,
-        **sampler_correction(batch.sampler_logprobs, args),
+        **args.sampler_correction(batch.sampler_logprobs),
         "ref_logprobs": ref,
         "kl_coef": 0.0 if has_kl_term or ref is None else args.beta,
         "kl_estimator": "k3+" if args.use_bias_correction_kl else "k3",
@@ -78,15 +85,6 @@ def _kl_term(logprobs: Tensor, batch: "GRPOBatch", by_sequence: bool, aggregate:
         penalty, None, minus_one, batch.mask, objective="reinforce", cu_seqlens=batch.cu_seqlens, **aggregate
     )
     return term
-
-
-def sampler_correction(sampler_logprobs: Tensor | None, args: "OnlineConfig") -> dict[str, Any]:
-    """The options of `rlkernels.policy_loss` that correct for the engine's distribution not being the policy's."""
-    return {
-        "sampler_logprobs": sampler_logprobs,
-        "sampler_correction": args.importance_sampling_mode,
-        "sampler_cap": args.importance_sampling_cap,
-    }
 
 
 def clipping(args: "GRPOConfig") -> dict[str, float]:

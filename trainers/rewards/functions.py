@@ -10,10 +10,9 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import torch
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..base.metrics import unique
@@ -23,8 +22,6 @@ from .process_settings import restored
 from .workers import WorkerPool
 
 logger = logging.get_logger(__name__)
-
-RewardSource: TypeAlias = RewardFunction | str | PreTrainedModel
 
 
 def name_of(function: RewardFunction) -> str:

@@ -16,22 +16,37 @@ from ..rewards.calls import text_of
 SHOWN = 200  # characters of a prompt or a completion in the table
 
 
-class CompletionsCallback(TrainerCallback):
-    """At each training log, writes `trainer.completions` (the latest, a dict per completion) to `completions/` in the
-    output folder and prints some of them."""
+class LatestCompletions:
+    """The completions that were sampled last, over all processes: a dict for each, as `Samples.table` gives them."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        count = trainer.args.num_completions_to_print
-        self.prints = count != 0 and not missing("rich", "no table of samples")
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.step = 0  # the optimizer steps that were taken before they were sampled
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            raise FileNotFoundError("completions.json")
+        self.step, self.rows = state["step"], state["rows"]
+
+
+class CompletionsCallback(TrainerCallback):
+    """At each training log, writes the latest completions to `completions/` in the output folder, and prints some of
+    them."""
+
+    def __init__(self, latest: LatestCompletions, args: Any) -> None:
+        self.latest = latest
+        self.prints = args.num_completions_to_print != 0 and not missing("rich", "no table of samples")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        rows = self.trainer.completions
+        rows = self.latest.rows
         if "loss" not in logs or not rows or not state.is_world_process_zero:
             return
         # Several optimizer steps may learn from the same completions, which are shown once.
         earlier = (log["step"] for log in reversed(state.log_history[:-1]) if "loss" in log)
-        if self.trainer.completions_step < next(earlier, 0):
+        if self.latest.step < next(earlier, 0):
             return
         file = Path(args.output_dir) / "completions" / f"completions_{state.global_step:05d}.parquet"
         with warned_of(file):

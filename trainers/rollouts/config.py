@@ -1,9 +1,16 @@
 """The options that `PPOConfig` and `GRPOConfig` share."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..base.config import BaseConfig, router_field, split_userinfo
+from ..rewards.calls import RewardFunction
+
+RewardSource: TypeAlias = RewardFunction | str | PreTrainedModel
+"""A reward function, or a reward model: in memory, in a folder, or by its name in the local Hugging Face cache."""
 
 
 @dataclass(repr=False)
@@ -129,6 +136,15 @@ class OnlineConfig(BaseConfig):
         if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss"):
             # The evaluation of these trainers has no loss.
             self.metric_for_best_model, self.greater_is_better = "reward", True
+
+    def sampler_correction(self, sampler_logprobs: Tensor | None) -> dict[str, Any]:
+        """The options of `rlkernels.policy_loss` that weight tokens by how much the engine's policy differs from the
+        trained one."""
+        return {
+            "sampler_logprobs": sampler_logprobs,
+            "sampler_correction": self.importance_sampling_mode,
+            "sampler_cap": self.importance_sampling_cap,
+        }
 
     def _set_vllm(self) -> None:
         if self.vllm_server_base_url is not None:
