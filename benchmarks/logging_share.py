@@ -1,5 +1,5 @@
 """What logging takes of an optimizer step: GRPO of SmolLM2, 16 completions of 38 + 64 tokens, with all that is logged
-by default: metrics, the printed table of samples, the completions' parquet file.
+by default: metrics, the printed table of completions, their parquet file.
 
     make bench-logging
 

@@ -116,7 +116,7 @@ def train(run: program.Run) -> list[Any]:
 
     import lesson
     from rlkernels.trainers import GRPOConfig, GRPOTrainer, TransformersEngine
-    from rlkernels.trainers.rollouts.completions import choose, samples_table
+    from rlkernels.trainers.rollouts.completions import choose, completions_table
 
     model, tokenizer = lesson.load()
     rows, held_out = problems(train=400, held_out=100)
@@ -150,7 +150,7 @@ def train(run: program.Run) -> list[Any]:
         }
 
     shown = lesson.learn(run, trainer, measure, {"reward": "reward", "calculator": "rewards/calculated/mean"})
-    return [samples_table(choose(trainer.completions, 4, unique=True), "completions of the last step"), *shown]
+    return [completions_table(choose(trainer.completions, 4, unique=True), "completions of the last step"), *shown]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -68,7 +68,7 @@ class Command:
     help: str
     rows: str  # the columns that a row of the dataset has
     arguments: type[RunArguments] = RunArguments
-    samples: bool = False
+    online: bool = False  # whether it samples completions and rewards them
     task_type: str = "CAUSAL_LM"
 
 
@@ -88,13 +88,13 @@ COMMANDS = {
         "learn from rewards of sampled completions, with a value model",
         "prompt, and what the reward functions take",
         PPOArguments,
-        samples=True,
+        online=True,
     ),
     "grpo": Command(
         "GRPO",
         "learn from rewards of groups of sampled completions",
         "prompt, and what the reward functions take",
         GRPOArguments,
-        samples=True,
+        online=True,
     ),
 }

@@ -30,10 +30,10 @@ from rlkernels.trainers.rewards.calls import text_of
 from rlkernels.trainers.rewards.process_settings import restored
 
 
-def load_rows(run: RunArguments, split: str, samples: bool) -> Any:
+def load_rows(run: RunArguments, split: str, online: bool) -> Any:
     try:
         rows = cli_data.load_split(run.dataset, run.dataset_config, split)
-        if samples:
+        if online:
             cli_data.check_prompts(rows)
     except (ValueError, OSError) as error:
         raise BadValue(f"--dataset {run.dataset}: {show(error)}") from error
@@ -169,9 +169,9 @@ def train(name: str, arguments: list[str]) -> None:
     command = COMMANDS[name]
     run, config = parse_run(name, getattr(trainers, f"{command.method}Config"), arguments)
     checkpoint = checkpoint_to_resume(config)
-    rewards = [rewards_of(run)] if command.samples else []
-    train_dataset = load_rows(run, run.dataset_train_split, command.samples)
-    eval_dataset = load_rows(run, run.dataset_test_split, command.samples) if config.eval_strategy != "no" else None
+    rewards = [rewards_of(run)] if command.online else []
+    train_dataset = load_rows(run, run.dataset_train_split, command.online)
+    eval_dataset = load_rows(run, run.dataset_test_split, command.online) if config.eval_strategy != "no" else None
     options = {role: getattr(run, role) for role in ("ref_model", "value_model") if hasattr(run, role)}
     options["peft_config"] = adapter(run, command.task_type)
     first = FirstStep()

@@ -1,4 +1,15 @@
-"""Trainers on `transformers.Trainer`: thin clients of the public functions of `rlkernels`."""
+"""Trainers on `transformers.Trainer`: thin clients of the public functions of `rlkernels`.
+
+    sft, reward, dpo, ppo, grpo   a method's trainer and config together; value: PPO's policy with its value model
+    data      rows of a dataset become sequences of tokens
+    base      the optimizer step, configs, loading, logs and checkpoints
+    batch     a micro-batch: sequences laid out, kept apart by attention, and scored by the model
+    losses    advantages from rewards, and losses from advantages
+    rollouts  sampling completions: engines, vLLM, weights, completions ahead of time
+    rewards   reward functions, reward models, time limits and worker processes
+
+The docstring of each folder lists its modules.
+"""
 
 
 def _require_transformers() -> None:

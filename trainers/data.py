@@ -119,12 +119,12 @@ def prepare(
     rows = rows.remove_columns("doubled")
     if doubled:
         logger.warning(
-            f"{name}: in {len(doubled)} of {len(rows)} rows, the first of them row {doubled[0]}, the token that begins "
-            "or ends a sequence stands there twice: the text or the trainer writes it, and the tokenizer adds it."
+            f"{name}: {len(doubled)} of {len(rows)} rows, first row {doubled[0]}, begin or end with a special token "
+            "twice: the text or the trainer writes it, and the tokenizer adds it."
         )
     kept = [index for index, count in enumerate(rows["num_tokens"]) if count]
     if not kept:
-        raise ValueError(f"{name}: none of its {len(rows)} rows has a token to learn from that max_length leaves")
+        raise ValueError(f"{name}: none of its {len(rows)} rows has a token to learn from within max_length")
     if len(kept) == len(rows):
         return rows
     logger.warning(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows are left out, with no token to learn from")
@@ -215,7 +215,7 @@ def check_prompts(
         (ended, f"end with {tokenizer.eos_token!r}, which the tokenizer adds: completions follow an end token"),
     ):
         if rows:
-            logger.warning(f"{name}: {len(rows)} of {len(dataset)} prompts, the first of them row {rows[0]}, {fault}.")
+            logger.warning(f"{name}: {len(rows)} of {len(dataset)} prompts, first row {rows[0]}, {fault}.")
 
 
 class Packed(data.Dataset):

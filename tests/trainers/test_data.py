@@ -374,7 +374,7 @@ def test_special_tokens_that_stand_twice(tokenizer, adding, warnings):
     prepare("train_dataset", rows, partial(supervised, adding), tokenizer=adding)
     prepare("train_dataset", rows, partial(supervised, tokenizer), tokenizer=tokenizer)
     (said,) = warnings
-    assert said.startswith("train_dataset: in 2 of 3 rows, the first of them row 1, the token that begins or ends")
+    assert said.startswith("train_dataset: 2 of 3 rows, first row 1, begin or end with a special token")
 
 
 def test_special_tokens_of_prompts(tokenizer, adding, warnings):
@@ -383,9 +383,9 @@ def test_special_tokens_of_prompts(tokenizer, adding, warnings):
     assert not warnings
     check_prompts("train_dataset", rows, adding, Limits(67, None), 6)
     assert warnings == [
-        "train_dataset: 2 of 3 prompts, the first of them row 1, begin with 'B' twice: the text holds it, and the "
+        "train_dataset: 2 of 3 prompts, first row 1, begin with 'B' twice: the text holds it, and the "
         "tokenizer adds it.",
-        "train_dataset: 3 of 3 prompts, the first of them row 0, end with '<eos>', which the tokenizer adds: "
+        "train_dataset: 3 of 3 prompts, first row 0, end with '<eos>', which the tokenizer adds: "
         "completions follow an end token.",
     ]
     warnings.clear()

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: completions/*.parquet, a table of samples, curves.png."""
+"""What a run shows and leaves behind: completions/*.parquet, a table of completions, curves.png."""
 
 import importlib.util
 import io
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rlkernels.trainers import GRPOConfig, GRPOTrainer
 from rlkernels.trainers.base import reporting
-from rlkernels.trainers.rollouts.completions import choose, samples_table, write_completions
+from rlkernels.trainers.rollouts.completions import choose, completions_table, write_completions
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(8)]
 
@@ -102,7 +102,7 @@ def test_the_main_process_alone_writes(make_trainer, tmp_path, capsys, monkeypat
     assert list((tmp_path / "run").iterdir()) == [] and "advantage" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("package", "told"), [("rich", "no table of samples"), ("matplotlib", "no curves.png")])
+@pytest.mark.parametrize(("package", "told"), [("rich", "no table of completions"), ("matplotlib", "no curves.png")])
 def test_a_missing_package_is_told_in_one_line(make_trainer, tmp_path, capsys, monkeypatch, package, told):
     told_of = []
     find_spec = importlib.util.find_spec
@@ -228,7 +228,7 @@ def test_which_samples_are_shown():
 
 def printed(rows: list[dict]) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(samples_table(rows, "step 1"))
+    console.print(completions_table(rows, "step 1"))
     return console.export_text(styles=True)
 
 

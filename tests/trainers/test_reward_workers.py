@@ -264,7 +264,7 @@ def test_what_is_logged_goes_over_as_text(make, where):
 
 # What a worker does with its pipe
 
-NO_ANSWER = "wrote something else than an answer into the pipe of its worker process"
+NO_ANSWER = "wrote something other than an answer into the pipe of its worker process"
 SABOTAGED = {
     "garbage": NO_ANSWER,
     "part": TOO_LATE,

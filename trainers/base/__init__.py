@@ -1,1 +1,14 @@
-"""What all trainers stand on: the step, its config, its logs, its checkpoints, and what is loaded before it."""
+"""What all five trainers share.
+
+trainer          BaseTrainer: the optimizer step, from the rows of a batch to the update
+config           BaseConfig: the options of every trainer; field_values checks their types and ranges
+loading          models and tokenizers from folders; limits: the tokens and positions that a model can read
+chat             chat templates, with a time limit
+rows             checks of datasets, and samplers: the order in which steps see rows
+metrics          means and extremes for the logs; reporting: curves.png and other files for people
+saving           checkpoints during a run; checkpoints: complete or absent, on disk; states: does one fit the run
+sharding         FSDP2 and DeepSpeed
+interrupts       Ctrl-C and SIGTERM
+contexts         restoring random states and a model's mode
+reference_cache  log-probabilities of DPO's reference on disk
+"""

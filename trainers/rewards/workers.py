@@ -218,12 +218,12 @@ class WorkerPool:
             how = _ending(worker.process.exitcode)
             failure = Failure(f"ended its worker process ({how})")
             at_start = (
-                f"ended while it started ({how}); workers import the script that was run, which must do nothing then: "
-                'put what it does under `if __name__ == "__main__":`'
+                f"ended while it started ({how}); workers import the script that was run, so its code must stand under "
+                '`if __name__ == "__main__":`'
             )
         except NO_ANSWER:
-            failure = Failure("wrote something else than an answer into the pipe of its worker process")
-            at_start = "wrote something else than an answer into its pipe while it started"
+            failure = Failure("wrote something other than an answer into the pipe of its worker process")
+            at_start = "wrote something other than an answer into its pipe while it started"
         else:
             if result is None and time.monotonic() >= worker.deadline:
                 failure, at_start = too_late(self.limit or math.inf), f"did not start within {START_LIMIT:g} s"

@@ -38,7 +38,7 @@ class CompletionsCallback(TrainerCallback):
 
     def __init__(self, latest: LatestCompletions, args: Any) -> None:
         self.latest = latest
-        self.prints = args.num_completions_to_print != 0 and not missing("rich", "no table of samples")
+        self.prints = args.num_completions_to_print != 0 and not missing("rich", "no table of completions")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         rows = self.latest.rows
@@ -55,7 +55,7 @@ class CompletionsCallback(TrainerCallback):
             from rich.console import Console
 
             chosen = choose(rows, args.num_completions_to_print, args.log_unique_prompts)
-            Console().print(samples_table(chosen, f"step {state.global_step}"))
+            Console().print(completions_table(chosen, f"step {state.global_step}"))
 
 
 def columns_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -91,7 +91,7 @@ def choose(rows: list[dict[str, Any]], count: int | None, unique: bool) -> list[
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def samples_table(rows: list[dict[str, Any]], title: str) -> Any:
+def completions_table(rows: list[dict[str, Any]], title: str) -> Any:
     """A rich table with columns for the prompt (its last message), the completion, each reward, what reward functions
     logged, and the advantage."""
     from rich.table import Table

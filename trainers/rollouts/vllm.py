@@ -312,11 +312,11 @@ class VLLMEngine:
             # A restart while no request was running has gone unnoticed so far.
             last = self._instance
             try:
-                anew = last is not None and await self._instance_id(options.logprobs) != last
+                restarted = last is not None and await self._instance_id(options.logprobs) != last
             except Unanswered:  # the server is gone now, so it had not been restarted before
-                anew, self._instance = False, None
-            missing = [row for row in missing if anew and served[row] == last]
-            if anew:
+                restarted, self._instance = False, None
+            missing = [row for row in missing if restarted and served[row] == last]
+            if restarted:
                 self._instance = None
                 starts += 1
         return answers
