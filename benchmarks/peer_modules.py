@@ -1,4 +1,4 @@
-"""Other projects' own functions, to test and to time ours beside. `make test-peers` installs them in .venv-peers.
+"""Other projects' own functions, to test and to time ours against. `make test-peers` installs them in .venv-peers.
 
 Each is loaded by the function named after its project, which raises ModuleNotFoundError where it is not installed.
 """

@@ -9,7 +9,7 @@
     kl_penalty               per-token estimates of the KL divergence from a reference model
     shaped_rewards           per-token rewards: a score at the end of each sequence, less a KL penalty
     group_advantages         rewards relative to their group: GRPO, RLOO, Dr. GRPO
-    gae                      advantages and returns, skipping masked tokens; beside it discounted_returns,
+    gae                      advantages and returns, skipping masked tokens; so do discounted_returns,
                              td_lambda, vtrace
     masked_mean              mean of scored elements
     masked_whiten            scored elements to mean 0 and variance 1, over one process or many

@@ -56,8 +56,8 @@ def loaded(backend: str, device_types: tuple[str, ...]) -> None:
 
 
 def gpu_driver() -> bool:
-    """Whether a GPU driver that this PyTorch can use is installed. CUDA is not asked: after its first call no forked
-    process can use it."""
+    """Whether a GPU driver that this PyTorch can use is installed. This calls nothing of CUDA: after the first call no
+    forked process could use it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     if torch.version.hip:

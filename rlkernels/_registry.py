@@ -41,8 +41,8 @@ def define(
 
 
 def _autograd_function(overload: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> type:
-    """The gradient of an op for `call`. Its options, all behind its tensors, go as one, since PyTorch looks at each
-    argument more than once."""
+    """The op and its gradient for `call`. The options come after the tensors and are passed as one argument, since
+    PyTorch looks at each argument more than once."""
     tensors = sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)
 
     class Direct(torch.autograd.Function):
@@ -64,8 +64,8 @@ def _autograd_function(overload: torch._ops.OpOverload, setup_context: Callable,
 
 
 def call(name: str, backend: str, *inputs):
-    """The op, differentiable. Equal to `op(name, backend)(*inputs)`, whose way through torch.library's autograd takes
-    five times as long, longer than a small op itself; torch.compile needs that one."""
+    """Call the op, differentiably. The result is that of `op(name, backend)(*inputs)`, which torch.compile needs. That
+    goes through torch.library's autograd and takes five times as long, longer than a small op itself."""
     if torch.compiler.is_compiling():
         return op(name, backend)(*inputs)
     function = _functions[name, backend]
@@ -74,7 +74,7 @@ def call(name: str, backend: str, *inputs):
 
 def op(name: str, backend: str) -> torch._ops.OpOverload:
     if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        # Whether a tensor has a tangent cannot be seen here, and the op would leave it out.
+        # While compiling, a tensor's tangent cannot be seen, and the op would leave it out.
         raise NotImplementedError(f"rlkernels::{name} cannot be compiled within forward-mode differentiation")
     return getattr(getattr(torch.ops.rlkernels, name), backend)
 

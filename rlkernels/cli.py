@@ -1,5 +1,5 @@
-"""The command line: `rlkernels sft|reward|dpo|ppo|grpo` trains, `rlkernels bench` times, `rlkernels info` says what
-serves here."""
+"""The command line: `rlkernels sft|reward|dpo|ppo|grpo` trains, `rlkernels bench` times the kernels, `rlkernels info`
+says which backend serves each op here."""
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ from rlkernels import _backends
 from rlkernels.cli_commands import COMMANDS
 from rlkernels.cli_errors import BadValue, Stopped, local_rank
 
-# How much later than the first another process on the machine may come to an error that both have.
+# The other processes of a machine wait this long before they print an error that the first probably has too.
 SECONDS_ALONE = 10
 
 # rlkernels info
@@ -107,8 +107,8 @@ def train(command: str, arguments: list[str]) -> None:
 
 
 def tell(message: str) -> None:
-    """An error, once: of several processes on a machine each has most of them. The first tells it, upon which the
-    launcher ends the others, unless the error is another's alone."""
+    """Print an error once. Several processes on a machine mostly have the same error: the first prints it, and the
+    launcher then ends the others. An error of another process alone is printed after a while."""
     if local_rank() > 0:
         time.sleep(SECONDS_ALONE)
     print(message, file=sys.stderr)
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, each in COMMANDS.items():
         commands.add_parser(name, add_help=False, help=each.help)
-    commands.add_parser("bench", add_help=False, help="time the kernels beside what people use today")
+    commands.add_parser("bench", add_help=False, help="time the kernels against what people use today")
     commands.add_parser("info", help="versions, instruction set, GPU, and which backend serves each op")
 
     def refuse(message: str) -> NoReturn:

@@ -23,7 +23,7 @@ def spans_of(tokens, cu_seqlens):
 
 
 def aggregate_by_loops(losses, aggregation, normalizer):
-    """Of the losses of the scored tokens of each sequence."""
+    """One loss from those of each sequence's scored tokens."""
     losses = [loss for loss in losses if len(loss)]
     if aggregation == "seq_mean_token_mean":
         losses = [loss / len(loss) for loss in losses]
@@ -52,7 +52,7 @@ def clipped_surrogate(ratio, advantage, clip_low, clip_high, dual_clip, delta):
 
 
 def weights_by_loops(old, sampler, correction, cap):
-    """Of one sequence's tokens; and whether each was capped."""
+    """The weights of one sequence's tokens, and whether each was capped."""
     if sampler is None:
         return torch.ones_like(old), torch.zeros_like(old, dtype=torch.bool)
     difference = torch.where((old - sampler).isnan(), torch.zeros_like(old), old - sampler)
@@ -236,7 +236,7 @@ def make_inputs(
     garbage=True,
     seed=0,
 ):
-    """Sequences of `lengths` tokens, a part of which (`drop`) is not scored, as if a tool had written it, padded to
+    """Sequences of `lengths` tokens. A part (`drop`) of them is not scored, as if a tool had written it, padded to
     `width` or packed. Every value at a token that is not scored is NaN or infinite. The sampler is at 1/8 of the
     `distance` of the others, and has no number for every ninth token; every ninth advantage of a token is 0."""
     generator = torch.Generator().manual_seed(seed)

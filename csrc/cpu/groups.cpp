@@ -15,7 +15,7 @@ struct Group {
   bool differs;
 };
 
-// Of scores[row(i)], i in [begin, end), that are not NaN.
+// Describes scores[row(i)], i in [begin, end), without those that are NaN.
 template <typename Row>
 Group describe(const float* scores, int64_t begin, int64_t end, Row row) {
   float low = std::numeric_limits<float>::infinity(), high = -low;

@@ -35,7 +35,7 @@ float capped(float x, const TokenLogprobs& problem) {
   return first(scaled_logit(Vec(x), Vec(problem.softcap), Vec(1.0f), problem.softcap > 0));
 }
 
-// What a row's gradient needs beside its logits: log p = (x - origin) / temperature - log_sum, of the capped x. Both
+// What a row's gradient needs besides its logits: log p = (x - origin) / temperature - log_sum, of the capped x. Both
 // gradients are already divided by the temperature.
 struct RowGradient {
   float grad_logprob, grad_entropy, entropy, origin, log_sum;
@@ -186,7 +186,7 @@ void LogprobsKernels<Isa::RLK_ISA>::token_logprobs_part(const TokenLogprobs& pro
       if (!problem.ignored(row)) {
         origin = largest_of(problem, sums, row);
         others = sums_relative_to(problem, sums, row, origin == -kInfinity ? 0.0f : origin);
-        // A max that passed over a NaN does not stand beside a sum that did not.
+        // The max passes over a NaN and the sum does not; the two must agree.
         if (others.s != others.s) origin = kNan;
         const int64_t target = problem.target(row);
         if (target >= 0) target_logit = capped(to_float(row_start<const T>(logits, row)[target]), problem);

@@ -17,7 +17,7 @@ struct Masked {
   static constexpr int64_t kBlock = 1024;
   int64_t blocks_per_row() const { return (length + kBlock - 1) / kBlock; }
   int64_t blocks() const { return rows * blocks_per_row(); }
-  // Of block b, which lies in row b / blocks_per_row().
+  // Block b, which lies in row b / blocks_per_row(), holds the elements [begin(b), end(b)).
   int64_t begin(int64_t b) const { return b / blocks_per_row() * length + b % blocks_per_row() * kBlock; }
   int64_t end(int64_t b) const { return std::min(begin(b) + kBlock, (b / blocks_per_row() + 1) * length); }
 };

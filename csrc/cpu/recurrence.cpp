@@ -29,7 +29,7 @@ Decay decay_of(Vec a, std::index_sequence<kStep...>) {
 
 inline Decay decay_of(Vec a) { return decay_of(a, std::make_index_sequence<kSteps>()); }
 
-// Of one a for all lanes. The float rounding of each squaring would go in one direction and double with the next.
+// For one a in all lanes. The float rounding of each squaring would go in one direction and double with the next.
 inline Decay decay_of(float a) {
   double powers[kLanes + 1] = {1.0};
   for (int i = 1; i <= kLanes; ++i) powers[i] = powers[i - 1] * a;
@@ -51,9 +51,9 @@ Vec scan(const Decay& decay, Vec b, std::index_sequence<kStep...>) {
 
 inline Vec scan(const Decay& decay, Vec b) { return scan(decay, b, std::make_index_sequence<kSteps>()); }
 
-// One sequence, from its end to its beginning. Vectors of which every token is scored and none ends an episode take the
-// scan, those with nothing scored are passed over, and only those in which one meets the other go token by token: which
-// way a token goes depends on its sequence alone.
+// One sequence, from its end to its beginning. A vector takes the scan if all its tokens are scored and no episode ends
+// in it, and is passed over if none is scored. Any other goes token by token. Which way a token goes depends on its
+// sequence alone.
 template <int kKind>
 class Sweep {
  public:

@@ -19,7 +19,7 @@ struct Recurrence {
   RecurrenceOptions options;
 };
 
-// Of a sequence's advantages. In double, in which a float's square is exact.
+// Sums over a sequence's advantages. They are in double, in which a float's square is exact.
 struct AdvantageSums {
   int64_t count;
   double sum, squares;

@@ -19,7 +19,7 @@ struct Scores {
       if (!isnan(rewards[row * kinds + r])) return true;
     return false;
   }
-  // Of `values` [rows, kinds], such as the rewards; NaN where no reward applied to the row.
+  // A row's sum over `values` [rows, kinds], such as the rewards; NaN where no reward applied to the row.
   __device__ float sum(const float* values, int64_t row) const {
     if (!any(row)) return kNan;
     float total = 0.0f;
@@ -44,8 +44,8 @@ struct GroupSummary {
   bool differs;
 };
 
-// Of the scores at positions [begin, end) that are not NaN; the same for every thread. In double precision, because
-// what follows is the difference of a score and its mean.
+// Describes the scores at positions [begin, end) that are not NaN, the same for every thread. The sums are in double,
+// because the difference of a score and its mean follows.
 __device__ inline GroupSummary describe(const Scores& scores, const Groups& groups, int64_t column, int64_t begin,
                                         int64_t end) {
   ScoreRange range = {0.0, 0.0, kInfinity, -kInfinity};

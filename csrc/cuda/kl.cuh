@@ -7,8 +7,8 @@
 
 namespace rlk {
 
-// `count` elements, of which the first 4 * vectors are read and written as vectors: all but the last few, or none where
-// an address is not aligned.
+// `count` elements. The first 4 * vectors are read and written as vectors: all but the last few, or none where an
+// address is not aligned.
 struct Elements {
   int64_t count, vectors;
 };

@@ -1,4 +1,4 @@
-// Importing the module runs the registrations beside the launchers; it holds nothing else.
+// The extension module. Importing it runs the registrations of the other files in this folder.
 #include <pybind11/pybind11.h>
 
 PYBIND11_MODULE(_C_cuda, m) {}

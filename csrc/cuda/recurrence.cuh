@@ -12,7 +12,7 @@
 namespace rlk {
 
 constexpr int kScanThreads = 256;
-// Of a thread: what one read of 16 bytes brings.
+// A thread's tokens: as many as one read of 16 bytes brings.
 constexpr int kScanTokens = 4;
 constexpr int kScanBlock = kScanThreads * kScanTokens;
 // A block of threads goes through a sequence alone, and reads everything once. One that is longer than this would keep
@@ -110,7 +110,7 @@ __device__ void load_tokens(const T* array, int64_t first, int64_t end, T (&valu
 template <bool kVector>
 __device__ void store_tokens(float* array, int64_t first, int64_t end, const float (&values)[kScanTokens]) {
   if constexpr (kVector) {
-    // Of an assignment nvcc makes four stores for sm_80 and sm_90.
+    // nvcc would turn an assignment into four stores for sm_80 and sm_90.
     if (first < end)
       __stcg(reinterpret_cast<float4*>(array + first), make_float4(values[0], values[1], values[2], values[3]));
   } else {
@@ -184,7 +184,7 @@ __device__ Terms scan_values(const RecurrenceBatch& batch, const Tokens& tokens,
   return terms;
 }
 
-// Of advantages. In double, in which a float's square is exact.
+// Sums over advantages. They are in double, in which a float's square is exact.
 struct AdvantageSums {
   double count, sum, squares;
 };

@@ -21,8 +21,8 @@
 #define RLK_CUDA_KEY CUDA
 #endif
 
-// PyTorch declares it only to those that link its CUDA libraries. Weak, so that this module also loads beside a PyTorch
-// without CUDA, where no op of it is ever called.
+// PyTorch declares it only to those that link its CUDA libraries. It is weak, so that this module also loads with a
+// PyTorch without CUDA, where none of its ops is ever called.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace rlk {

@@ -54,7 +54,7 @@ def no_gradient(name: str, value: torch.Tensor, because: str) -> None:
     no_tangent(name, value, because)
 
 
-def no_tangent(name: str, value: torch.Tensor, because: str = "it is differentiated backward alone") -> None:
+def no_tangent(name: str, value: torch.Tensor, because: str = "it has reverse-mode gradients alone") -> None:
     """An op that does not know forward mode would leave the tangent out."""
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return
@@ -126,7 +126,7 @@ def mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> 
     tensor(name, value, (torch.bool, *INTEGERS, *FLOATS))
     shape(name, value, tuple(like.shape), because=f"that of {like_name}")
     same_device(name, value, like_name, like)
-    no_gradient(name, value, "nothing is differentiated by it")
+    no_gradient(name, value, "gradients do not flow to a mask")
     return (value if value.dtype == torch.bool else value != 0).contiguous()
 
 

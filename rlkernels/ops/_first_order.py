@@ -16,7 +16,7 @@ def no_second_derivative(name: str) -> Callable:
 
 
 class _Refused(torch.autograd.Function):
-    """Gradients that must not pass for differentiable by the sources that they were made of."""
+    """Gradients whose own backward pass raises, in place of a graph that leaves their sources out."""
 
     @staticmethod
     def forward(ctx, name, gradients, *sources):
@@ -29,10 +29,11 @@ class _Refused(torch.autograd.Function):
 
 
 def first_order_only(name: str) -> Callable:
-    """Decorates the backward of an autograd.Function: that its results are differentiated is refused, not left out of
-    the graph. It is called as backward(ctx, saved, *gradients), where saved() are the tensors that it saved:
-    checkpointing gives them once, and computes them for whoever asks. They must lead to all inputs that are
-    differentiated; `leads_to_inputs` is one that does."""
+    """Decorates the backward of an autograd.Function, so that differentiating its results again raises.
+
+    The decorated function is called as backward(ctx, saved, *gradients). saved() gives the tensors that the forward
+    saved; under checkpointing they are computed only when asked for, and given once. In autograd's graph they must
+    depend on every input that is differentiated; `leads_to_inputs` gives a tensor that does."""
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
@@ -48,6 +49,6 @@ def first_order_only(name: str) -> Callable:
 
 
 def leads_to_inputs(like: torch.Tensor) -> torch.Tensor:
-    """What the forward of an autograd.Function returns and saves where it does not save its inputs themselves: as an
-    output it leads to them, and it holds no memory."""
+    """An empty tensor for the forward of an autograd.Function to return and save, where it does not save its inputs. As
+    an output it depends on them all, and it holds no memory."""
     return like.new_empty(0)

@@ -14,7 +14,7 @@ def per_token(
     _checks.shape(name, value, tuple(like.shape), because=f"that of {like_name}")
     _checks.same_device(name, value, like_name, like)
     if not differentiable:
-        _checks.no_gradient(name, value, f"the loss is not differentiated by {name}")
+        _checks.no_gradient(name, value, f"gradients do not flow to {name}")
         value = value.detach()
     return value.to(dtype).contiguous()
 
@@ -34,7 +34,7 @@ def normalizer_parts(
     _checks.tensor("normalizer", normalizer, (*_checks.FLOATS, *_checks.INTEGERS))
     _checks.shape("normalizer", normalizer, (), because="a number or a 0-d tensor")
     _checks.same_device("normalizer", normalizer, like_name, like)
-    _checks.no_gradient("normalizer", normalizer, "the loss is not differentiated by normalizer")
+    _checks.no_gradient("normalizer", normalizer, "gradients do not flow to normalizer")
     return normalizer.detach().to(dtype), 0.0
 
 

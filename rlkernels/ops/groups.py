@@ -66,7 +66,7 @@ def group_advantages(
     2025 (Dr. GRPO, arXiv 2503.20783).
     """
     _checks.tensor("rewards", rewards, _checks.FLOATS)
-    _checks.no_gradient("rewards", rewards, "advantages are data for the loss")
+    _checks.no_gradient("rewards", rewards, "advantages are data: gradients do not flow through them")
     if rewards.dim() not in (1, 2) or (rewards.dim() == 2 and rewards.shape[1] == 0):
         raise ValueError(f"rewards must have the shape [B] or [B, R] with R >= 1; got {list(rewards.shape)}")
     count, kinds = rewards.shape[0], rewards.shape[1] if rewards.dim() == 2 else 1
@@ -135,7 +135,7 @@ def _weights(weights: Tensor | Sequence[float] | None, kinds: int, rewards: Tens
     _checks.tensor("weights", weights, _checks.FLOATS)
     _checks.shape("weights", weights, (kinds,), because="one weight a column of rewards")
     _checks.same_device("weights", weights, "rewards", rewards)
-    _checks.no_gradient("weights", weights, "advantages are data for the loss")
+    _checks.no_gradient("weights", weights, "advantages are data: gradients do not flow through them")
     return weights.detach().to(rewards.dtype).contiguous()
 
 

@@ -135,7 +135,7 @@ def shaped_rewards(
 
     References: Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155, equation 2); Stiennon et al. 2020 (arXiv 2009.01325).
     """
-    because = "rewards are data for the loss"
+    because = "rewards are data: gradients do not flow through them"
     _checks.tensor("logprobs", logprobs, _checks.FLOATS)
     _checks.no_gradient("logprobs", logprobs, because)
     sequences, cu_seqlens = _checks.sequences("logprobs", logprobs, cu_seqlens)

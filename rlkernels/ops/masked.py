@@ -82,8 +82,8 @@ def masked_whiten(
         mask: the shape of x, bool, integer or float; nonzero is scored; None scores every element.
         shift_mean: False adds the mean again after scaling.
         eps: > 0.
-        group: the processes over whose elements mean and variance are taken, each of which calls this with its own x;
-            None: this process alone. All get the same bits of both. One collective, of three numbers.
+        group: the processes over whose elements mean and variance are taken. Each calls this with its own x, and
+            all get the same bits of both, by one collective of three numbers. None: this process alone.
 
     Returns:
         float32 of the shape of x (float64 for float64 x), 0 where nothing is scored.
@@ -102,7 +102,7 @@ def masked_whiten(
     their pairwise formula, in fixed order; no sum of squares cancels).
     """
     mask = _checked(x, mask)
-    _checks.no_gradient("x", x, "what is whitened is data for the loss")
+    _checks.no_gradient("x", x, "whitened values are data: gradients do not flow through them")
     eps = _checks.number("eps", eps, above=0.0)
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")

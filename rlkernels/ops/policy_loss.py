@@ -147,7 +147,7 @@ def policy_loss(
     _checks.tensor("advantages", advantages, _checks.FLOATS)
     _checks.shape("advantages", advantages, shape, (sequences,), because="one a token or one a sequence")
     _checks.same_device("advantages", advantages, "logprobs", logprobs)
-    _checks.no_gradient("advantages", advantages, "the loss is not differentiated by advantages")
+    _checks.no_gradient("advantages", advantages, "gradients do not flow to advantages")
     advantages = advantages.detach().to(work.dtype).contiguous()
     if mask is not None:
         mask = _checks.mask("mask", mask, "logprobs", logprobs)

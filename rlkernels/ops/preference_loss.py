@@ -143,7 +143,9 @@ def preference_loss(
         return _kto(chosen, ref_chosen, _labels(labels, chosen), _kl(kl, chosen), beta, *weights)
     for name, given in (("labels", labels), ("kl", kl)):
         if given is not None:
-            raise ValueError(f"{name} must be None with loss {loss!r}, since it is for kto; got {type(given).__name__}")
+            raise ValueError(
+                f"{name} must be None with loss {loss!r}, since only 'kto' takes it; got {type(given).__name__}"
+            )
 
     rejected = _like("policy_rejected", policy_rejected, chosen, _checks.FLOATS)
     pairs = Pairs(
@@ -218,7 +220,7 @@ def reward_pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = N
         _checks.tensor("margin", margin, _checks.FLOATS)
         _checks.shape("margin", margin, tuple(chosen.shape), because="that of chosen")
         _checks.same_device("margin", margin, "chosen", chosen)
-        _checks.no_gradient("margin", margin, "it is data")
+        _checks.no_gradient("margin", margin, "gradients do not flow to margin")
         difference = difference - margin.to(chosen.dtype)
     return _mean(-F.logsigmoid(difference)), metrics
 
@@ -241,7 +243,7 @@ class Pairs(NamedTuple):
     simpo_gamma: float
 
     def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """Of chosen and rejected, to the reference if there is one."""
+        """The log-ratios of chosen and rejected to the reference, or their log-probabilities without one."""
         if self.ref_chosen is None or self.ref_rejected is None:
             return self.chosen, self.rejected
         return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
@@ -458,17 +460,19 @@ def _reference(name: str, value: Tensor | None, policy: Tensor, loss: str) -> Te
             f"{name} must be given with loss {loss!r} (losses without a reference: {', '.join(WITHOUT_REFERENCE)})"
         )
     reference = _like(name, value, policy, _checks.FLOATS)
-    _checks.no_gradient(name, reference, "the loss is differentiated by the policy alone")
+    _checks.no_gradient(name, reference, "gradients flow to the policy alone")
     return reference
 
 
 def _lengths(name: str, value: Tensor | None, policy: Tensor, loss: str) -> Tensor | None:
     if value is None:
         if loss in WITH_LENGTHS:
-            raise ValueError(f"{name} must be given with loss {loss!r}, which is by the number of tokens; got None")
+            raise ValueError(
+                f"{name} must be given with loss {loss!r}, which divides by the number of tokens; got None"
+            )
         return None
     lengths = _like(name, value, policy, (*_checks.INTEGERS, *_checks.FLOATS))
-    _checks.no_gradient(name, lengths, "the loss is differentiated by the policy alone")
+    _checks.no_gradient(name, lengths, "gradients flow to the policy alone")
     return lengths
 
 
@@ -486,5 +490,5 @@ def _kl(value: Tensor | float | None, policy: Tensor) -> Tensor | float:
     _checks.tensor("kl", value, _checks.FLOATS)
     _checks.shape("kl", value, (), because="a number or a 0-d tensor")
     _checks.same_device("kl", value, "policy_chosen", policy)
-    _checks.no_gradient("kl", value, "the loss is differentiated by the policy alone")
+    _checks.no_gradient("kl", value, "gradients flow to the policy alone")
     return value.to(policy.dtype).clamp(min=0)

@@ -216,7 +216,7 @@ def _recurrence(
         return (advantages, returns) if valid is None else (advantages * valid, returns * valid)
 
 
-NOT_DIFFERENTIABLE = "advantages and returns are data to the loss"
+NOT_DIFFERENTIABLE = "advantages and returns are data: gradients do not flow through them"
 
 
 def _like_rewards(name: str, value: Tensor | None, rewards: Tensor, work: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from rlkernels.reference._sequences import sum_by_sequence
 def aggregate(
     loss: Tensor, scored: Tensor, sequence: Tensor, count: int, aggregation: str, normalizer: Tensor | float | None
 ) -> Tensor:
-    """One loss (0-d) from those of the scored tokens, each of which lies in one of `count` sequences."""
+    """One loss (0-d) from those of the scored tokens. Each token lies in one of `count` sequences."""
     loss = loss.masked_fill(~scored, 0.0)
     num_tokens = scored.sum().to(loss.dtype)
     lengths = sum_by_sequence(scored.to(loss.dtype), sequence, count)

@@ -68,8 +68,8 @@ def _advantages(
 
 
 def _statistics(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each row's group, over its scores that are not NaN: size, mean, sample standard deviation, whether they
-    differ. Where they do not differ the mean is that score itself, so that score - mean is 0, not a rounding error."""
+    """For each row the size, mean and sample standard deviation of its group's scores, those that are NaN left out, and
+    whether these differ. Where they do not, the mean is that score itself, so that score - mean is 0, not a rounding error."""
     there = ~scores.isnan()
     known = scores.masked_fill(~there, 0.0)
     slots = torch.zeros_like(known)

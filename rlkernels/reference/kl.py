@@ -24,7 +24,7 @@ def kl_penalty(
     if not straight_through:
         return torch.where(clamped, value, estimate(log_ratio, estimator))
     k2 = 0.5 * log_ratio.square()
-    return value + (k2 - k2.detach()).nan_to_num(nan=0.0)  # inf - inf beside an infinite log-ratio
+    return value + (k2 - k2.detach()).nan_to_num(nan=0.0)  # an infinite log-ratio makes inf - inf
 
 
 def estimate(log_ratio: Tensor, estimator: str) -> Tensor:

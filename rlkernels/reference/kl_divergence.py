@@ -44,7 +44,7 @@ def _log_softmax(logits: Tensor, temperature: float, softcap: float) -> Tensor:
 
 
 def _excess(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p log(p / q) - p + q >= 0, from the logarithms, of which at most one is -inf."""
+    """p log(p / q) - p + q >= 0, from the logarithms; at most one of them is -inf."""
     p, q = log_p.exp(), log_q.exp()
     absent = torch.isneginf(log_p)
     d = (log_p - log_q).masked_fill(absent, 0.0)

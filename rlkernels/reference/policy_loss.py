@@ -164,7 +164,7 @@ def _divergences(objective: str, logprobs: Tensor, old: Tensor) -> tuple[Tensor,
     p, q = logprobs.exp(), old.exp()
     if objective == "dppo_tv":
         return p - q, q - p
-    # Of two outcomes: this token, and any other.
+    # There are two outcomes: this token, and any other.
     not_p, not_q = 1e-8 - torch.expm1(logprobs), 1e-8 - torch.expm1(old)
     divergence = q * (old - logprobs) + (1 - q) * (not_q / not_p).log()
     return divergence.masked_fill(p <= q, 0.0), divergence.masked_fill(p >= q, 0.0)

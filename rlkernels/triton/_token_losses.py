@@ -36,7 +36,7 @@ def _lengths_kernel(
 
 
 def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Of a padded [B, T] or packed [N] tensor."""
+    """The number of scored tokens of each sequence of a padded [B, T] or packed [N] tensor, in float32."""
     sequences, sequence_length = shape_of(like, cu_seqlens)
     lengths = like.new_empty(sequences)
     if sequences:

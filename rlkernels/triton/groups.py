@@ -123,7 +123,7 @@ def _bounds(group, offsets, group_size):
 def _batch_divisor_kernel(
     rewards, weights, divisors, count: tl.int64, columns, eps, PER_COLUMN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of the weighted sum of the rewards, or, one program each, of every reward on its own."""
+    """The divisor of the weighted sum of the rewards, or of every reward on its own, by one program each."""
     column = tl.program_id(0)
     size, mean, squares, low, high = _nothing()
     for start in range(0, count, BLOCK):
@@ -211,8 +211,8 @@ def _column_kernel(
         known = row < 0
         any_differs = begin < 0
         for column in range(columns):
-            # Of a group longer than a block each block needs the statistics, and finds them again: a second kind of
-            # kernel for groups of that size and several rewards would be run by nobody.
+            # Each block of a group that is longer than a block finds the statistics again. A second kind of kernel, for
+            # groups of that size and several rewards, would be run by nobody.
             size, mean, squares, low, high = _nothing()
             score = tl.load(rewards + row * columns + column, mask=inside, other=float("nan"))
             if end - begin <= BLOCK:

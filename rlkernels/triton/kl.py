@@ -21,7 +21,7 @@ LOOK = 4096
 
 @triton.jit
 def kl_estimate(d, ESTIMATOR: tl.constexpr):
-    """Of d = log policy - log reference."""
+    """The estimate from d = log policy - log reference."""
     if ESTIMATOR == K1:
         return d
     elif ESTIMATOR == K2:

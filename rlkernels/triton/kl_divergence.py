@@ -160,7 +160,7 @@ def _part_kernel(
         teacher_x = tl.load(teacher_start + first + columns, mask=inside, other=0.0).to(tl.float32)
         s = soft_cap(x, softcap, SOFTCAP) - largest
         t = soft_cap(teacher_x, teacher_softcap, TEACHER_SOFTCAP) - teacher_largest
-        # Not the difference of two logarithms, each of which is rounded.
+        # The difference of log_student and log_teacher would have both their roundings.
         d = (t * ratio - s) * inverse - (teacher_log_sum - log_sum)
         log_student = s * inverse - log_sum
         log_teacher = t * teacher_inverse - teacher_log_sum

@@ -129,7 +129,7 @@ def _forward_kernel(
 
     rows = tl.num_programs(0).to(tl.int64)
     if PART:
-        # A max that passed over a NaN does not stand beside a sum that did not.
+        # The max passes over a NaN and the sum does not; the two must agree.
         tl.store(parts + row, tl.where(others == others, others_top, float("nan")))
         tl.store(parts + rows + row, others)
         tl.store(parts + 2 * rows + row, others_moment)
@@ -138,7 +138,8 @@ def _forward_kernel(
         # logprob = -softplus(logsumexp of the others - z_t)
         lead = (target - others_top) / temperature
         logprob = 0.0 - softplus(tl.log(others) - lead)
-        # Undefined beside a +inf. A +inf among the others, or nothing but -inf, has made logprob a NaN already.
+        # Log-softmax is undefined where there is a +inf. Among the others one has made logprob NaN already, and so has
+        # nothing but -inf.
         logprob = tl.where(target == float("inf"), float("nan"), logprob)
         target_leads = target >= others_top
         log_sum = tl.where(target_leads, -logprob, tl.log(others + tl.exp(lead)))

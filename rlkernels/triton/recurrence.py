@@ -134,8 +134,8 @@ def _scan(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of each token of a block: whether it is scored, whether it ends an episode, its value, rho and b, and a and b of
-    all from it to the block's end. And the value that the block passes back, if `next_value` is passed to it."""
+    """For each token of a block: whether it is scored, whether it ends an episode, its value, rho and b, and a and b of
+    all from it to the block's end. Also the value that the block passes back, if `next_value` is passed to it."""
     position = tl.arange(0, BLOCK)
     scored, done = _scored_and_done(mask, dones, start, size, position, ALIGNED)
     reward = _scored_only(rewards, start, size, position, scored, ALIGNED)
@@ -223,7 +223,7 @@ def _finish(
 
 @triton.jit
 def _first_slot(begin, sequence, BLOCK: tl.constexpr):
-    """Of the slots of a sequence's blocks: those of no two sequences overlap, whatever their lengths."""
+    """The first slot of a sequence's blocks. The slots of no two sequences overlap, whatever their lengths."""
     return begin // BLOCK + sequence
 
 
@@ -389,7 +389,7 @@ def _reduce_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of a block of a long sequence: the value passed to it, and a and b of all its tokens."""
+    """For a block of a long sequence: the value passed to it, and a and b of all its tokens."""
     sequence, block = _place(cu_seqlens, tokens, length, sequences, steps, BLOCK)
     begin, end = bounds(sequence, cu_seqlens, tokens, length)
     if not _serves(valid, block, end - begin, longest, BLOCK):

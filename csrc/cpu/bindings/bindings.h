@@ -60,7 +60,8 @@ inline Tensor empty_floats(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   return torch::stable::empty(sizes, ScalarType::Float);
 }
 
-// Of a padded [count, length] or packed [tokens] tensor; refuses cu_seqlens that do not run from 0 to the end.
+// Where the sequences of a padded [count, length] or packed [tokens] tensor lie. Throws unless cu_seqlens run from 0
+// to the number of tokens without decreasing.
 inline Sequences sequences_of(const Tensor& tensor, const std::optional<Tensor>& cu_seqlens) {
   const int64_t tokens = tensor.numel();
   if (!cu_seqlens) return {nullptr, tokens, tensor.size(0), tensor.size(1)};

@@ -12,7 +12,7 @@ inline DType dtype_of(const Tensor& logits) {
   return DType::kFloat32;
 }
 
-// Of a tile [R, v] with dense rows.
+// The rows of a tile [R, v], which are dense.
 inline LogitRows tile_rows(const Tensor& tile) {
   return {tile.data_ptr(), dtype_of(tile), tile.size(0), tile.size(0), tile.size(1), 0, tile.stride(0)};
 }

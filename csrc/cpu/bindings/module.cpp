@@ -1,4 +1,4 @@
-// The extension module: importing it runs the registrations beside it.
+// The extension module. Importing it runs the registrations of the other files in this folder.
 
 #include <pybind11/pybind11.h>
 

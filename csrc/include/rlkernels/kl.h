@@ -55,8 +55,8 @@ RLK_HD F kl_penalty_derivative(int estimator, bool straight_through, F logprob, 
   return select(abs(raw) > log_ratio_clamp, F(0), derivative);
 }
 
-// Of a scored token, before the score of its sequence is added: -kl_coef * estimate. A coefficient of 0 leaves nothing,
-// also where the estimate overflows.
+// The reward of a scored token, before its sequence's score is added: -kl_coef * estimate. With a coefficient of 0 it
+// is 0, also where the estimate overflows.
 template <class F>
 RLK_HD F kl_reward(int estimator, F logprob, F ref_logprob, float kl_coef) {
   if (kl_coef == 0.0f) return F(0);

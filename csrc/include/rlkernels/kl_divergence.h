@@ -111,7 +111,7 @@ RLK_HD DivergenceTerm<F> divergence_term(int kind, const TokenPair<F>& pair, F b
 
 // d(divergence)/dz_S: p_S - p_T - p_S centre; p_S (log(p_S / p_T) - centre); (1 - beta) p_S (log(p_S / m) - centre).
 // The centre is the row's moment over its total. The first is 0 but for the rounding of the logarithms of the rows'
-// sums, which it takes out, as do the others: beside nearly equal probabilities it would be seen.
+// sums, which it takes out, as do the others: where probabilities are nearly equal it would be seen.
 template <class F>
 RLK_HD F divergence_gradient(int kind, const TokenPair<F>& pair, F centre, F beta, F one_minus_beta) {
   if (kind == kForward) return pair.difference - pair.student * centre;

@@ -37,15 +37,15 @@ RLK_HD RowSums<F> merge(RowSums<F> a, RowSums<F> b) {
   F db = select(b.m == -infinity, F(0), b.m - m);
   F ca = select(a.m == -infinity, F(0), exp(da));
   F cb = select(b.m == -infinity, F(0), exp(db));
-  // A sum of which nothing is left may lie so far below (a vocabulary masked by the lowest float) that its w overflows.
-  // One that is NaN stays so.
+  // A sum that vanishes may lie so far below (a vocabulary masked by the lowest float) that its w overflows. One that
+  // is NaN stays so.
   F wa = select((ca == F(0)) & (a.s == a.s), F(0), (a.w + a.s * da) * ca);
   F wb = select((cb == F(0)) & (b.s == b.s), F(0), (b.w + b.s * db) * cb);
   return {m, a.s * ca + b.s * cb, wa + wb};
 }
 
-// With max and log_sum, log p_v = (z_v - max) - log_sum. The pair is kept instead of its sum, logsumexp, because beside
-// a large max the sum would lose log_sum's digits, and with them those of every p.
+// With max and log_sum, log p_v = (z_v - max) - log_sum. The pair is kept instead of its sum, logsumexp, because next
+// to a large max the sum would lose log_sum's digits, and with them those of every p.
 template <class F>
 struct RowResult {
   F logprob, entropy, max, log_sum;
@@ -65,7 +65,7 @@ RLK_HD RowResult<F> finish_row(RowSums<F> others, F z_target) {
   const F infinity = F(std::numeric_limits<float>::infinity());
   const F nan = F(std::numeric_limits<float>::quiet_NaN());
   F x = (others.m - z_target) + log(others.s);
-  // Log-softmax is undefined beside a +inf, and x is NaN where there is nothing but -inf.
+  // Log-softmax is undefined where there is a +inf, and x is NaN where there is nothing but -inf.
   if (others.m == infinity || z_target == infinity || x != x) return {nan, nan, nan, nan};
   RowResult<F> row;
   row.logprob = -(select(x > F(0), x, F(0)) + log1p(exp(-abs(x))));

@@ -8,19 +8,19 @@
 
 namespace rlk {
 
-// Of some elements: how many, their mean, and the sum of their squared deviations from it.
+// What describes some elements: how many there are, their mean, and the sum of their squared deviations from it.
 struct Moments {
   double count, mean, squares;
 };
 
-// Of elements that were summed as they are and as deviations d = x - centre, where centre is about their mean. What the
-// rounding of the centre left behind stands in the sum of d, so that nothing cancels. Of no elements: NaN.
+// From the sums over deviations d = x - centre, where centre is about the mean of the elements. What the rounding of
+// the centre left behind stands in the sum of d, so that nothing cancels. Without elements: NaN.
 RLK_HD Moments moments_of(double count, double centre, double sum_d, double sum_d_squared) {
   const double rest = sum_d / count, squares = sum_d_squared - rest * sum_d;
   return {count, centre + rest, squares < 0.0 ? 0.0 : squares};
 }
 
-// Of the elements of both; b may be of none.
+// The moments of the elements of both; b may have none.
 RLK_HD Moments combine(const Moments& a, const Moments& b) {
   if (b.count == 0.0) return a;
   const double count = a.count + b.count, share = b.count / count, delta = b.mean - a.mean;

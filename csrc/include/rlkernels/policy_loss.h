@@ -111,7 +111,7 @@ inline PolicyOptions make_policy_options(int objective, double clip_low, double 
   return o;
 }
 
-// Of one scored token; what was not given holds anything finite.
+// What the loss reads of one scored token. An input that was not given holds anything finite.
 template <class F>
 struct TokenInputs {
   F logprob, old_logprob, ref_logprob, sampler_logprob, entropy, advantage;
