@@ -69,7 +69,7 @@ def _advantages(
 
 def _statistics(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each row the size, mean and sample standard deviation of its group's scores, those that are NaN left out, and
-    whether these differ. Where they do not, the mean is the score itself, so that score - mean is 0 without rounding."""
+    whether these differ. Where they do not, the mean is the score itself, so that score - mean is exactly 0."""
     there = ~scores.isnan()
     known = scores.masked_fill(~there, 0.0)
     slots = torch.zeros_like(known)
