@@ -914,6 +914,19 @@ def test_completions_serve_on_where_they_are_the_same(saved, monkeypatch, change
     assert sampled == [2]
 
 
+def test_completions_serve_on_in_a_run_that_is_resumed_twice(make_trainer, monkeypatch):
+    """Both times amid the steps that learn from them."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "num_iterations": 3}
+    sampled = []
+    for checkpoint in (None, "checkpoint-1", "checkpoint-2"):
+        trainer = make_trainer(callbacks=[Breaks()], **options)
+        make = trainer.make_experience
+        monkeypatch.setattr(trainer, "make_experience", lambda rows, make=make: sampled.append(len(rows)) or make(rows))
+        with pytest.raises(Killed):
+            trainer.train(checkpoint and str(Path(trainer.args.output_dir, checkpoint)))
+    assert sampled == [4]
+
+
 def test_what_completions_do_not_depend_on_is_an_option():
     options = {each.name for config in (GRPOConfig, PPOConfig) for each in dataclasses.fields(config)}
     assert options > collector.LATER

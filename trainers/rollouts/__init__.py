@@ -7,7 +7,10 @@ sampling     the loop that picks each next token there, with reproducible random
 vllm         VLLMEngine: requests go to a vLLM server, which gets the trained weights
 weights      writes the trained weights as a folder for that server
 ahead        samples the next completions while the trainer learns from these (staleness 1)
-online       what PPOTrainer and GRPOTrainer share: sample, reward, keep, learn
+collector    Collector: from prompts to completions with rewards, for PPOTrainer and GRPOTrainer; owns the engine
+prompts      GroupSampler: in which order steps see the prompts; check_readable: whether all models can read them
+samples      Samples: completions with their rewards; what is logged and shown of them
+experience   ExperienceBuffer: keeps what the optimizer steps learn from, as long as they do
 completions  shows completions: a parquet file and a printed table per log
 config       OnlineConfig: the options that PPOConfig and GRPOConfig share
 """
