@@ -130,10 +130,11 @@ class HFTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*self.columns, "_row_id"]
 
-    # What transformers' loop reads as gradient_accumulation_steps, and what everybody else does
+    # transformers' loop reads gradient_accumulation_steps as 1, everybody else as it was given
 
     @contextlib.contextmanager
     def _accumulating(self, steps: int) -> Iterator[None]:
+        """Inside, `self.args.gradient_accumulation_steps` is `steps`."""
         before, self.args.gradient_accumulation_steps = self.args.gradient_accumulation_steps, steps
         try:
             yield
@@ -168,7 +169,7 @@ class HFTrainer(Trainer):
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         settle(self.args, self._lock(Path(self.args.output_dir)))
         self.saved_step = self.resumed_from = None
-        self.metrics.clear()  # of a run of this trainer before
+        self.metrics.clear()  # those of an earlier run of this trainer
         if resume_from_checkpoint:
             self.resumed_from = os.path.abspath(checkpoint_to_resume(resume_from_checkpoint, self.args))
         if self.args.save_strategy == "no":
@@ -176,14 +177,14 @@ class HFTrainer(Trainer):
         with self.stop.listening(tells=self.args.local_process_index == 0):
             output = super().train(self.resumed_from, *args, **kwargs)
             self.agree()
-            if self.stop.agreed:  # too late to stop it, but not what comes after it
+            if self.stop.agreed:  # too late to stop this run, but not what comes after it
                 raise stopped_by(self.stop.agreed, f"stopped after step {self.state.global_step}, the last")
             return output
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside, no other run may write into the output folder: a `lock.FolderInUse` on every process where one
-        does. Every process calls it."""
+        """Inside, no other run may write into the output folder: if one does, every process gets a
+        `lock.FolderInUse`. Every process calls it."""
         with contextlib.ExitStack() as stack:
             error, told = None, None
             if self.args.should_save:
@@ -257,7 +258,7 @@ class HFTrainer(Trainer):
         with reading(checkpoint, "its optimizer and scheduler"):
             self._check_form(checkpoint, "scheduler.pt", self.lr_scheduler)
             optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            if not isinstance(optimizer, torch.optim.Optimizer):  # of DeepSpeed
+            if not isinstance(optimizer, torch.optim.Optimizer):  # DeepSpeed's
                 super()._load_optimizer_and_scheduler(checkpoint)
                 return
             if not self.is_fsdp_enabled:
@@ -290,7 +291,7 @@ class HFTrainer(Trainer):
                 raise checkpoints.BadCheckpoint(checkpoint, why)
 
     def _load_callback_state(self) -> None:
-        """Into the callbacks that there are. The Trainer would put new ones in their place, and only if asked to."""
+        """Loads into the callbacks that there are; the Trainer would replace them, and only if asked to."""
         for name, saved in self.state.stateful_callbacks.items():
             present = [each for each in self.callback_handler.callbacks if type(each).__name__ == name]
             for callback, state in zip(present, saved if isinstance(saved, list) else [saved], strict=False):
@@ -347,7 +348,7 @@ class HFTrainer(Trainer):
         }
 
     def _load_unlogged(self, unlogged: Any) -> None:
-        # A process may have the file of another rank: the loss was already reduced.
+        # If fewer ranks saved, this may be another rank's: the loss was already reduced.
         self._tr_loss, self._total_loss_scalar = unlogged["loss"].to(self.args.device), unlogged["logged_loss"]
         self._globalstep_last_logged = unlogged["last_logged"]
         self.metrics.load_state_dict(unlogged["metrics"])

@@ -94,8 +94,8 @@ def _is_open_as(number: int, file: Path) -> bool:
 
 
 def settle(args: Any, lock: Lock | None = None) -> None:
-    """`checkpoints.settle` of the output folder, by the process that writes there; the others wait. A
-    `FolderInUse` where another run does, which may be amid a checkpoint."""
+    """The process that writes settles the output folder (`checkpoints.settle`); the others wait. A `FolderInUse` if
+    another run writes there, which may be amid a checkpoint."""
     state = PartialState()
     try:
         if args.should_save and os.path.isdir(args.output_dir):

@@ -149,7 +149,7 @@ class BaseTrainer(HFTrainer):
         pad = self.processing_class.pad_token_id
         #: One that every model can read, also where the tokenizer has none, or one that was added to it.
         self.pad_token_id = 0 if pad is None or pad >= min(map(embedded, models)) else pad
-        #: What the resumed run does otherwise than that of its checkpoint, in words.
+        #: Which settings differ from those in the checkpoint that this run goes on from, in words.
         self.changed: list[str] = []
         self.keep(SETTINGS, State(self.settings, self._compare_settings), "its settings")
         if self.has_own_reference and ref_model is None:
@@ -428,7 +428,7 @@ class BaseTrainer(HFTrainer):
             )
 
     def keep_reference(self) -> None:
-        """In checkpoints."""
+        """Puts the reference into checkpoints."""
         self.kept.append(
             KeptReference(
                 self.accelerator,
