@@ -215,7 +215,8 @@ def public_api() -> str:
             elif inspect.isfunction(value) or "__init__" in vars(value):
                 signature = inspect.signature(value)
                 bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-                named = [(name, data) for name, data in vars(value).items() if name[0] != "_" and not callable(data)]
+                data = {name: each for name, each in vars(value).items() if name[0] != "_" and not callable(each)}
+                named = [(name, each) for name, each in data.items() if not isinstance(each, property)]
                 text = str(inspect.Signature(bare)) + "".join(f"\n    {name} = {data!r}" for name, data in named)
             else:
                 text = f"({value.__base__.__name__})"

@@ -198,7 +198,7 @@ def test_own_engine_samples_from_the_trained_model(make_trainer):
 
 def test_engine_without_logprobs(make_trainer, fixed):
     trainer = make_trainer(lambda **_: [0.0, 1.0] * 4, fixed, importance_sampling_correction=True)
-    with pytest.raises(ValueError, match=r"row 0: logprobs is None, where options\.logprobs asks for them"):
+    with pytest.raises(ValueError, match=r"row 0: logprobs is None, but options\.logprobs asks"):
         trainer.train()
 
 
