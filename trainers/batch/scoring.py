@@ -83,12 +83,11 @@ def policy_loss(
     *,
     fused: bool,
     temperature: float = 1.0,
-    mask: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Loss and metrics of rlkernels.policy_loss, given the model's log-probabilities and their entropy. A fused model
-    makes the gradients of the LM head in this forward pass. `mask` [N] replaces the batch's."""
-    mask = batch.mask if mask is None else mask
+    makes the gradients of the LM head in this forward pass."""
+    mask = batch.mask
     options |= {"cu_seqlens": batch.cu_seqlens}
     if fused:
 
