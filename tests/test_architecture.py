@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 import rlkernels
 from rlkernels._backends import BACKENDS_OF
@@ -195,6 +196,33 @@ def test_table_of_ops_is_what_is_recorded():
 @pytest.mark.parametrize(("name", "limit"), [("setup.py", 80), ("trainers/grpo.py", 650)])
 def test_file_stays_short(name, limit):
     assert len((ROOT / name).read_text().splitlines()) < limit
+
+
+def test_a_trainer_is_read_from_two_classes():
+    """README says that each method is read in one sitting: nothing stands between it and the optimizer step."""
+    from rlkernels import trainers
+    from rlkernels.trainers.base.hf import HFTrainer
+    from rlkernels.trainers.base.trainer import BaseTrainer
+
+    for name in ("SFT", "Reward", "DPO", "PPO", "GRPO"):
+        trainer = getattr(trainers, f"{name}Trainer")
+        assert trainer.__mro__[1:4] == (BaseTrainer, HFTrainer, transformers.Trainer)
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_method_imports_at_most_eight_modules_of_ours(method):
+    path = ROOT / "trainers" / f"{method}.py"
+    names = imported_from_rlkernels(path)
+    modules = {name if (ROOT / file_of(name)).is_file() else name.rpartition(".")[0] or name for name in names}
+    assert len(modules) <= 8, sorted(modules)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert not [each for each in ast.walk(node) if isinstance(each, ast.Import | ast.ImportFrom)], node.name
+
+
+def file_of(module: str) -> str:
+    """Where a module of that name would stand."""
+    return module.replace("rlkernels.trainers", "trainers", 1).replace(".", "/") + ".py"
 
 
 def public_api() -> str:

@@ -239,8 +239,8 @@ class GRPOConfig(OnlineConfig):
 
 @dataclass
 class Experience:
-    """What the steps on one generation batch learn from, on this process: a list entry per row. What is per token is
-    shifted as in `Batch`."""
+    """What the optimizer steps on one generation batch learn from, on this process. Lists have an entry per row; values
+    per token are shifted, as in `Batch`."""
 
     input_ids: list[list[int]]
     labels: list[list[int]]
@@ -302,7 +302,7 @@ class GRPOTrainer(BaseTrainer):
         eval_dataset: the same, or a dict of such.
         processing_class: the tokenizer; the model's own if None.
         peft_config: of PEFT: adapters are trained, and the reference is the model without them.
-        rollout: what samples the completions, see `rollout.Engine`; the model itself if None.
+        rollout: what samples the completions, see `rollouts.engine.Engine`; the model itself if None.
     """
 
     args: GRPOConfig

@@ -118,8 +118,8 @@ KL_COEF, VALUE = "kl_coef.json", "value"
 
 @dataclass
 class Experience:
-    """What the steps on one batch of prompts learn from, on this process: a list entry per row. What is per token is
-    shifted, as in `Batch`."""
+    """What the optimizer steps on one batch of prompts learn from, on this process. Lists have an entry per row; values
+    per token are shifted, as in `Batch`."""
 
     input_ids: list[list[int]]
     labels: list[list[int]]
@@ -209,7 +209,7 @@ class PPOTrainer(BaseTrainer):
             value is a head on the policy's hidden states, so that each pass gives both.
         ref_model: what the model is kept close to; if None, what it is at the start.
         peft_config: of PEFT: the policy's adapters are trained, and the reference is the model without them.
-        rollout: what samples the completions, see `rollout.Engine`; the model itself if None.
+        rollout: what samples the completions, see `rollouts.engine.Engine`; the model itself if None.
     """
 
     args: PPOConfig
