@@ -78,7 +78,7 @@ def adapter(run: RunArguments, task_type: str) -> Any:
                 raise BadValue(f"--{option.name}: needs --use_peft")
         return None
     try:
-        from peft import LoraConfig
+        from peft import LoraConfig  # an optional package
     except ModuleNotFoundError as error:
         raise BadValue("--use_peft: peft is not installed") from error
     targets = run.lora_target_modules

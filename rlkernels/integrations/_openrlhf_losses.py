@@ -133,8 +133,8 @@ def _policy_loss(
         **_aggregation(self.token_level_loss, total, dp_size, log_probs),
     )
     if self.policy_loss_type == "gspo":
-        # Not our gspo: a sequence's ratio is differentiated once for all of its tokens, each of which may have an
-        # advantage of its own. As ppo of the mean log-ratio it is.
+        # Objective ppo on the mean log-ratio, not our gspo: OpenRLHF differentiates a sequence's ratio for each token,
+        # and tokens of a sequence may have different advantages.
         ratios = rlkernels.masked_mean(log_probs - rollout, mask, dim=-1).unsqueeze(-1).expand_as(log_probs)
         loss, metrics = rlkernels.policy_loss(ratios, torch.zeros_like(ratios), advantages, mask, **options)
         policy_kl = masked_mean((old_log_probs - log_probs).detach(), mask)

@@ -12,7 +12,7 @@ KL_IS_WEIGHT_CLIP = 10.0
 
 def theirs(target: str):
     """OpenRLHF's own function for a target of the table."""
-    from rlkernels.integrations.openrlhf import PATCH
+    from rlkernels.integrations.openrlhf import PATCH  # its table imports this module
 
     return PATCH.original(target)
 

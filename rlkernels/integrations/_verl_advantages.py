@@ -39,7 +39,7 @@ def compute_grpo_vectorized_outcome_advantage(
 ):
     """Like compute_grpo_outcome_advantage, but verl's `as_torch_index` numbers the groups ("1" and "01" are the same
     group), and the dtype is at least float32."""
-    from verl.utils import as_torch_index
+    from verl.utils import as_torch_index  # verl imports this module while it is imported
 
     scores = token_level_rewards.sum(dim=-1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))

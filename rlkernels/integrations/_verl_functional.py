@@ -98,7 +98,7 @@ def _dtype(logits: Tensor) -> torch.dtype:
 
 
 def _uses_flash_attn() -> bool:
-    from verl.utils import torch_functional
+    from verl.utils import torch_functional  # verl imports this module while it is imported
 
     return (
         torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE

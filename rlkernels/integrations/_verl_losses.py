@@ -290,6 +290,7 @@ def _trusted(objective: str, logprobs: Tensor, old: Tensor, up: Tensor, config: 
 
 
 def _check(config: Any, actor: bool = False) -> None:
+    # Imported here, since verl imports this module while it is imported.
     from verl.trainer.config import AlgoConfig
     from verl.workers.config import ActorConfig
 

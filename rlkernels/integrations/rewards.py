@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from rlkernels.integrations._rewards import (
     AsyncPerCompletion,
     Ours,
@@ -209,8 +211,6 @@ def to_openrlhf(
 
 
 def _reward_func(ours, special_tokens, queries, prompts, labels):
-    import torch
-
     texts = [_after(prompt, query) for prompt, query in zip(prompts, queries, strict=True)]
     for token in special_tokens:
         texts = [text.replace(token, "") for text in texts]

@@ -131,7 +131,7 @@ def chunked_divergence_loss(
 ):
     """(loss, sum of the student's entropies, number of scored positions). No gradient flows through the entropies, as
     in TRL since 1.15."""
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
+    from trl.trainer.utils import maybe_gather_lm_head_ctx  # TRL is imported only when it is patched
 
     device = student_hidden_states.device.type
     student = [student_hidden_states, student_lm_head_weight, student_lm_head_bias]
@@ -266,7 +266,7 @@ def _scored(logits, index, temperature=1.0, row_mask=None, with_entropy=False):
 
 
 def _dtype_of_theirs(logits, index, row_mask):
-    from trl.trainer import utils
+    from trl.trainer import utils  # TRL is imported only when it is patched
 
     kernel_serves = getattr(utils, "_supports_trl_loss_kernel", None)  # TRL since 1.14 has a float32 kernel on GPUs
     if kernel_serves is not None and kernel_serves(logits, index, row_mask):

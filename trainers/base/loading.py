@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,9 +24,6 @@ from .config import BaseConfig
 def model_folder(path: str) -> Path:
     """The folder `path`, or the folder of the model with this name in the local Hugging Face cache."""
     if not Path(path).is_dir():
-        from huggingface_hub import constants, try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
         try:
             config = try_to_load_from_cache(path, "config.json")
         except HFValidationError:

@@ -107,7 +107,7 @@ def rewards_of(history: list[dict[str, float]]) -> dict[str, Curve]:
 
 def draw_curves(file: Path, history: list[dict[str, float]]) -> None:
     """Draws a panel for each logged metric among reward, KL, length and entropy, or among loss, accuracy and margin."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # an optional package
 
     online = any("reward" in entry for entry in history)
     panels = {title: curves_of(history, names) for title, names in (ONLINE if online else OFFLINE).items()}

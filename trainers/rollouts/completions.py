@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 from transformers import TrainerCallback
 
 from ..base.chat import is_chat
@@ -52,7 +54,7 @@ class CompletionsCallback(TrainerCallback):
         with warned_of(file):
             write_completions(file, rows, state.global_step)
         if self.prints:
-            from rich.console import Console
+            from rich.console import Console  # an optional package
 
             chosen = choose(rows, args.num_completions_to_print, args.log_unique_prompts)
             Console().print(completions_table(chosen, f"step {state.global_step}"))
@@ -64,10 +66,7 @@ def columns_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write_completions(file: Path, rows: list[dict[str, Any]], step: int) -> None:
-    """A parquet file of one row per completion; a reward that does not apply is null."""
-    import pyarrow
-    import pyarrow.parquet
-
+    """Writes a parquet file with one row per completion. A reward that does not apply is null."""
     columns = {"step": pyarrow.array([step] * len(rows))}
     for name in columns_of(rows):
         values = [row.get(name) for row in rows]
@@ -94,7 +93,7 @@ def choose(rows: list[dict[str, Any]], count: int | None, unique: bool) -> list[
 def completions_table(rows: list[dict[str, Any]], title: str) -> Any:
     """A rich table with columns for the prompt (its last message), the completion, each reward, what reward functions
     logged, and the advantage."""
-    from rich.table import Table
+    from rich.table import Table  # an optional package
 
     table = Table(title=title, show_lines=True)
     names = columns_of(rows)
@@ -111,7 +110,7 @@ def completions_table(rows: list[dict[str, Any]], title: str) -> Any:
 
 def cell(name: str, value: Any) -> Any:
     """One value of the table as rich text."""
-    from rich.text import Text
+    from rich.text import Text  # an optional package
 
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return Text("-")
