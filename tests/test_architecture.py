@@ -277,6 +277,111 @@ def test_links_between_pages_resolve():
     assert not broken
 
 
+# Pages that lead through the tree: every path and name in them exists.
+MAPS = ("docs/architecture.md", "CONTRIBUTING.md")
+PLACEHOLDERS = {"<op>": "kl", "<method>": "grpo"}
+SOURCES = (".py", ".h", ".cuh", ".cu", ".cpp", ".md", ".toml", ".txt", ".yaml")
+# Other projects, whose names are not looked for.
+OTHERS = {"torch", "triton", "transformers", "accelerate", "dataclasses", "functools"}
+FOLDERS = "csrc|rlkernels|trainers|tests|benchmarks|docs|examples|build_tools"
+PATH = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w./*-]*(?<![.*])")
+DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
+
+
+def bound(body: list[ast.stmt]) -> set[str]:
+    """The names that these statements define, and the attributes that they give to `self`."""
+    found = set()
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        if isinstance(node, ast.FunctionDef):
+            stored = (each for each in ast.walk(node) if isinstance(each, ast.Attribute))
+            found |= {each.attr for each in stored if isinstance(each.ctx, ast.Store)}
+    return found
+
+
+def names_in_the_tree() -> dict[str, set[str]]:
+    """What can stand before a dot, a module by its file name or a class, and what can stand behind it."""
+    names: dict[str, set[str]] = {"rlkernels": {*rlkernels.__all__, "trainers"}}
+    bases: dict[str, set[str]] = {}
+    for path in repository_files(".py"):
+        tree = ast.parse(path.read_text())
+        stem = path.parent.name if path.name == "__init__.py" else path.stem
+        names.setdefault(stem, set()).update(bound(tree.body))
+        names.setdefault(path.parent.name, set()).add(path.stem)
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, set()).update(bound(node.body))
+                bases[node.name] = {base.id for base in node.bases if isinstance(base, ast.Name)}
+    for kind in bases:
+        above = list(bases[kind])
+        for each in above:
+            names[kind] |= names.get(each, set())
+            above += [base for base in bases.get(each, ()) if base not in above]
+    return names
+
+
+def is_there(path: str) -> bool:
+    return any(ROOT.glob(path)) if "*" in path else (ROOT / path).exists()
+
+
+def is_known(name: str, names: dict[str, set[str]]) -> bool:
+    parts = name.split(".")
+    if parts[0] in OTHERS:
+        return True
+    return all(after in names.get(before, ()) for before, after in itertools.pairwise(parts))
+
+
+def missing_in(text: str, names: dict[str, set[str]]) -> list[str]:
+    """The paths and names of a page that are not in the tree.
+
+    In backticks every file name, `module.name` and `Class.name` is looked for, and every word with an underscore or a
+    capital in the sources; in plain blocks names that begin with a module or class of ours. Paths count everywhere."""
+    for placeholder, example in PLACEHOLDERS.items():
+        text = text.replace(placeholder, example)
+    missing = [path for path in PATH.findall(text) if not is_there(path)]
+    files = {path.name for path in repository_files()}
+    words = {word for path in repository_files() for word in words_of(path)}
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    plain = "".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
+    for span in re.findall(r"`([^`\n]+)`", prose):
+        if "/" not in span and span.endswith(SOURCES) and " " not in span:
+            missing += [span] * (span not in files)
+        elif DOTTED.fullmatch(span):
+            missing += [span] * (not is_known(span, names))
+        elif re.fullmatch(r"\w*(?:_|[A-Z])\w*", span):
+            missing += [span] * (span not in words)
+    found = DOTTED.findall(PATH.sub("", plain))
+    return missing + [name for name in found if name.split(".")[0] in names and not is_known(name, names)]
+
+
+def words_of(path: Path) -> set[str]:
+    if path == Path(__file__) or (path.suffix not in SOURCES and path.name != "Makefile") or path.suffix == ".md":
+        return set()
+    return set(re.findall(r"\w+", path.read_text()))
+
+
+@pytest.mark.parametrize("page", MAPS)
+def test_paths_and_names_in_a_map_exist(page):
+    assert missing_in((ROOT / page).read_text(), names_in_the_tree()) == []
+
+
+def test_what_is_not_in_the_tree_is_found():
+    text = """`trainers/no_such_file.py` `csrc/cuda/<op>.c` `no_such_file.py` `Collector.no_such_method` `_backends.no`
+    `no_such_identifier` `Collector.collect` `rlkernels.wrap_lm_head` `GRPOTrainer.training_step` `torch.compile`
+    ```
+    tests/no_such_file.py   Batch.no_such_field   Batch.lay_out
+    ```"""
+    wrong = ["trainers/no_such_file.py", "csrc/cuda/kl.c", "tests/no_such_file.py", "no_such_file.py"]
+    wrong += ["Collector.no_such_method", "_backends.no", "no_such_identifier", "Batch.no_such_field"]
+    assert missing_in(text, names_in_the_tree()) == wrong
+
+
 def test_no_file_names_the_machine_it_was_written_on():
     machine_path = re.compile(r"/(?:root|work|home/\w+|Users/\w+)/|/tmp/(?!$)\w")
     found = []
