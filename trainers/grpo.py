@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from .base.trainer import BaseTrainer
@@ -354,30 +353,13 @@ class GRPOTrainer(BaseTrainer):
             num_generations_eval=args.num_generations_eval or args.num_generations,
             steps=args.steps_per_generation * args.num_iterations // self.accumulation_steps,
         )
+        # A batch of the dataloader is the prompts of a whole generation batch, repeated for each step it serves.
         self.train_batch_size = args.train_batch_size * args.steps_per_generation
 
     @property
     def completions(self) -> list[dict[str, Any]]:
         """The latest completions over all processes, a dict each: for callbacks that show or save them."""
         return self.collector.latest.rows
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self.collector.running():
-            return super().train(*args, **kwargs)
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), **self.collector.settings()}
-
-    # Data: a batch of the dataloader is the prompts of a whole generation batch, repeated for each step it serves.
-
-    def train_sampler(self) -> Sampler:
-        return self.collector.prompts
-
-    def eval_sampler(self, eval_dataset: Any) -> Sampler:
-        return self.collector.eval_sampler(eval_dataset)
-
-    def evaluate_rows(self, dataloader: DataLoader) -> int:
-        return self.collector.evaluate(dataloader)
 
     # From rows to the experience that the steps learn from
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 import rlkernels
@@ -285,24 +284,6 @@ class PPOTrainer(BaseTrainer):
 
     def model_parts(self) -> dict[str, nn.Module]:
         return {"": self.model.policy, VALUE: self.model.value}
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self.collector.running():
-            return super().train(*args, **kwargs)
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), **self.collector.settings()}
-
-    # Data: a batch of the dataloader is the prompts of a batch of completions, repeated for each step it serves.
-
-    def train_sampler(self) -> Sampler:
-        return self.collector.prompts
-
-    def eval_sampler(self, eval_dataset: Any) -> Sampler:
-        return self.collector.eval_sampler(eval_dataset)
-
-    def evaluate_rows(self, dataloader: DataLoader) -> int:
-        return self.collector.evaluate(dataloader)
 
     # From rows to the experience that the steps learn from
 

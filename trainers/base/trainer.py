@@ -81,6 +81,9 @@ class BaseTrainer(HFTrainer):
     args: BaseConfig
     auto_class: Any = AutoModelForCausalLM
     columns: tuple[str, ...] = COLUMNS
+    #: The `rollouts.collector.Collector` of a trainer that learns from completions of its own prompts; None: its steps
+    #: learn from the rows of the dataset themselves.
+    collector: Any = None
 
     def __init__(
         self,
@@ -171,6 +174,10 @@ class BaseTrainer(HFTrainer):
         refuse_prompt_learning("peft_config of the model", model)
         return model
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.nullcontext() if self.collector is None else self.collector.running():
+            return super().train(*args, **kwargs)
+
     def trained(self, model: nn.Module) -> nn.Module:
         """The module that the optimizer gets: the model, and what else a subclass trains with it."""
         return model
@@ -215,6 +222,8 @@ class BaseTrainer(HFTrainer):
     # Data
 
     def train_sampler(self) -> Sampler | None:
+        if self.collector is not None:
+            return self.collector.prompts
         if self.args.train_sampling_strategy != "group_by_length":
             return super().train_sampler()
         size = self.train_batch_size * self.accelerator.num_processes
@@ -224,6 +233,8 @@ class BaseTrainer(HFTrainer):
         )
 
     def eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        if self.collector is not None:
+            return self.collector.eval_sampler(eval_dataset)
         is_grouped = self.args.train_sampling_strategy == "group_by_length"
         return None if is_grouped else super().eval_sampler(eval_dataset)
 
@@ -357,7 +368,10 @@ class BaseTrainer(HFTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=count)
 
     def evaluate_rows(self, dataloader: DataLoader) -> int:
-        """Records the loss of an evaluation set and what else `compute_loss` records; returns the number of rows."""
+        """Records the loss of an evaluation set and what else `compute_loss` records; returns the number of rows.
+        A collector samples completions of the prompts instead, and records their rewards."""
+        if self.collector is not None:
+            return self.collector.evaluate(dataloader)
         with evaluating(self.model):
             for inputs in dataloader:
                 own = self._own_rows(inputs)
@@ -399,6 +413,10 @@ class BaseTrainer(HFTrainer):
     # What rows a step learns from depends on its number and on these alone.
 
     def settings(self) -> dict[str, Any]:
+        """By name: the settings of the order of rows, and with a collector those that experience depends on."""
+        return {**self.row_settings(), **({} if self.collector is None else self.collector.settings())}
+
+    def row_settings(self) -> dict[str, Any]:
         """By name, what the order of rows depends on, and where the reference is from."""
         names = ("per_device_train_batch_size", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
         return {
@@ -421,7 +439,7 @@ class BaseTrainer(HFTrainer):
         self.changed = [*told.values()]
         if REFERENCE in told:
             logger.warning(f"{self.resumed_from} is of a run with another {told.pop(REFERENCE)}")
-        if moves := [why for name, why in told.items() if name in BaseTrainer.settings(self)]:
+        if moves := [why for name, why in told.items() if name in self.row_settings()]:
             logger.warning(
                 f"{self.resumed_from} is of a run with another {', '.join(moves)}: its steps count, and this run goes "
                 f"on in the data where {self.state.global_step} steps of its own would have ended"
