@@ -49,7 +49,7 @@ logger = logging.get_logger(__name__)
 # What the trainers themselves read of a dataset.
 COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "margin", "sequences", "num_tokens")
 
-# In a checkpoint; and of its settings that which says what the reference is.
+# The file of a checkpoint that holds its settings, and the setting that says what the reference is.
 SETTINGS, REFERENCE = "settings.json", "reference"
 
 
@@ -61,7 +61,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class BaseTrainer(HFTrainer):
-    """`transformers.Trainer`, in which one batch of the dataloader is one optimizer step.
+    """`transformers.Trainer` with an optimizer step of its own, which learns from one batch of the dataloader.
 
     A subclass turns a batch, a list of rows of the dataset, into micro-batches (`micro_batches`), and a micro-batch
     into its share of the step's loss (`compute_loss`), already divided by what the whole step is normalised with. What
@@ -391,7 +391,7 @@ class BaseTrainer(HFTrainer):
         return inputs[: max(state.remainder - self.accelerator.process_index * len(inputs), 0)]
 
     def add_tokens_seen(self, seen: int) -> None:
-        """Those of this process, as the others add theirs."""
+        """Adds the tokens that this process has seen; every process calls it."""
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(torch.tensor(seen, device=self.args.device)))
 
     def _tokens_seen(self) -> int:
@@ -428,7 +428,7 @@ class BaseTrainer(HFTrainer):
         }
 
     def _compare_settings(self, before: dict[str, Any] | None) -> None:
-        """Warns of what moves the run to another place in its data. `self.changed` names all that is another."""
+        """Sets `self.changed`, and warns if the run goes on at another place in its data, or with another reference."""
         if before is None:  # of an earlier version
             self.changed = [f"settings, of which {self.resumed_from} does not tell"]
             return
