@@ -349,7 +349,7 @@ def missing_in(text: str, names: dict[str, set[str]]) -> list[str]:
     words = {word for path in repository_files() for word in words_of(path)}
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     plain = "".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
-    for span in re.findall(r"`([^`\n]+)`", prose):
+    for span in re.findall(r"`([^`]+)`", prose):
         if "/" not in span and span.endswith(SOURCES) and " " not in span:
             missing += [span] * (span not in files)
         elif DOTTED.fullmatch(span):
