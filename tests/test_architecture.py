@@ -220,6 +220,13 @@ def test_a_method_imports_at_most_eight_modules_of_ours(method):
             assert not [each for each in ast.walk(node) if isinstance(each, ast.Import | ast.ImportFrom)], node.name
 
 
+@pytest.mark.parametrize("room", ["base", "batch", "losses", "rollouts", "rewards"])
+def test_a_room_lists_its_modules(room):
+    folder = ROOT / "trainers" / room
+    listed = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert not [path.stem for path in folder.glob("[!_]*.py") if not re.search(rf"\b{path.stem}\b", listed)]
+
+
 def file_of(module: str) -> str:
     """Where a module of that name would stand."""
     return module.replace("rlkernels.trainers", "trainers", 1).replace(".", "/") + ".py"

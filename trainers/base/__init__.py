@@ -6,7 +6,10 @@ loading          models and tokenizers from folders; limits: the tokens and posi
 chat             chat templates, with a time limit
 rows             checks of datasets, and samplers: the order in which steps see rows
 metrics          means and extremes for the logs; reporting: curves.png and other files for people
-saving           checkpoints during a run; checkpoints: complete or absent, on disk; states: does one fit the run
+hf               HFTrainer: hooks in place of private methods of transformers.Trainer; hf_private: the table of these
+checkpoints      complete or absent, on disk; kept: the files of what has state; reference: the reference model there
+resuming         from which checkpoint a run goes on; states: whether it fits the run
+lock             one run in a folder at a time; save_callback: when a run saves and stops
 sharding         FSDP2 and DeepSpeed
 interrupts       Ctrl-C and SIGTERM
 contexts         restoring random states and a model's mode

@@ -76,7 +76,7 @@ class SampledAhead:
         for pending in self.pending.values():
             pending.rollouts.exception()
 
-    def state(self, step: int) -> list[dict[str, Any]]:
+    def state_dict(self, step: int) -> list[dict[str, Any]]:
         """For the checkpoint of this step: the rollouts that this step and later ones will use. Failed ones are left
         out, and so sampled again after a resume."""
         return [
@@ -90,7 +90,7 @@ class SampledAhead:
             if number >= step and pending.rollouts.exception() is None
         ]
 
-    def load(self, state: list[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Restores what `state` gave."""
         self.pending = {}
         for saved in state:

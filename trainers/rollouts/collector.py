@@ -388,7 +388,7 @@ class Collector:
     # In a checkpoint: what was sampled ahead
 
     def state_dict(self) -> list[dict[str, Any]] | None:
-        return self.ahead.state(self.trainer.state.global_step) or None
+        return self.ahead.state_dict(self.trainer.state.global_step) or None
 
     def load_state_dict(self, state: list[dict[str, Any]] | None) -> None:
         changed = self.trainer.changed
@@ -397,4 +397,4 @@ class Collector:
                 f"what {self.trainer.resumed_from} holds of completions sampled ahead is sampled anew: it is of "
                 f"another {', '.join(changed)}"
             )
-        self.ahead.load([] if state is None or changed else state)
+        self.ahead.load_state_dict([] if state is None or changed else state)
