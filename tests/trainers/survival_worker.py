@@ -146,7 +146,7 @@ def record_steps(trainer, file: Path) -> None:
             "torch": digest(torch.get_rng_state().numpy().tobytes()),
         }
         loss = take(*args, **kwargs)
-        sampled = trainer.collector.buffer.experience if hasattr(trainer, "collector") else None
+        sampled = trainer.collector.buffer.experience if trainer.collector else None
         found = {
             **start,
             "loss": loss.item().hex(),
