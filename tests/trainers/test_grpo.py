@@ -286,6 +286,19 @@ def test_evaluation_counts_every_completion_once(make_trainer, rows, batch):
     assert seen == [i for i in range(rows) for _ in range(3)]
 
 
+def test_reward_functions_may_compute_gradients(make_trainer):
+    """In training and in evaluation alike."""
+
+    def slope(completions, **kwargs):
+        lengths = torch.tensor([float(len(text)) for text in completions], requires_grad=True)
+        lengths.square().sum().backward()
+        return lengths.grad.tolist()
+
+    trainer = make_trainer(slope, eval_dataset=PROMPTS[:2], max_steps=1)
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] > 0
+
+
 def test_evaluation_of_several_sets(make_trainer):
     trainer = make_trainer(eval_dataset={"easy": PROMPTS[:3], "hard": PROMPTS[3:]}, num_generations_eval=2)
     metrics = trainer.evaluate()

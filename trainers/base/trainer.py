@@ -352,7 +352,6 @@ class BaseTrainer(HFTrainer):
 
     # Evaluation and logs
 
-    @torch.no_grad()
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -367,6 +366,7 @@ class BaseTrainer(HFTrainer):
         values = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=count)
 
+    @torch.no_grad()
     def evaluate_rows(self, dataloader: DataLoader) -> int:
         """Records the loss of an evaluation set and what else `compute_loss` records; returns the number of rows.
         A collector samples completions of the prompts instead, and records their rewards."""
