@@ -194,7 +194,7 @@ $(STAMPS)/peers: requirements/peers.txt $(STAMPS)/venv
 	@$(PEERS)/pip install -qq --disable-pip-version-check --no-deps -r requirements/peers.txt
 	@touch $@
 
-# The older TRLs, each in a folder of its own, are tested beside the pinned one.
+# The older TRLs, each in a folder of its own, are tested as the pinned one is.
 OLDER_TRL := 1.13.0 1.14.1 1.15.0
 $(STAMPS)/older-trl: $(STAMPS)/peers
 	@echo "installing TRL $(OLDER_TRL)"

@@ -1,4 +1,4 @@
-"""`rlkernels bench`: times the kernels beside what people use today. See docs/benchmarks.md."""
+"""`rlkernels bench`: times the kernels next to what people use today. See docs/benchmarks.md."""
 
 import argparse
 import importlib
@@ -78,7 +78,7 @@ def load(suite: Path) -> ModuleType:
 
 
 def ops() -> list[str]:
-    """Of every suite."""
+    """The names of the ops of all suites."""
     return sorted({case.op for suite in SUITES for case in load(suite).CASES})
 
 

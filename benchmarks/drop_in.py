@@ -1,4 +1,4 @@
-"""Other projects beside themselves on our kernels: TRL's optimizer steps, and functions of verl and OpenRLHF.
+"""Other projects as they are and on our kernels: TRL's optimizer steps, and functions of verl and OpenRLHF.
 
     make bench-drop-in
     python benchmarks/drop_in.py --rounds 3 --only openrlhf
@@ -71,7 +71,7 @@ def verl_logprobs(rows: int, vocabulary: int, dtype: torch.dtype) -> Callable[[]
     labels, gradient = torch.randint(vocabulary, (rows,)), torch.randn(rows)
 
     def call() -> tuple[Tensor, ...]:
-        # Of a model's output, as all of verl's are: its memory may become the gradient's.
+        # The logits are no leaf, as those of a model are not: their memory may become the gradient's.
         logprobs = module.logprobs_from_logits(logits * 1, labels)
         return logprobs.detach(), *torch.autograd.grad(logprobs, logits, gradient.to(logprobs.dtype))
 

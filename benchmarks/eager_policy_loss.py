@@ -4,7 +4,7 @@ import torch
 
 LOW, HIGH, BETA = 0.2, 0.28, 0.04
 WITHOUT_ENTROPY_AND_SAMPLER = (torch.zeros(()), torch.ones(()), torch.zeros(()))
-"""Of our metrics those that the case does not ask for."""
+"""Those of our metrics that the case does not ask for."""
 
 
 def trl_policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs):

@@ -79,7 +79,7 @@ def by_case(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def ours_and_peers(results: list[Result], device: str) -> tuple[Result | None, list[Result]]:
-    """Of one case: the fastest of our kernels, and everything measured that is not ours."""
+    """The fastest of our kernels in one case, and everything measured that is not ours."""
     measured = [result for result in results if "p50" in result]
     kernels = [result for result in measured if result["implementation"] in backends(device)[1:]]
     peers = [r for r in measured if r["implementation"] not in backends(device) and not r.get("floor")]
@@ -176,12 +176,12 @@ def table_of_bars(results: list[Result], device: str) -> str:
 def write(path: Path, content: Result) -> None:
     """All of it or nothing: an interrupted run leaves an older file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        beside.replace(path)
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Result:
@@ -199,7 +199,7 @@ def read(path: Path) -> Result:
 
 
 def comparison(old: Result, new: Result) -> str:
-    lines = [f"beside {old['commit'][:12]} of {old['date']}"]
+    lines = [f"compared with {old['commit'][:12]} of {old['date']}"]
     for package, version in new["versions"].items():
         if (before := old["versions"].get(package)) != version:
             lines.append(f"  {package} {before or 'absent'} -> {version or 'absent'}")

@@ -26,7 +26,7 @@ from build_tools.modules import CUDA_TARGETS, CannotBuild, cuda_module  # noqa: 
 from gpu_assembly import LOAD, TARGETS, compile_for, disassemble, dump, resource_usage  # noqa: E402
 
 THREADS_UNBOUND = 256
-"""Of a block of a CUDA kernel without __launch_bounds__, whose launch chooses them."""
+"""Threads of a block of a CUDA kernel without __launch_bounds__, whose launch chooses them."""
 LOAD_BYTES = {".256": 32, ".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
 LOAD_BYTES |= {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "short": 2, "byte": 1}
 """By what stands in an instruction's name; 4 without any."""
@@ -34,13 +34,13 @@ LOAD_BYTES |= {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "short": 2, "byte": 1
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a multiprocessor (CUDA C++ Programming Guide, compute capabilities) or compute unit (CDNA 3 ISA guide), which
-    has four parts with registers of their own."""
+    """What a multiprocessor (CUDA C++ Programming Guide, compute capabilities) or a compute unit (CDNA 3 ISA guide)
+    holds. It has four parts with registers of their own."""
 
     warps: int
     blocks: int
     registers: int
-    """Of a part, for each of a warp's threads."""
+    """Registers of a part, for each of a warp's threads."""
     granule: int
     shared_memory: int
     reserved: int
@@ -61,7 +61,7 @@ def round_up(value: int, step: int) -> int:
 
 
 def occupancy(limits: Limits, warps: int, registers: int, shared_memory: int) -> float:
-    """Of blocks of so many warps."""
+    """The share of the warps of a multiprocessor that can be resident at once, in blocks of `warps` warps."""
     resident = 4 * (limits.registers // round_up(max(registers, 1), limits.granule))
     blocks = min(limits.blocks, limits.warps // warps, resident // warps)
     if taken := round_up(shared_memory, 128) + limits.reserved:
@@ -92,7 +92,7 @@ def widest_load(text: str) -> int:
 
 
 def triton_kernels(architecture: str, only: str = "") -> Iterator[Kernel]:
-    """Of every case, or of one."""
+    """The kernels of every case, or of the one that `only` names."""
     from test_triton_compiled import CASES
 
     target, limits = TARGETS[architecture], LIMITS[architecture]

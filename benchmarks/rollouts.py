@@ -1,4 +1,4 @@
-"""Sampling of completions: transformers, with the trained model itself, beside a vLLM server on the same machine.
+"""Sampling of completions: transformers, with the trained model itself, and by a vLLM server on the same machine.
 
     make bench-rollouts
     python benchmarks/rollouts.py --rounds 3 --tokens 32

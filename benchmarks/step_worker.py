@@ -154,7 +154,7 @@ class Batch:
         self.group = job.sizes.get("group", 1)
         self.rows = [{"prompt": self.text(job.sizes["prompt"])} for _ in range(self.completions // self.group)]
         tokens = [token for token in range(len(tokenizer)) if token not in self.endings]
-        # Of different lengths in a group, whose advantages would otherwise add up to a loss of 0.
+        # Lengths differ within a group, whose advantages would otherwise add up to a loss of 0.
         lengths = [self.length - number % self.length for number in range(self.group)]
         self.given = {
             tuple(tokenizer(row["prompt"]).input_ids): [self.random.choices(tokens, k=length) for length in lengths]
@@ -187,7 +187,7 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def options(job: Job, folder: str) -> dict[str, Any]:
-    """Of both sides alike; all else is their default."""
+    """The options that both sides are given; all others are their defaults."""
     clip = {"max_grad_norm": 0.0} if job.gradient else {}
     return {
         "output_dir": folder,

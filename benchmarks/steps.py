@@ -48,7 +48,7 @@ WORKER = ROOT / "benchmarks" / "step_worker.py"
 TRL_PPO = ROOT / ".venv" / "trl-ppo"
 """The last TRL with a PPO trainer, which shadows the newest."""
 TOLERANCE = 1e-3
-"""Of the loss and of the gradient's norm: in float32 two orders of summation stay below it, bfloat16 does not."""
+"""For the loss and the gradient's norm. Two orders of summation differ by less in float32, and by more in bfloat16."""
 FURTHER = 1.1
 """How many times as far from float32 as TRL's our gradient in bfloat16 may be."""
 
@@ -187,7 +187,7 @@ def check(job: Job, method: Method, side: str = "rlkernels") -> None:
 
 
 def measure(job: Job, method: Method, rounds: int, side: str = "rlkernels") -> dict[str, Step]:
-    """Of that side and of TRL the medians of the seconds and the peaks in bytes."""
+    """The medians of the seconds and the peaks in bytes, of that side and of TRL."""
     steps: dict[str, list[Step]] = {}
     with ExitStack() as stack:
         sides = {
@@ -208,7 +208,7 @@ def measure(job: Job, method: Method, rounds: int, side: str = "rlkernels") -> d
 
 
 def rows(method: Method, measured: dict[str, Step]) -> tuple[list[str], bool]:
-    """Of the table in Markdown, a line per side; and whether both bars are met."""
+    """A line for each side in the table in Markdown; and whether both bars are met."""
     theirs, met, lines = measured["TRL"], True, []
     for name, step in measured.items():
         parts = [step[part] for part in PARTS]

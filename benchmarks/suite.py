@@ -17,13 +17,15 @@ from rlkernels import _backends
 BUDGET = 1.0
 """Seconds that the rounds of one implementation take, about."""
 ROUNDS = (5, 1000)
-"""At least, for calls that take longer than that, and at most, for short ones."""
+"""The fewest rounds, for long calls, and the most, for short ones."""
 SLOW = (3.0, 2)
-"""Calls of more seconds than this have so few rounds: they are several times slower than what they are beside."""
+"""Calls that take more seconds than the first number have only the second number of rounds: what they are compared
+with is several times faster."""
 COPIED = 256 * 2**20
 """Bytes, several times what caches hold."""
 METRICS = 16
-"""Up to so many numbers are metrics, each compared by itself: means of differences that eager PyTorch cancels."""
+"""A result of at most this many numbers holds metrics. Each is compared by itself, because they are means of
+differences that eager PyTorch cancels."""
 METRICS_TOLERANCE = 1e-3
 
 
@@ -44,7 +46,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Bar:
-    """At most so many times what an implementation takes."""
+    """The most that ours may take, as a multiple of what an implementation takes."""
 
     time: float | None = None
     memory: float | None = None
@@ -67,7 +69,7 @@ class Case:
     peers: dict[str, Peer] = field(default_factory=dict)
     label: str = "forward, float32"
     gradient: int = 0
-    """Time the gradient by so many of the first inputs too, with upstream gradients other than 1."""
+    """Time the gradient with respect to this many of the first inputs too, for upstream gradients other than 1."""
     overwrites: bool = False
     """The first input is overwritten, and restored between rounds, which is not timed."""
     moved: int = 0
@@ -90,10 +92,10 @@ class Case:
     bars: dict[str, Bar] = field(default_factory=dict)
     """What ours may take of an implementation, or of the fastest of those whose names begin with a word."""
     most_bytes: int | None = None
-    """Of memory that ours may take."""
+    """The most bytes of memory that ours may take."""
     floors: dict[str, Callable[..., Callable[[], object]]] = field(default_factory=dict)
-    """Work that no implementation can do without: of the inputs, a function that does it on memory that is ready. It
-    is timed beside the implementations, and has no result to check."""
+    """Work that no implementation can do without. Each makes from the inputs a function that does it on memory that is
+    ready. It is timed next to the implementations, and has no result to check."""
     with_reference: bool = True
     """Time the reference too, which for large inputs takes longer than all the others."""
     once: bool = False
@@ -275,7 +277,7 @@ def peak_bytes(call: Call, device: str) -> int:
 
 
 def rounds(expected: float) -> int:
-    """Of a call that takes so many seconds."""
+    """The number of rounds for a call that is expected to take this many seconds."""
     fewest, most = ROUNDS
     if expected > SLOW[0]:
         fewest = SLOW[1]

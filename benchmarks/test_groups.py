@@ -12,7 +12,7 @@ COUNT, GROUP, EPS = 8192, 8, 1e-4
 
 
 def trl_formula(rewards):
-    """Of GRPOTrainer, with its own nanstd: rewards may be NaN, where they do not apply."""
+    """The formula of GRPOTrainer, with its own nanstd: rewards may be NaN, where they do not apply."""
     rewards = rewards.nansum(1)
     groups = rewards.view(-1, GROUP)
     mean = torch.nanmean(groups, dim=1).repeat_interleave(GROUP, dim=0)

@@ -37,7 +37,7 @@ def _run(function: Callable, inputs: tuple, leaves: tuple, dtype: torch.dtype | 
                 value = value.to(dtype)
             value = value.detach().clone().requires_grad_(index in leaves)
         given.append(value)
-    # Of no leaf, so that what is divided in place may be.
+    # Not leaves themselves, which must not be changed in place.
     arguments = [value * 1 if isinstance(value, Tensor) and value.requires_grad else value for value in given]
     results = function(*arguments)
     results = results if isinstance(results, tuple) else (results,)

@@ -1,4 +1,4 @@
-"""Runs every public op of the package that is installed, on CPU tensors, beside the reference: every_op.py FOLDER,
+"""Runs every public op of the installed package on CPU tensors and compares it with the reference: every_op.py FOLDER,
 where the package must lie."""
 
 import sys

@@ -101,11 +101,11 @@ def _launch_on(target: GPUTarget, launch: Callable[[], None], instead: Callable)
 
 
 class Assembly(NamedTuple):
-    """Of one kernel."""
+    """What one kernel was compiled to."""
 
     text: str
     registers: int
-    """Of a thread; on AMD vector registers, those for matrices included."""
+    """Registers of a thread; on AMD vector registers, those for matrices included."""
     bytes_of_stack: int
     shared_memory: int
 

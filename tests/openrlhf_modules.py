@@ -32,7 +32,7 @@ def version_or_skip() -> Version:
 
 
 def rows() -> list[Replacement]:
-    """Of the table, what the installed version has."""
+    """The rows of the table that the installed version has."""
     return [row for row in PATCH.rows if SpecifierSet(row.versions).contains(version())]
 
 

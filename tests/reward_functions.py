@@ -209,11 +209,11 @@ class Loaded:
         return [0.0] * len(completions)
 
 
-# Of the tests
+# What the tests share
 
 
 def rows(*completions, **columns):
-    """Of two prompts, with half of the completions each."""
+    """The rows of two prompts, with half of the completions each."""
     size = len(completions)
     prompts = ["a" if row < size / 2 else "b" for row in range(size)]
     columns = {name: [value] * size for name, value in columns.items()}

@@ -109,7 +109,7 @@ def test_rewards_are_read_and_written_16_bytes_at_a_time(code, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("kind", "inputs", "outputs"), [(0, 2, 2), (1, 1, 1), (2, 2, 1), (3, 4, 2)])
 def test_tokens_are_read_and_written_16_bytes_at_a_time(loops, architecture, kind, inputs, outputs):
-    """Of recurrence_kernel: in the loop that goes through a sequence."""
+    """In the loop of recurrence_kernel that goes through a sequence."""
     for kernel, bodies in kernels_of(loops, architecture, f"recurrence_kernel<{kind}, true>").items():
         assert any(widest("LDG", body) >= inputs and widest("STG", body) >= outputs for body in bodies), kernel
 

@@ -140,7 +140,7 @@ def doubles(values):
 
 
 def assert_matches(kinds, softcap, got, oracle, naive, **options):
-    """Of tensors with one row for each of `kinds`. No error of a usual row hides behind the ulp of a logit of 1e4."""
+    """For tensors with one row for each of `kinds`. No error of a usual row hides behind the ulp of a logit of 1e4."""
     large = torch.tensor([kind in ("huge", "far from zero") and not softcap for kind in kinds])
     for at in (large, ~large):
         assert_as_accurate_as_torch(*(value.cpu()[at] for value in (got, oracle, naive)), **options)
@@ -177,7 +177,7 @@ def test_a_tile_by_hand(backend, device):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parts_match_reference(backend, device, emulated, dtype, size, options):
-    # Of a few rows eager PyTorch may happen to round every one well, which would make it too strict a measure.
+    # If there are few rows, eager PyTorch may happen to round all of them well and be too strict a measure.
     kinds = KINDS * (10 if not emulated else 2 if size < 1000 else 1)
     rows, token_ids = random_rows(kinds, size, dtype, device)
     tile, options = tile_of(rows), (*OPTIONS[options], IGNORE)

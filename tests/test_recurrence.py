@@ -292,7 +292,7 @@ def test_more_blocks_than_are_added_up_at_once(backend, device):
 @pytest.mark.thorough
 @pytest.mark.only("cpu")
 def test_length_of_131072(backend, device):
-    """Of which the reference takes seconds: on a CPU alone, and once."""
+    """The reference takes seconds for it, so it runs on a CPU alone, and once."""
     assert_matches_reference("gae", make_inputs([131_072], 131_072, masked=False), gamma=1.0, lam=0.9999)
 
 

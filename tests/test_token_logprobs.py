@@ -156,7 +156,7 @@ def unchanged(base):
     seed=st.integers(0, 99),
 )
 def test_matches_reference(backend, device, emulated, kinds, vocab_size, layout, dtype, temperature, softcap, seed):
-    # Of a few rows eager PyTorch may happen to round every one well, which would make it too strict a measure.
+    # If there are few rows, eager PyTorch may happen to round all of them well and be too strict a measure.
     rows, token_ids = random_rows(kinds if emulated else kinds * 5, vocab_size, seed)
     make_base, view = LAYOUTS[layout]
     base = make_base(rows.to(device, dtype).view(-1, 3, vocab_size))

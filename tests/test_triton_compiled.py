@@ -452,7 +452,7 @@ QUICK_CASES = (
     *("gae dones", "gae long", "gae packed", "gae whiten", "discounted_returns ", "td_lambda odd"),
     *("vtrace dones", "vtrace packed", "value_loss", "value_loss packed"),
     *("policy_loss everything", "policy_loss packed", "policy_loss gspo", "policy_loss vespo"),
-    *("policy_loss sampler 3", "policy_loss gmpo everything"),
+    *("policy_loss sampler sequence_mask", "policy_loss gmpo everything"),
 )
 
 

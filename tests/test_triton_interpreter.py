@@ -71,7 +71,7 @@ def _scan_kernel(a, b, scanned, REVERSE: tl.constexpr, SIZE: tl.constexpr):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 64, 256])
 def test_scans(size, reverse, interpreter_scans, monkeypatch):
-    """Of pairs whose combination does not commute: as one element after the other."""
+    """Scans of pairs whose combination does not commute give what one element after the other gives."""
     a, b = 0.5 + torch.rand(2, size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     scanned = torch.empty(2, size, device=DEVICE)
     _scan_kernel[(1,)](a, b, scanned, REVERSE=reverse, SIZE=size)

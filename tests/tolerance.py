@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 ULPS = 2
-"""Of each element in the output dtype, and once more of the largest element in float32, the dtype of the arithmetic:
+"""ULPs of each element in the output dtype, and as many of the largest element in float32, the dtype of the arithmetic:
 one for rounding the result, one for rounding a step before it. The naive formula is sometimes exact by luck."""
 
 ROUNDING = 1 / math.sqrt(12)

@@ -1,8 +1,9 @@
 #pragma once
 
 // The CPU kernels work on raw pointers. Those of op <op> are the members of <Op>Kernels<Isa>, declared in <op>.h and
-// compiled once per instruction set (see setup.py); bindings/ chooses one at run time. Functions with begin and end do
-// that part of the work, so that the caller can spread it over threads; where it is cut never changes a result.
+// compiled once per instruction set (build_tools/modules.py); bindings/ chooses one at run time. Functions with begin
+// and end do that part of the work, so that the caller can spread it over threads; where it is cut never changes a
+// result.
 
 #include <cstdint>
 

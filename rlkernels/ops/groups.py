@@ -53,8 +53,8 @@ def group_advantages(
 
     Edge cases: a row without any reward gets advantage 0, no signal, and counts in no statistic. A group whose scores
     are all equal gets exactly 0 (with a baseline) and no signal. A standard deviation needs two scores: one alone is
-    not scaled but by 1 / (1 + eps). Beside an infinite reward a group has no finite mean: where the formula then gives
-    NaN the advantage is 0, as in TRL.
+    only divided by 1 + eps. A group with an infinite reward has no finite mean: where the formula then gives NaN the
+    advantage is 0, as in TRL.
 
     Raises: TypeError, ValueError for wrong dtypes, shapes and options, and for rewards or weights that require a
     gradient.

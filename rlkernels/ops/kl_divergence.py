@@ -13,8 +13,7 @@ student's tile itself, from the centre of the whole row, moment / total; for tem
     forward: p_S - p_T - p_S centre    reverse: p_S (L - centre)    js: (1 - beta) p_S (L - centre)
 
 A row whose grad is 0 gets 0, whatever it holds. Parts of a row are added. *_stats [2, R] are its largest capped logit
-y, and the logarithm of its sum of exp((y - largest) / temperature); kind is an index into
-DIVERGENCES.
+y, and the logarithm of its sum of exp((y - largest) / temperature); kind is an index into DIVERGENCES.
 """
 
 import torch

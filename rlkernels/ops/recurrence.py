@@ -6,8 +6,6 @@ from rlkernels._codes import RECURRENCES
 from rlkernels.ops import _checks
 from rlkernels.reference import recurrence as reference
 
-"""In the order of the kernels' codes."""
-
 
 def gae(
     rewards: Tensor,

@@ -58,8 +58,8 @@ def token_logprobs_part(
         moment  of exp((y - max) / temperature) (y - max) / temperature; 0 unless return_entropy
         target  the capped logit of the target, NaN where it is in another tile
 
-    Rows with ignore_index are -inf, 0, 0, NaN, whatever they hold. Beside a NaN or a +inf, max, sum and moment are NaN.
-    Parts of a row are joined in ops/lm_head/tiles.py.
+    Rows with ignore_index are -inf, 0, 0, NaN, whatever they hold. Where another logit is NaN or +inf, max, sum
+    and moment are NaN. Parts of a row are joined in ops/lm_head/tiles.py.
     """
     y = _capped(logits, softcap)
     inside, index = _target(token_ids, vocab_start, logits.shape[-1], ignore_index)

@@ -333,7 +333,7 @@ cudaError_t Machine::run(const cudaLaunchConfig_t& config, void (*kernel)(void*)
   blockDim = config.blockDim;
   gridDim = config.gridDim;
   shared_bytes_ = config.dynamicSmemBytes;
-  // Of exactly this size, so that ASan sees an access beyond it.
+  // It has exactly this size, so that ASan sees an access beyond it.
   shared_.reset(shared_bytes_ ? new std::byte[shared_bytes_] : nullptr);
   // Thread-local data of a shared library exists from its first use on.
   static thread_local volatile char first_use;

@@ -149,7 +149,7 @@ def test_evaluation_of_the_loss_alone(tmp_path, kernels):
 
 
 def test_peak_memory_is_lower():
-    """Of a step whose logits would be many times all else: they and their gradient never exist."""
+    """The logits of this step, which would take many times all else, never exist, nor does their gradient."""
     vocab, rows, time = 8192, 8, 128
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**SIZES | {"vocab_size": vocab, "max_position_embeddings": time})

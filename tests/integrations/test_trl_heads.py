@@ -84,7 +84,7 @@ def test_log_probabilities_and_entropy(dtype, bias, options):
 @needs_theirs
 @pytest.mark.parametrize("needed", ["logprobs", "entropy", "hidden", "weight", "bias"])
 def test_parts_of_the_gradient(needed):
-    """Of one result, or with respect to one input, where the rest is frozen."""
+    """The gradient of one result, or with respect to one input, where the rest is frozen."""
     theirs, ours = fused()
     targets = torch.arange(60) % VOCAB
     gradients = []

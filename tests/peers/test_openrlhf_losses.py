@@ -10,7 +10,7 @@ VERSION = openrlhf_modules.version_or_skip()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_DTYPES = (torch.bool, torch.long, torch.float32)
 SINCE_0_11_2 = VERSION.release >= (0, 11, 2)
-# Of the whole step: dp_size, tokens and sequences.
+# dp_size, tokens and sequences of the whole step.
 TOTALS = ((1, None, None), (2, 50.0, 7), (4, torch.tensor(33.0), torch.tensor(2.5)))
 
 

@@ -75,7 +75,7 @@ def config(name, **reward_kwargs):
 
 
 def scores_of(manager, batch):
-    """Of the reward loop: (scores, what is logged) for each sample."""
+    """(scores, what is logged) from the reward loop, for each sample."""
 
     async def all_at_once():
         manager.loop = asyncio.get_running_loop()
@@ -153,7 +153,7 @@ def test_verls_reward_kwargs(batch):
 
 
 def test_verls_own_scores():
-    """Of GSM8K, its default for that data source."""
+    """Its default for the data source GSM8K."""
     default = verl("utils.reward_score").default_compute_score
     reward = from_verl(default, column="answer", data_source="openai/gsm8k")
     texts = ["so it is\n#### 42", "#### 41", "42"]
@@ -205,7 +205,7 @@ def test_ours_in_openrlhfs_executor(agent, tmp_path, name, max_length):
 
 
 def test_ours_in_openrlhfs_experience(openrlhf, agent, tmp_path, monkeypatch):
-    # Of which only names are needed here.
+    # Only the names of these modules are needed here.
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=object))
     engine = SimpleNamespace(batch_vllm_engine_call=None)
     monkeypatch.setitem(sys.modules, "openrlhf.trainer.ray.vllm_engine", engine)

@@ -13,7 +13,7 @@ from verl_rows import DTYPES, MASK_DTYPES, pair, slack
 verl_rows.rows()
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
-# Of the whole step, as verl's trainer gives them to a process that has a part of it.
+# Counts of the whole step, as verl's trainer gives them to a process that has a part of it.
 COUNTS = (
     {},
     dict(dp_size=2, batch_num_tokens=301, global_batch_size=17, loss_scale_factor=50),

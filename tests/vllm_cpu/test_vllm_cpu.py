@@ -61,7 +61,7 @@ def engine(server, model, tokenizer, tmp_path):
 
 @torch.no_grad()
 def logprobs(model, rollouts, temperature):
-    """Of all tokens of all rollouts, end to end."""
+    """Log-probabilities of all tokens of all rollouts, end to end."""
     found = []
     for rollout in rollouts:
         logits = model(torch.tensor([rollout.prompt_ids + rollout.completion_ids])).logits[0].float() / temperature

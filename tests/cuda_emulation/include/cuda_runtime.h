@@ -69,7 +69,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// Of a failed launch: what the kernel did wrong, and where.
+// What the kernel of a failed launch did wrong, and where.
 const char* cudaGetErrorString(cudaError_t error);
 
 namespace emulation {
