@@ -35,7 +35,7 @@ from rlkernels._codes import DIVERGENCES
 
 MOST = 1.05
 SHARED = 1024
-"""Bytes of an input, such as weights or cu_seqlens, up to which a launch reads it once: it stays in the L2 cache."""
+"""Bytes of a tensor, such as weights or cu_seqlens, up to which a launch reads it once: it stays in the L2 cache."""
 
 
 @dataclass
@@ -50,8 +50,9 @@ class Traffic:
 
 
 @contextmanager
-def counting(*inputs: Tensor) -> Iterator[Traffic]:
-    """What the kernels that are launched inside move. The small ones of `inputs` are shared."""
+def counting(*, share: bool = False) -> Iterator[Traffic]:
+    """What the kernels that are launched inside move. With `share` the programs of a launch share the small tensors
+    that it is given, what an earlier launch left among them."""
     traffic = Traffic()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     originals = {
@@ -62,17 +63,15 @@ def counting(*inputs: Tensor) -> Iterator[Traffic]:
         (builder, "create_atomic_cas"): builder.create_atomic_cas,
     }
 
-    # Where inputs that are shared lie, and the addresses that the running launch has read of each.
-    shared: dict[range, set[int]] = {
-        range(small.data_ptr(), small.data_ptr() + size_of(small)): set()
-        for small in inputs
-        if size_of(small) <= SHARED
-    }
+    # Where the shared tensors of the running launch lie, and the addresses that it has read of each.
+    shared: dict[range, set[int]] = {}
 
     def launch(self, *args, **kwargs):
         traffic.kernels[self.fn.__name__] = None
-        for seen in shared.values():
-            seen.clear()
+        shared.clear()
+        for value in args if share else ():
+            if isinstance(value, Tensor) and size_of(value) <= SHARED:
+                shared[range(value.data_ptr(), value.data_ptr() + size_of(value))] = set()
         return originals[executor, "__call__"](self, *args, **kwargs)
 
     def load(self, pointers, mask, *rest):
@@ -116,7 +115,7 @@ def size_of(*tensors: Tensor | None) -> int:
 
 @dataclass
 class Line:
-    """Of the table."""
+    """A line of the table."""
 
     name: str
     shape: str
@@ -133,9 +132,9 @@ Case = Callable[[], Iterator[Line]]
 
 
 def measured(name: str, function: Callable, *inputs, again: tuple = (), **options) -> Line:
-    """A function that is not differentiated, on its inputs."""
+    """Calls a function on its inputs, without a backward pass."""
     tensors = [value for value in (*inputs, *options.values()) if isinstance(value, Tensor)]
-    with counting(*tensors) as traffic:
+    with counting(share=True) as traffic:
         outputs = function(*inputs, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     largest = max(tensors, key=torch.numel)
@@ -190,7 +189,7 @@ def token_logprobs_part() -> Iterator[Line]:
 
 
 def kl_divergence() -> Iterator[Line]:
-    """Of two tiles, which the second kernel reads once the sums of their rows are known."""
+    """Two tiles, which the second kernel reads once the sums of their rows are known."""
     rows, vocab_size = 4, 16384
     tiles, gradient = numbers(2, rows, vocab_size), torch.empty(rows, vocab_size, dtype=torch.bfloat16)
     stats, upstream = numbers(2, 2, rows), numbers(2, rows)

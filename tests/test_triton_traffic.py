@@ -60,6 +60,16 @@ def _spread_kernel(source, destination, BLOCK: tl.constexpr):
     tl.store(destination + index, tl.load(source + index // 16))
 
 
+def test_a_small_tensor_that_an_earlier_launch_left_is_read_once():
+    def twice(source: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+        return copy(source, 1, copy(one, 1, one))
+
+    source, one = torch.ones(1000), torch.ones(1)
+    line = traffic.measured("twice", twice, source, one)
+    # Four programs of the second launch read the scale that the first one left.
+    assert (line.traffic.read, line.traffic.written) == (4 + 4000 + 4, 4 + 4000)
+
+
 def test_lanes_at_one_address_read_it_once():
     source, destination = torch.ones(64), torch.empty(1024)
     with traffic.counting() as counted:
