@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import reporting
-from rlkernels.cli import BadValue
+from rlkernels.cli_errors import BadValue
 
 FOLDER = Path(__file__).parent
 SUITES = sorted(FOLDER.glob("test_*.py"))
