@@ -1,3 +1,5 @@
+import os
+import signal
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -430,6 +432,19 @@ def test_memory_that_is_left_goes_to_one_thread(backend, device):
         POOL.give(torch.empty(1000))
         taken = [memory for memory in threads.map(lambda number: POOL.take(4000), range(16)) if memory is not None]
     assert [len(memory) for memory in taken] == [4000]
+
+
+@pytest.mark.only("cpu")
+def test_a_forked_process_does_not_wait_for_a_thread_that_it_does_not_have(backend, device):
+    """Another thread of the parent may be at the memory that is left, just then."""
+    with POOL._lock:
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not the handler of pytest-timeout
+            signal.alarm(10)
+            POOL.give(torch.empty(10))
+            os._exit(POOL.take(40) is None)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.only("cpu")

@@ -142,8 +142,14 @@ class Pool:
     system, and the first touch of a new page takes as long as the product that is written to it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._memory: Tensor | None = None
+        self._new_lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._new_lock)
+
+    def _new_lock(self) -> None:
+        """After a fork, a thread that exists only in the parent may hold the old lock."""
+        self._lock = threading.Lock()
 
     def take(self, size: int) -> Tensor | None:
         """uint8 [size], or None if the pool holds less. No other caller gets the same memory."""
@@ -154,9 +160,9 @@ class Pool:
     def give(self, kept: Tensor) -> None:
         """Leave the memory of `kept` to the next call. The caller must not use it any more."""
         if kept.is_cpu:
-            whole = torch.empty(0, dtype=torch.uint8).set_(kept.untyped_storage())
+            memory: Tensor | None = torch.empty(0, dtype=torch.uint8).set_(kept.untyped_storage())
             with self._lock:
-                self._memory = whole
+                self._memory, memory = memory, self._memory
 
     def clear(self) -> None:
         with self._lock:
