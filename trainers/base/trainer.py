@@ -366,13 +366,12 @@ class BaseTrainer(HFTrainer):
         values = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=values, num_samples=count)
 
-    @torch.no_grad()
     def evaluate_rows(self, dataloader: DataLoader) -> int:
         """Records the loss of an evaluation set and what else `compute_loss` records; returns the number of rows.
         A collector samples completions of the prompts instead, and records their rewards."""
         if self.collector is not None:
             return self.collector.evaluate(dataloader)
-        with evaluating(self.model):
+        with self.frozen(self.model):
             for inputs in dataloader:
                 own = self._own_rows(inputs)
                 with self.accelerator.autocast():
