@@ -1,6 +1,7 @@
 """`HFTrainer`: which of transformers' private methods it builds on, its hooks, and what its checkpoints keep."""
 
 import ast
+import functools
 import importlib.util
 import inspect
 import json
@@ -62,10 +63,10 @@ def changed_signature(self, folder, *, state_dict=None):
         (
             "_save",
             changed_signature,
-            "Trainer._save is of the parameters (self, folder, *, state_dict=None), where (self, output_dir=None, "
+            "Trainer._save takes (self, folder, *, state_dict=None), but (self, output_dir=None, "
             "state_dict=None) was expected",
         ),
-        ("_load_scaler", None, "Trainer._load_scaler is not there, where (self, checkpoint) was expected"),
+        ("_load_scaler", None, "Trainer._load_scaler does not exist, but (self, checkpoint) was expected"),
         (
             "_inner_training_loop",
             changed_signature,
@@ -83,9 +84,16 @@ def test_another_transformers_is_refused_at_import(monkeypatch, name, value, why
     with pytest.raises(ImportError) as error:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert str(error.value) == (
-        f"rlkernels.trainers serve transformers 5.17 to 5.23; got {transformers.__version__}, in which {why}: "
+        f"rlkernels.trainers supports transformers 5.17 to 5.23; got {transformers.__version__}, in which {why}: "
         "pip install 'transformers>=5.17,<5.24'"
     )
+
+
+def test_methods_that_another_library_has_wrapped_are_accepted(monkeypatch):
+    for name in ("__init__", "_inner_training_loop", "_save"):
+        own = getattr(transformers.Trainer, name)
+        monkeypatch.setattr(transformers.Trainer, name, functools.wraps(own)(lambda *args, own=own: own(*args)))
+    hf_private.verify(transformers.Trainer)
 
 
 # gradient_accumulation_steps

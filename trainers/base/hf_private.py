@@ -43,21 +43,21 @@ ATTRIBUTES = {
 
 
 def verify(trainer: type) -> None:
-    """An ImportError if transformers.Trainer has a private method or attribute otherwise than hf.py expects it."""
+    """Raises ImportError if a private method or attribute of transformers.Trainer is not as hf.py expects it."""
     wrong = []
     for name, expected in METHODS.items():
         method = getattr(trainer, name, None)
         if method is None or _parameters(method) != expected:
-            found = "not there" if method is None else f"of the parameters {_parameters(method)}"
-            wrong.append(f"Trainer.{name} is {found}, where {expected} was expected")
+            found = "does not exist" if method is None else f"takes {_parameters(method)}"
+            wrong.append(f"Trainer.{name} {found}, but {expected} was expected")
     for name, setter in ATTRIBUTES.items():
-        method = getattr(trainer, setter, None)
+        method = inspect.unwrap(getattr(trainer, setter, None))  # other libraries wrap methods of Trainer
         if method is None or name not in method.__code__.co_names:
             wrong.append(f"Trainer.{setter} does not set {name}")
     if wrong:
         version = importlib.metadata.version("transformers")
         raise ImportError(
-            f"rlkernels.trainers serve transformers 5.17 to 5.23; got {version}, in which {'; '.join(wrong)}: "
+            f"rlkernels.trainers supports transformers 5.17 to 5.23; got {version}, in which {'; '.join(wrong)}: "
             "pip install 'transformers>=5.17,<5.24'",
             name="transformers",
         )
