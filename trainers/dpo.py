@@ -252,7 +252,7 @@ class DPOTrainer(BaseTrainer):
         if self.has_reference:
             refuse_zero3("a reference model")
         precompute = self.has_reference and args.precompute_ref_log_probs
-        # All this before the Trainer, which makes the output folder.
+        # The Trainer makes the output folder, so all that can be refused is looked at before.
         model = self.load(model, args)
         if ref_model is not None and not precompute:
             ref_model = self.load(ref_model, args)
@@ -268,7 +268,7 @@ class DPOTrainer(BaseTrainer):
         )
         train_dataset = self.prepared("train_dataset", train_dataset)
         eval_dataset = each_part(eval_dataset, self.prepared)
-        #: What the precomputed log-probabilities are those of, a hash; None: the reference runs beside the model.
+        #: The hash of the reference, if its log-probabilities are precomputed; None: the reference runs in each step.
         self.reference_hash: str | None = None
         if precompute:
             settings = (args.bf16, args.fp16, args.ld_alpha, args.model_init_kwargs)
@@ -442,7 +442,7 @@ class DPOTrainer(BaseTrainer):
             values[:, indices] = part
         return values
 
-    # A resumed run must go on against the same reference, also where it is given the checkpoint as its model.
+    # A resumed run needs the same reference, even if it is given the checkpoint as its model.
 
     def _check_reference(self, precomputed: str | None) -> None:
         if precomputed is not None and self.reference_hash not in (None, precomputed):

@@ -296,8 +296,8 @@ class GRPOTrainer(BaseTrainer):
         reward_funcs: one or several functions `f(prompts=, completions=, completion_ids=, **columns, trainer_state=,
             log_extra=, log_metric=) -> list[float | None]`, plain or async, by TRL's contract.
         args: the config; `GRPOConfig()` if None.
-        train_dataset: rows with a `prompt`, a string or a list of messages; further columns go to the reward functions,
-            none of which may have the name of another of their arguments.
+        train_dataset: rows with a `prompt`, a string or a list of messages; further columns go to the reward functions.
+            No column may have the name of another of their arguments.
         eval_dataset: the same, or a dict of such.
         processing_class: the tokenizer; the model's own if None.
         peft_config: of PEFT: adapters are trained, and the reference is the model without them.

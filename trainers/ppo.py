@@ -107,7 +107,7 @@ class PPOConfig(OnlineConfig):
 
     @property
     def rollout_batch_size(self) -> int:
-        """Prompts of which completions are sampled at a time, over all processes."""
+        """The number of prompts in one batch of completions, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
@@ -122,12 +122,12 @@ class Experience:
 
     input_ids: list[list[int]]
     labels: list[list[int]]
-    order: list[list[int]]  # of the rows, for each pass over them
+    order: list[list[int]]  # the order of the rows in each pass over them
     old_logprobs: list[Tensor]
     old_values: list[Tensor]
     advantages: list[Tensor]
     returns: list[Tensor]
-    has_value: list[Tensor]  # bool, where a value is learned: at the tokens in the loss, and at where the score is
+    has_value: list[Tensor]  # bool: the tokens in the loss, and the place of the score
     sampler_logprobs: list[Tensor] | None = None  # None: they are not corrected for
 
 
@@ -200,8 +200,8 @@ class PPOTrainer(BaseTrainer):
             log_extra=, log_metric=) -> list[float | None]`, plain or async, by TRL's contract; or reward models:
             sequence classifiers with one label, as model.
         args: the config; `PPOConfig()` if None.
-        train_dataset: rows with a `prompt`, a string or a list of messages; further columns go to the reward functions,
-            none of which may have the name of another of their arguments.
+        train_dataset: rows with a `prompt`, a string or a list of messages; further columns go to the reward functions.
+            No column may have the name of another of their arguments.
         eval_dataset: the same, or a dict of such.
         processing_class: the tokenizer; the model's own if None.
         value_model: a sequence classifier with one label, of the same tokenizer, as model; trained too. If None, the
@@ -306,7 +306,7 @@ class PPOTrainer(BaseTrainer):
         batch = self.lay_out(sequences, Batch)
         mask, cu_seqlens = batch.mask, batch.cu_seqlens
         logprobs, values, ref_logprobs = self._score(sequences)
-        # Beyond the last token, where there is room for one, is a state of its own, whose reward is the score.
+        # If there is room for another token, the state after the last one has a value too, and its reward is the score.
         has_value = mask.clone()
         if self.args.score_at == "after_last":
             lengths = torch.tensor([len(rollout.completion_ids) for rollout in samples.rollouts], device=mask.device)
@@ -382,8 +382,7 @@ class PPOTrainer(BaseTrainer):
         return metrics[rlkernels.value_loss.metrics.index("explained_variance")]  # type: ignore[attr-defined]
 
     def _record_experience(self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> None:
-        """Means over the completions that have a score of sums over tokens, as in TRL; and the next batch's KL
-        coefficient."""
+        """Logs sums over tokens as means over the completions with a score, as in TRL. Adapts the KL coefficient."""
         kl = rlkernels.kl_penalty(logprobs, ref_logprobs, estimator=self.args.kl_estimator)
         sums = torch.stack([kl.sum(), -logprobs.sum(), scores.sum(), scores.new_tensor(len(scores))])
         *sums, rows = self.accelerator.reduce(sums).tolist()

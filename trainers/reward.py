@@ -101,10 +101,10 @@ class RewardTrainer(BaseTrainer):
         args = RewardConfig() if args is None else args
         refuse_prompt_learning("peft_config", peft_config)
         if peft_config is not None and peft_config.task_type is None:
-            # By this PEFT knows that the head is to be trained, and saved, as it is.
+            # With this task PEFT trains and saves the score head too.
             peft_config = copy.copy(peft_config)
             peft_config.task_type = "SEQ_CLS"
-        # Before the Trainer, which makes the output folder.
+        # The Trainer makes the output folder, so the dataset is looked at before.
         model = self.load(model, args)
         tokenizer = processing_class or load_tokenizer(model, args)
         self.prepared = partial(

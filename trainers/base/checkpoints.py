@@ -29,11 +29,11 @@ UNFINISHED, REMOVED = "unfinished", "removed"
 LEFT = re.compile(rf"\.checkpoint-.*\.({UNFINISHED}|{REMOVED})|\.model\.{UNFINISHED}")
 CONFIGS = ("config.json", "adapter_config.json")
 
-# What libraries raise where a file cannot be written: Python, torch.save, safetensors.
+# The errors of Python, torch.save and safetensors if a file cannot be written.
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
-# How libraries in Rust tell of an OSError. That of tokenizers is a plain Exception.
+# The text of an OSError in errors of libraries written in Rust. tokenizers raises it as a plain Exception.
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
-# What a run would read though the manifest does not list it. Others may add what they like, such as results.
+# Files that a run would read even if the manifest does not list them. Other files may be added, such as results.
 READ = re.compile(
     r"[^.].*\.(safetensors|pt|pth|bin|index\.json)|(config|adapter_config|settings|trainer_state|completions)\.json"
 )
@@ -44,7 +44,7 @@ class CheckpointError(RuntimeError):
 
 
 class BadCheckpoint(ValueError):
-    """A run cannot go on from a checkpoint; in one line."""
+    """A run cannot go on from a checkpoint. The message is one line."""
 
     def __init__(self, folder: str | Path, why: str) -> None:
         super().__init__(f"resume_from_checkpoint {folder}: {why}")
@@ -52,7 +52,7 @@ class BadCheckpoint(ValueError):
 
 
 def hidden(folder: Path, state: str) -> Path:
-    """Where a folder is while it is written or removed: no glob of checkpoints takes it for one."""
+    """The name of a folder while it is written or removed. No glob for checkpoints matches it."""
     return folder.with_name(f".{folder.name}.{state}")
 
 
@@ -65,15 +65,15 @@ def is_hidden(folder: Path) -> bool:
 
 @dataclass
 class Manifest:
-    """What is in a sealed folder, by the paths of its files."""
+    """The files of a sealed folder, by path."""
 
     written: float
     sizes: dict[str, int]
-    sha256: dict[str, str] | None  # None: it was written before contents were sealed
+    sha256: dict[str, str] | None  # None in checkpoints of versions that did not hash
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """A ValueError of one line if it is not one."""
+        """Reads it; raises a ValueError of one line if it is malformed."""
         try:
             content = json.loads((folder / MANIFEST).read_text())
         except RecursionError as error:
@@ -104,8 +104,8 @@ def _short(value: Any) -> str:
 
 
 def fault(folder: Path, contents: bool = False) -> str | None:
-    """What keeps a folder from being a whole checkpoint; None if it is one. With `contents` every byte is read."""
-    if not os.path.isdir(folder):  # of a path that is too long Path would raise
+    """Why a folder is not a whole checkpoint; None if it is. With `contents` every byte is read."""
+    if not os.path.isdir(folder):  # Path.is_dir raises if the path is too long
         return "there is no such folder"
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}, which is written last"
@@ -166,12 +166,12 @@ def step_of(folder: Path) -> int | None:
 
 
 def unlogged_file(folder: Path, process: int) -> Path:
-    """What a process has not logged yet: in each checkpoint, unless save_only_model wants the model alone."""
+    """The file of what a process has not logged yet. Every checkpoint has it, unless save_only_model is set."""
     return folder / f"unlogged_{process}.pth"
 
 
 def processes(folder: Path) -> int:
-    """How many wrote a checkpoint."""
+    """The number of processes that wrote a checkpoint."""
     return len(list(folder.glob("unlogged_*.pth")))
 
 
@@ -180,8 +180,8 @@ def whole_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def last_checkpoint(output_dir: Path, contents: bool = False) -> Path | None:
-    """The whole one of the latest step. Torn ones behind it are passed over, with a warning; with `contents`, those too
-    in which a byte has changed."""
+    """The whole checkpoint of the latest step. A warning names later ones that are torn; with `contents`, also those in
+    which a byte has changed."""
     torn = []
     for folder in reversed(numbered(output_dir)):
         why = fault(folder, contents)
@@ -196,7 +196,7 @@ def last_checkpoint(output_dir: Path, contents: bool = False) -> Path | None:
 
 
 def check(folder: Path, contents: bool = False) -> None:
-    """A BadCheckpoint if it is not a whole checkpoint, or one that no run can go on from."""
+    """Raises BadCheckpoint if the folder is not a whole checkpoint, or if it holds a model alone."""
     why = fault(folder, contents)
     if why is None and not unlogged_file(folder, process=0).is_file():
         raise BadCheckpoint(folder, "holds the model alone (save_only_model): give it as model")
@@ -210,7 +210,7 @@ def check(folder: Path, contents: bool = False) -> None:
 
 
 def sync(path: Path) -> None:
-    """Until it would outlast a power cut."""
+    """Returns when the file or folder would survive a power cut."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -226,14 +226,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Lists all that is in it, once that is on the disk."""
+    """Writes the manifest of a folder, once all its files are on the disk."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = path
         else:
             sync_folder(path)
-    with ThreadPoolExecutor() as threads:  # a hash does not keep Python's lock
+    with ThreadPoolExecutor() as threads:  # hashing releases Python's lock
         hashes = dict(zip(files, threads.map(sha256, files.values()), strict=True))
     for path in files.values():
         sync(path)
@@ -245,8 +245,8 @@ def seal(folder: Path) -> None:
 
 
 def put_in_place(unfinished: Path, folder: Path) -> None:
-    """Gives a sealed folder its name. Where there is one of that name already, one of the two is whole at each moment:
-    `settle` finds the new one under the name of an unfinished one."""
+    """Gives a sealed folder its final name. If a folder of that name exists, one of the two is whole at each moment:
+    `settle` finds the new one under its unfinished name."""
     old = hidden(folder, REMOVED)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -257,8 +257,8 @@ def put_in_place(unfinished: Path, folder: Path) -> None:
 
 
 def settle(output_dir: Path) -> None:
-    """Removes what a killed run left: folders it was writing or removing. One that it had sealed, but not yet renamed,
-    is a checkpoint."""
+    """Removes folders that a killed run was writing or removing. A folder that it had sealed, but not yet renamed,
+    becomes a checkpoint."""
     for unfinished in output_dir.glob(f".checkpoint-*.{UNFINISHED}"):
         if is_whole(unfinished):
             folder = output_dir / unfinished.name[1:].removesuffix(f".{UNFINISHED}")
@@ -272,8 +272,8 @@ def settle(output_dir: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, kept: Iterable[Path]) -> None:
-    """Removes the whole checkpoints that were written first, until `limit` are left; never those of `kept`. Torn ones
-    do not count, and stay."""
+    """Removes the oldest whole checkpoints until `limit` are left, but never one of `kept`. Torn checkpoints do not
+    count and stay."""
     if not limit or limit < 1:
         return
     found = sorted(whole_checkpoints(output_dir), key=lambda each: Manifest.read(each).written)
@@ -343,7 +343,7 @@ def is_of_writing(error: Exception) -> bool:
 
 
 def reason(error: Exception, folder: Path) -> str:
-    """Of torch.save and safetensors, which hide it, found out by writing one more file."""
+    """Why a file could not be written. torch.save and safetensors hide it, so that one more file is tried."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if number := OS_ERROR.search(str(error)):

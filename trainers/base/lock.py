@@ -20,8 +20,8 @@ class FolderInUse(checkpoints.CheckpointError):
 
 
 class Lock:
-    """A lock on a folder that a run writes into. One run holds it at a time, and the kernel gives it back however the
-    run ends. Whoever holds it may take it again."""
+    """A lock on the folder that a run writes into. One run holds it at a time, and may take it again. The operating
+    system releases it however the run ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / ".lock"
@@ -49,7 +49,7 @@ class Lock:
                 number = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
                 try:
                     fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if _is_open_as(number, self.file):  # else its holder has removed it meanwhile
+                    if _is_open_as(number, self.file):  # if not, its holder has removed it meanwhile
                         with contextlib.suppress(OSError):  # a full disk
                             os.ftruncate(number, 0)
                             os.write(number, f"process {os.getpid()} on {platform.node()}".encode())
@@ -69,7 +69,7 @@ class Lock:
 
     def forget(self) -> None:
         if self._held is not None:
-            with contextlib.suppress(OSError):  # code of the user has closed it, with all that was open
+            with contextlib.suppress(OSError):  # code of the user has closed all open files
                 os.close(self._held)
             self._held = None
 

@@ -35,7 +35,7 @@ def checkpoint_to_resume(given: str | bool, args: Any) -> str:
 
 
 def check_state(checkpoint: Path) -> None:
-    """A BadCheckpoint if its trainer_state.json is none of a Trainer."""
+    """Raises BadCheckpoint if trainer_state.json is not the state of a Trainer."""
     try:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         own = TrainerState(train_batch_size=1, epoch=0.0)

@@ -32,7 +32,7 @@ class SavesAndStops(TrainerCallback):
         if args.save_strategy != "no":
             check_generation_config(self.trainer.model_parts()[""])
         resumed = self.trainer.resumed_from
-        # The run before may not have come to it. One of its later ones stays until this run has saved.
+        # The run before may have ended before it removed its oldest; a later one of its stays until this run has saved.
         if resumed is not None and checkpoints.whole_checkpoints(Path(args.output_dir))[-1:] == [Path(resumed)]:
             self.trainer.rotate(Path(resumed))
 
@@ -64,15 +64,15 @@ class SavesAndStops(TrainerCallback):
 
 
 def check_generation_config(model: Any) -> None:
-    """A ValueError if no checkpoint could hold it: transformers saves none in doubt that is not as it was loaded, and
-    its Trainer gives it the special tokens of the tokenizer."""
+    """Raises a ValueError if the generation config could not be saved with a checkpoint: transformers refuses to save
+    one that is invalid, and its Trainer sets the special tokens of the tokenizer in it."""
     config = getattr(model, "generation_config", None)
     if not isinstance(config, GenerationConfig) or hasattr(model, "peft_config"):  # adapters are saved alone
         return
     try:
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-    except OSError:  # no matter of the config
+    except OSError:  # the config is not at fault
         return
     except ValueError as error:
         raise ValueError(f"generation_config of the model cannot be saved: {' '.join(str(error).split())}") from error

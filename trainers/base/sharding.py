@@ -13,15 +13,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def head_unit(model: Any) -> FSDPModule:
-    """Of a model under FSDP2: the module with which its LM head is gathered."""
+    """The module whose parameters are gathered together with the LM head, under FSDP2."""
     head = model.get_output_embeddings()
     return head if isinstance(head, FSDPModule) else model
 
 
 @contextlib.contextmanager
 def accumulating(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """A backward pass inside adds to the gradients of this process; one after it adds up those of all, and lets an
-    engine of DeepSpeed step. The weight of an LM head is not gathered again until then."""
+    """Inside, a backward pass adds to the gradients of this process alone. The first one after it reduces them over all
+    processes, and lets a DeepSpeed engine step. Until then the weight of the LM head stays gathered."""
     unit = head_unit(model) if isinstance(model, FSDPModule) else None
     accelerator.gradient_state._set_sync_gradients(False)
     if unit is not None:
@@ -38,7 +38,8 @@ def accumulating(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gathered_once(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Forward passes inside, of which a process may make more than another, gather the weights in the first of them."""
+    """Inside, the first forward pass gathers the weights, and the others find them whole: a process may make more
+    passes than another."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -53,14 +54,14 @@ def gathered_once(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """The parameters are this process's parts again, also where a forward pass without gradients left them whole."""
+    """Shards the parameters again, if a forward pass without gradients left them gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def prepare_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """A model that is not trained, on its device; under FSDP2 it is spread as the trained one is."""
+    """Puts a model that is not trained on its device; under FSDP2 it is sharded as the trained one is."""
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(model, evaluation_mode=True)
     return fsdp2_prepare_model(accelerator, model)
@@ -72,7 +73,7 @@ def refuse_zero3(name: str) -> None:
 
 
 def keeps_shards(accelerator: Accelerator) -> bool:
-    """Whether each process saves its own part of a checkpoint, and no one the whole model."""
+    """Whether each process saves its own shard of the model, and none the whole."""
     return accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
 
 

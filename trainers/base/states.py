@@ -1,5 +1,5 @@
-"""Whether what a checkpoint holds fits what a run has. Kernels take it at its word: the fused AdamW would write past
-the end of a state of another shape."""
+"""Whether the state in a checkpoint fits the model and the optimizer of a run. Kernels do not check it: the fused AdamW
+would write past the end of a state of another shape."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adafactor, Adam, Optimizer
 
-# States that are a number, not one per element of the parameter.
+# Optimizer states with one number for a whole parameter.
 NUMBERS = ("step", "eta", "mu")
 
 
 def other_weights(module: nn.Module, given: dict[str, Tensor]) -> str | None:
-    """Which of the weights given to a module are of another shape or dtype than its own."""
+    """Names the first given weight whose shape or dtype is not the module's; None if all fit."""
     own = module.state_dict()
     for name, value in given.items():
         if isinstance(value, Tensor) and isinstance(own.get(name), Tensor) and kind(value) != kind(own[name]):
@@ -21,7 +21,7 @@ def other_weights(module: nn.Module, given: dict[str, Tensor]) -> str | None:
 
 
 def other_optimizer(optimizer: Optimizer, given: dict[str, Any]) -> str | None:
-    """What of a state given to an optimizer is not one of its parameters."""
+    """Says in what a given state does not fit the optimizer's parameters; None if it fits."""
     sizes, own = ([len(group["params"]) for group in each["param_groups"]] for each in (given, optimizer.state_dict()))
     if sizes != own:
         return f"its optimizer has {sizes} parameters in its groups, that of this run {own}"
@@ -36,7 +36,7 @@ def other_optimizer(optimizer: Optimizer, given: dict[str, Any]) -> str | None:
     states = {number: state for number, state in given["state"].items() if state}
     if unknown := states.keys() - set(numbers):
         return f"its optimizer has a state of parameter {min(unknown, key=str)}, which there is not"
-    # Others keep states of shapes of their own, and what reads these looks at them.
+    # Other optimizers have states of other shapes, and check these when they load them.
     if not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, LBFGS | Adafactor):
         return None
     names = set().union(*states.values())
@@ -64,8 +64,8 @@ def _other_state(name: str, value: Any, parameter: Tensor) -> str | None:
 
 
 def unlike(given: Any, own: Any, name: str) -> str | None:
-    """Where a value of JSON or of `state_dict` is not of the form of the one that it is to take the place of. What is
-    None there may become anything."""
+    """Says where a value from JSON or a `state_dict` has another form than the run's own value; None if nowhere. In the
+    place of None any value fits."""
     number = (int, float)
     if own is None or (type(given) in number and type(own) in number) or (given is None and own == {}):
         return None

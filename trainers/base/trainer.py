@@ -103,7 +103,7 @@ class BaseTrainer(HFTrainer):
             raise ValueError("peft_config must be None where the model has adapters already; got both")
         model = self.load(model, args)
         tokenizer = processing_class or load_tokenizer(model, args)
-        # Without its adapters a model whose biases are trained with them is not what it was.
+        # If adapters train biases of the model too, it is not the reference once they are disabled.
         is_kept = peft_config is None or getattr(peft_config, "bias", "none") != "none"
         self.has_own_reference = needs_reference and (ref_model is not None or is_kept)
         self.reference_is = (
@@ -135,8 +135,8 @@ class BaseTrainer(HFTrainer):
             self.reference_model = prepare_frozen(self.accelerator, reference)
         for each in models:
             warn_of_batch_dependence(each)
-        # Now that they are on their device.
-        # NEFTune's noise depends on how long a row is, which several laid end to end would be together.
+        # The models are on their device now. NEFTune's noise depends on the length of a row, and packed sequences would
+        # be one long row.
         packs = args.padding_free and args.neftune_noise_alpha is None
         self.padding_free = packs and all(prepare_packing(each, args.device) for each in models)
         #: What a mixture of experts adds to its loss; None: it has none, or it is not wanted.
@@ -227,7 +227,7 @@ class BaseTrainer(HFTrainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super().train_sampler()
         size = self.train_batch_size * self.accelerator.num_processes
-        # Exactly the number of epochs where one begins.
+        # state.epoch is a whole number where an epoch begins.
         return LengthGroupedSampler(
             self.train_dataset["num_tokens"][:], size, self.args.data_seed, lambda: int(self.state.epoch or 0)
         )
@@ -299,7 +299,7 @@ class BaseTrainer(HFTrainer):
         return total
 
     def _agree(self, total: Tensor, inputs: list[dict[str, Any]]) -> None:
-        """Processes stop together: where the loss of any is not finite, and where any was asked to."""
+        """Stops all processes if the loss of one is not finite, or notes that one of them was asked to stop."""
         asked = torch.full_like(total, self.stop.number)
         found = self.accelerator.gather(torch.stack([total, asked])).view(-1, 2).tolist()
         if not all(math.isfinite(loss) for loss, _ in found):
@@ -308,7 +308,7 @@ class BaseTrainer(HFTrainer):
         self.stop.agreed = int(max(number for _, number in found))
 
     def undo_step(self) -> None:
-        """Puts back what the step that was begun has changed so far."""
+        """Restores the state before the step that was begun."""
         for owner, state in zip(self.undone, self._before_step, strict=True):
             owner.load_state_dict(state)
 
@@ -323,13 +323,13 @@ class BaseTrainer(HFTrainer):
             return self.compute_loss(model, batch)
         with self.router.watching() as seen:
             loss = self.compute_loss(model, batch)
-        # The last pass is the model's own: one before it was that of the reference, the model without its adapters.
+        # The last pass is the policy's. The reference, the same model without its adapters, may have run before it.
         router_loss, share = seen[-1].to(loss.device), batch.router_share
         self.metrics.add("aux_loss", router_loss.detach(), share)
         return loss + self.router.coef * share * router_loss
 
     def _stop(self, loss: float, inputs: list[dict[str, Any]]) -> None:
-        # Of several rows in the place of one it is a list.
+        # With SFT's packing several rows fill the place of one, and `_row_id` is a list.
         rows = {index for row in inputs for index in np.atleast_1d(row.get("_row_id", ())).tolist()}
         found = gather_object([(loss, rows)]) if self.accelerator.num_processes > 1 else [(loss, rows)]
         if self.saved_step != self.state.global_step:
@@ -383,7 +383,7 @@ class BaseTrainer(HFTrainer):
         return len(dataloader.dataset)  # type: ignore[arg-type]
 
     def _own_rows(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Without those that repeat the first rows, for every process to have a full last batch."""
+        """The rows without those that only fill up the last batch of each process."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return inputs
@@ -400,7 +400,7 @@ class BaseTrainer(HFTrainer):
         self.state.num_input_tokens_seen = seen
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Random numbers that reward functions draw in evaluation are a stream of their own, the same each time."""
+        """As in transformers, with random numbers of its own: the same each time, and apart from those of training."""
         with isolated_rng(self.args.seed, self.accelerator.device), self.stop.while_doing("evaluating"):
             found = super().evaluate(*args, **kwargs)
         reshard(self.model)
@@ -409,7 +409,7 @@ class BaseTrainer(HFTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the Trainer's estimate needs tokenised inputs
 
-    # What rows a step learns from depends on its number and on these alone.
+    # The rows that a step learns from depend on its number and on these settings alone.
 
     def settings(self) -> dict[str, Any]:
         """By name: the settings of the order of rows, and with a collector those that experience depends on."""
@@ -429,10 +429,10 @@ class BaseTrainer(HFTrainer):
     def _compare_settings(self, before: dict[str, Any] | None) -> None:
         """Sets `self.changed`, and warns if the run goes on at another place in its data, or with another reference."""
         if before is None:  # of an earlier version
-            self.changed = [f"settings, of which {self.resumed_from} does not tell"]
+            self.changed = [f"settings, which {self.resumed_from} does not hold"]
             return
         now = json.loads(json.dumps(self.settings(), default=str))
-        before["processes"] = processes(Path(str(self.resumed_from)))  # those that have left something in it
+        before["processes"] = processes(Path(str(self.resumed_from)))  # as many as wrote files
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         told = {name: f"{name} (was {before.get(name)}, is {now.get(name)})" for name in names}
         self.changed = [*told.values()]
