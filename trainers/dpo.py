@@ -247,7 +247,7 @@ class DPOTrainer(BaseTrainer):
         #: Whether there is a reference.
         self.has_reference = ref_model is not None or not WITHOUT_REFERENCE.issuperset(args.loss_type)
         if args.sync_ref_model and (peft_config is not None or not self.has_reference):
-            reason = "a reference, which these losses have not" if peft_config is None else "a reference of its own"
+            reason = "a reference, which these losses do not use" if peft_config is None else "a reference of its own"
             raise ValueError(f"sync_ref_model needs {reason}")
         if self.has_reference:
             refuse_zero3("a reference model")

@@ -438,7 +438,7 @@ class GRPOTrainer(BaseTrainer):
     def _other_prompts(self, rows: list[dict[str, Any]]) -> Iterator[int]:
         """Prompts that are not in this batch, at random: the same on every process, and in a resumed run."""
         size = len(self.train_dataset)
-        most = self.collector.prompts.prompts * (self.args.dynamic_sampling_max_rounds + 1)
+        most = self.collector.prompt_sampler.prompts * (self.args.dynamic_sampling_max_rounds + 1)
         drawn = random.Random(f"{self.args.seed} {self.state.global_step}").sample(range(size), min(size, most))
         present = set(gather_object([row["_row_id"] for row in rows]))
         return (index for index in drawn if index not in present)

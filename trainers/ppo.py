@@ -111,7 +111,7 @@ class PPOConfig(OnlineConfig):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
-# In a checkpoint.
+# A file and a folder of each checkpoint.
 KL_COEF, VALUE = "kl_coef.json", "value"
 
 

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is written into a hidden folder beside its place, sealed with a manifest of its files, their sizes and
+A checkpoint is written into a hidden folder next to its place, sealed with a manifest of its files, their sizes and
 their SHA-256, and renamed. A process that is killed at any moment leaves the earlier ones as they were; what it leaves
 besides is recognised by its name, or by its manifest, and removed when a run goes on there. Sizes are compared wherever
 a whole checkpoint is looked for, contents where a run is about to read them.

@@ -52,7 +52,6 @@ COLUMNS = ("prompt", "completion", "messages", "text", "chosen", "rejected", "ma
 # The file of a checkpoint that holds its settings, and the setting that says what the reference is.
 SETTINGS, REFERENCE = "settings.json", "reference"
 
-
 B = TypeVar("B", bound=Batch)
 
 
@@ -223,7 +222,7 @@ class BaseTrainer(HFTrainer):
 
     def train_sampler(self) -> Sampler | None:
         if self.collector is not None:
-            return self.collector.prompts
+            return self.collector.prompt_sampler
         if self.args.train_sampling_strategy != "group_by_length":
             return super().train_sampler()
         size = self.train_batch_size * self.accelerator.num_processes

@@ -79,7 +79,7 @@ def _kl_term(logprobs: Tensor, batch: "GRPOBatch", by_sequence: bool, aggregate:
     if by_sequence:
         log_ratio = batch.spread(batch.sequence_means(log_ratio))
     penalty = log_ratio.exp() * rlkernels.kl_penalty(logprobs, batch.ref_logprobs, estimator="k3")
-    # With advantage -1 the objective reinforce is its first argument, which it aggregates.
+    # The loss of objective reinforce is -advantage x its first argument: with advantage -1 it aggregates the penalty.
     minus_one = -torch.ones_like(logprobs)
     term, _ = rlkernels.policy_loss(
         penalty, None, minus_one, batch.mask, objective="reinforce", cu_seqlens=batch.cu_seqlens, **aggregate

@@ -156,7 +156,7 @@ class Collector:
         self.sent_step: int | None = None  # the step whose weights the engine has
         size = len(trainer.train_dataset)
         steps_per_epoch = size // prompts * steps
-        self.prompts = GroupSampler(
+        self.prompt_sampler = GroupSampler(
             size,
             prompts,
             num_generations,
@@ -294,7 +294,7 @@ class Collector:
             self.trainer.metrics.add("sampling/staleness", is_older)
         step = options.step + self.buffer.steps
         if self.args.staleness and step < self.trainer.state.max_steps:
-            order = self.prompts.of_step(step)
+            order = self.prompt_sampler.of_step(step)
             rows = self.rows(order[row] for row in self.own_rows(len(prompts)))
             coming = dataclasses.replace(options, step=step)
             engine = functools.partial(self._checked, self.engine)
