@@ -46,7 +46,7 @@ def quiet(monkeypatch):
 
 @pytest.fixture
 def run_options(tmp_path):
-    """Of a config: a short run on a CPU that leaves nothing but what a test asks for."""
+    """Options of a config: a short run on a CPU that leaves nothing but what a test asks for."""
     return {
         "output_dir": str(tmp_path / "run"),
         "logging_steps": 1,

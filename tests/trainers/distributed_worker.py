@@ -14,7 +14,7 @@ from tiny_model import build_model, build_tokenizer
 
 
 def one_group_differs(completions, index, **kwargs):
-    """Of the two prompts of a step, only the first has rewards that differ."""
+    """Rewards differ for the first of the two prompts of a step only."""
     return [float(row % 2) if i % 2 == 0 else 1.0 for row, i in enumerate(index)]
 
 

@@ -76,8 +76,8 @@ def trainer_of(name: str, args: dict[str, Any], sampled: bool) -> Any:
 
 
 class Observer(TrainerCallback):
-    """Of each step: whether the weights were spread over the processes; how many micro-batches there were; how often
-    gradients were added up, and the head and the first layer of the trained model were gathered."""
+    """Notes of each step whether the weights were spread over the processes, how many micro-batches there were, how
+    often gradients were added up, and how often the head and the first layer of the trained model were gathered."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.steps = trainer, []
@@ -143,7 +143,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def arguments(folder: str, options: dict[str, Any], processes: int) -> dict[str, Any]:
-    """Of a config: the rows of a step are the same, whatever the number of processes."""
+    """Options of a config: the rows of a step are the same, whatever the number of processes."""
     args = {
         "output_dir": folder,
         "per_device_train_batch_size": 4,

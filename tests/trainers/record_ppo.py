@@ -83,7 +83,7 @@ def build_models(build_model) -> dict[str, torch.nn.Module]:
 
 
 def summary(model: torch.nn.Module) -> dict[str, list[float]]:
-    """Of each parameter's gradient the norm and two projections."""
+    """The norm and two projections of each parameter's gradient."""
 
     def numbers(gradient: torch.Tensor) -> list[float]:
         gradient = gradient.double().flatten()

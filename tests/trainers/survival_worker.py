@@ -31,7 +31,7 @@ PAIRS = [
     {"prompt": "ab" + "c" * (i % 5), "chosen": "de" * (1 + i % 2), "rejected": "fgh"[: 1 + i % 3]} for i in range(14)
 ]
 
-# Of each trainer its rows, and options by which logs, checkpoints, evaluations, epochs and rollouts fall apart.
+# Rows and options of each trainer. With them logs, checkpoints, evaluations, epochs and rollouts fall on other steps.
 METHODS = {
     "SFT": (TEXTS, {"save_steps": 2, "logging_steps": 3, "eval_strategy": "epoch"}),
     "Reward": (PAIRS, {"save_steps": 1, "logging_steps": 4, "eval_strategy": "steps", "eval_steps": 3}),
@@ -126,7 +126,7 @@ def digest(value) -> str:
 
 
 def as_bytes(value):
-    """Of tensors what they hold, not how they lie in memory."""
+    """The values of tensors, not their layout in memory."""
     if isinstance(value, torch.Tensor):
         return value.numpy().tobytes()
     if isinstance(value, dict):

@@ -14,7 +14,7 @@ sys.path.insert(0, str(EXAMPLES))
 arithmetic, calculator = importlib.import_module("arithmetic"), importlib.import_module("calculator")
 
 END = 3
-"""Of a turn, <|im_end|>: a character that no text has."""
+"""The end of a turn, <|im_end|>: a character that no text has."""
 
 
 class Characters:

@@ -214,7 +214,7 @@ def test_a_defect_of_ours_keeps_its_traceback(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# Of trainers
+# Checkpoints of trainers
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(9)]
 
@@ -314,7 +314,7 @@ class Breaks(TrainerCallback):
 
 
 def test_patience_is_kept(make_trainer, tmp_path):
-    """Of a callback that counts; one that has lost it does not go on, but stops as the whole run did."""
+    """Checkpoints hold the count of early stopping: a run that is killed at each step stops where the whole run did."""
     options = {
         "max_steps": 8,
         "save_strategy": "steps",

@@ -225,7 +225,7 @@ def test_precomputed_values_that_cannot_be_kept_cost_a_warning(make_trainer, mon
 
 
 def test_losses_over_the_batch_keep_its_micro_batches(make_trainer):
-    """Of per_device_train_batch_size pairs, whatever the token budget; in evaluation of per_device_eval_batch_size."""
+    """A micro-batch has per_device_train_batch_size pairs, in evaluation per_device_eval_batch_size, at any budget."""
     rows = None
     for losses, sizes in ((["sigmoid"], [1] * 4), (["sigmoid", "aot"], [2, 2]), (["sft"], [2, 2])):
         trainer = make_trainer(loss_type=losses, token_budget=1, per_device_eval_batch_size=3)

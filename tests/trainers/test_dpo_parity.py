@@ -10,7 +10,7 @@ from cases import by_turns  # noqa: E402
 from rlkernels.trainers import DPOConfig, DPOTrainer  # noqa: E402
 from tiny_model import build_mixture  # noqa: E402
 
-# Of uneven lengths: prompts, completions, and which of a pair is the longer; with the token that is end and padding.
+# Lengths differ: those of prompts and of completions, and which of a pair is longer. One token is end and padding.
 PAIRS = [
     ("ab", "cdefgh", "ij"),
     ("klmno", "p", "qrstuvw"),

@@ -58,7 +58,7 @@ def add_noise(model) -> None:
 
 
 def dense_logprobs(model, rollout: Rollout) -> torch.Tensor:
-    """Of the completion's tokens, by the model's logits for this sequence alone."""
+    """Log-probabilities of the completion's tokens, from the model's logits for this sequence alone."""
     ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
     logprobs = model(ids).logits[0, :-1].log_softmax(-1)
     return logprobs.gather(1, ids[0, 1:, None]).squeeze(1)[len(rollout.prompt_ids) - 1 :]
@@ -84,7 +84,7 @@ def fixed():
     ],
 )
 def test_objectives(make_trainer, fixed, loss_type, objective, aggregation, normalizer):
-    """Of completions that are used again, against policy_loss of a dense forward pass in a padded batch."""
+    """The loss on completions that are used again equals policy_loss of a dense forward pass in a padded batch."""
     trainer = make_trainer(
         lambda **_: [0.0, 1.0, 2.0, 4.0] * 2, fixed, loss_type=loss_type, num_iterations=2, epsilon=0.01, delta=1.1
     )

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-# Of a model with 36,000 weights: a gradient kept in each step, or a batch's logits, would be 50 MB; a Python list of a
+# The model has 36,000 weights. A gradient kept in each step, or a batch's logits, would be 50 MB; a Python list of a
 # batch's token ids, 300 kB.
 MOST_RSS, MOST_PYTHON = 8e6, 150e3
 STEPS, FROM = 500, 100

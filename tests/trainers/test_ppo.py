@@ -222,7 +222,7 @@ def test_adapters(make_trainer, make_model, make_classifier, value, tmp_path):
     assert trainer.reference_model is None
     trainer.train()
     assert [log["objective/kl"] != 0 for log in history(trainer) if "objective/kl" in log] == [False, True]
-    # Of a new batch the first step is by the policy that sampled it: nothing is dropped at random.
+    # The first step on a new batch is by the policy that sampled it: nothing is dropped at random.
     assert history(trainer)[4]["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-6)
     base, policy = weights(make_model()), trainer.model.policy
     frozen = [parameter.detach().flatten() for parameter in policy.parameters() if not parameter.requires_grad]

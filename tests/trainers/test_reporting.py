@@ -233,7 +233,7 @@ def printed(rows: list[dict]) -> str:
 
 
 def test_table():
-    """Of a conversation the last message; text in brackets is text, not markup; no number is a dash."""
+    """A conversation is its last message; text in brackets is text, not markup; no number is a dash."""
     row = {
         "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}],
         "completion": [{"role": "assistant", "content": "[b]15[/b]\n"}],
@@ -258,7 +258,7 @@ HISTORY = [
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """Of each panel, by its title, the lines by their label."""
+    """The lines of each panel by their label, by the panel's title."""
 
     def draw(history):
         figures = []

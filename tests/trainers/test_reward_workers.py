@@ -180,7 +180,7 @@ def test_rows_that_fail_only_without_those_that_fail(make, warned):
 
 @pytest.mark.parametrize("where", ["here", "workers"])
 def test_the_search_ends_with_the_second_time_out(make, where, warned):
-    """Of so many rows, each of which would take the whole time again."""
+    """Each row would take the whole time again."""
     began = time.monotonic()
     result = make(where, "none", functions.act)(rows(*["hangs"] * 40, "x"))
     assert values(result)[0] == [None] * 41
@@ -576,7 +576,7 @@ def sound(completions, **kwargs):
 
 
 def hostile(prompts, completions, completion_ids, facts, trainer_state, **kwargs):
-    """Of the same rewards, which changes all that it can reach."""
+    """Gives the same rewards, and changes all that it can reach."""
     rewards = sound(completions)
     for row in range(len(prompts)):
         prompts[row][0]["content"] = facts[row]["a"] = "edited"

@@ -203,7 +203,7 @@ def test_logprobs_do_not_change_what_is_sampled(engine):
 
 
 def test_sampling_stores_no_scores(engine, monkeypatch):
-    """Of the tensors [B, V] that sampling makes, none outlives its step."""
+    """No tensor [B, V] that sampling makes outlives its step."""
     import weakref
 
     alive, scores = [], []
@@ -309,7 +309,7 @@ def two_turns(engine):
 
 
 def dense_logprobs(model, each: Rollout) -> torch.Tensor:
-    """Of the completion's tokens, by the model's logits for this sequence alone."""
+    """Log-probabilities of the completion's tokens, from the model's logits for this sequence alone."""
     ids = torch.tensor([each.prompt_ids + each.completion_ids])
     logprobs = model(ids).logits[0, :-1].log_softmax(-1)
     return logprobs.gather(1, ids[0, 1:, None]).squeeze(1)[len(each.prompt_ids) - 1 :]

@@ -91,7 +91,7 @@ def test_packing(tokenizer):
 
 
 def test_packing_is_the_same_step(make_trainer):
-    """Of the same rows, if they are all in it."""
+    """A step with packing equals one without, if it has the same rows."""
     (loss, gradient), (other_loss, other_gradient) = step(make_trainer()), step(packed := make_trainer(packing=True))
     assert len(packed.train_dataset) < len(ROWS)
     torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
@@ -199,7 +199,7 @@ def test_adapters(make_trainer, make_model, tmp_path):
 
 
 def test_a_path(make_trainer, make_model, tokenizer, tmp_path):
-    """Of a model and its tokenizer."""
+    """The path of a folder with a model and its tokenizer."""
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     args = make_trainer().args
