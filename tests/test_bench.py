@@ -103,7 +103,8 @@ class Run:
         )
         command = [*self.forked.FORKED, str(self.folder / "program.py"), "bench", "--device", "cpu", *arguments]
         # pytest-benchmark times nothing in a worker of pytest-xdist, which it knows by this.
-        environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+        outer = {"PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"}  # the options of this run are not those of the benchmarks
+        environment = {name: value for name, value in os.environ.items() if name not in outer}
         return subprocess.run(command, cwd=bench.FOLDER.parent, env=environment, capture_output=True, text=True)
 
 
