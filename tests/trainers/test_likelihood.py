@@ -23,7 +23,7 @@ def gradient(model, loss) -> torch.Tensor:
 @pytest.mark.parametrize("fused", [True, False], ids=["no logits", "logits"])
 @pytest.mark.parametrize("loss_type", likelihood.LOSSES)
 def test_equation(make_model, loss_type, fused, return_accuracy):
-    """A share of a step of 11 tokens, of which this micro-batch has five."""
+    """The step has 11 tokens, and this micro-batch five of them: the loss is its share."""
     model = make_model()
     assert not fused or scoring.needs_no_logits(model)
     batch = replace(Batch.lay_out(ROWS, torch.device("cpu"), padding_free=False), normalizer=11.0)

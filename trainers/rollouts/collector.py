@@ -84,8 +84,8 @@ def _reward_function(source: RewardSource, args: OnlineConfig) -> RewardFunction
 class Collector:
     """Completes prompts and rewards the completions, for one trainer that learns from them.
 
-    It owns the engine and knows whose weights that has, the reward functions, the order of the prompts, what is sampled
-    ahead (`staleness`), the experience that the current steps learn from, and the latest completions to show.
+    It owns the engine, the step whose weights the engine has, the reward functions, the order of the prompts, what is
+    sampled ahead (`staleness`), the experience that the current steps learn from, and the latest completions to show.
 
     Args:
         trainer: the trainer, whose config, model, tokenizer, metrics and steps these are.
@@ -196,8 +196,8 @@ class Collector:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Around a whole training: the engine has no weights yet, and nothing was sampled ahead; worker processes of
-        the rewards end with it."""
+        """Around a whole training. At its start the engine has no weights and nothing is sampled ahead. At its end the
+        worker processes of the rewards stop."""
         self.ahead, self.sent_step = SampledAhead(), None
         try:
             yield
