@@ -27,7 +27,7 @@ from transformers.utils import logging
 from .base.chat import apply_chat_template, is_chat
 from .base.limits import Limits
 from .base.rows import check_columns
-from .batch.batch import IGNORE, Sequence
+from .batch.batch import IGNORE, Sequence, sharing
 from .rollouts.engine import encode
 
 logger = logging.get_logger(__name__)
@@ -83,7 +83,7 @@ def prepare(
             raise ValueError(f"{name}, row {index}: {kind}{error}") from error
         return {
             "_row_id": index,
-            "sequences": [vars(sequence) for sequence in sequences],
+            "sequences": [{"input_ids": each.input_ids, "labels": each.labels} for each in sequences],
             "num_tokens": sum(map(len, sequences)),
             "doubled": any(is_doubled(tokenizer, sequence.input_ids) for sequence in sequences),
             **dict.fromkeys(keep),
@@ -152,9 +152,10 @@ def _number(column: str, value: Any) -> float:
     return float(plain)
 
 
-def sequences_of(row: Row) -> list[Sequence]:
-    """The sequences of a row that `prepare` made."""
-    return [Sequence(**sequence) for sequence in row["sequences"]]
+def sequences_of(row: Row, share_prefix: bool = False) -> list[Sequence]:
+    """The sequences of a row that `prepare` made, which share their prefix if they should."""
+    sequences = [Sequence(**sequence) for sequence in row["sequences"]]
+    return sharing(sequences) if share_prefix else sequences
 
 
 def check_rows(name: str, rows: Dataset, limits: Limits) -> None:

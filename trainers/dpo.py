@@ -16,7 +16,7 @@ from transformers.utils import logging
 import rlkernels
 
 from .base.checkpoints import BadCheckpoint
-from .base.config import BaseConfig, router_field
+from .base.config import BaseConfig, router_field, share_prefixes_field
 from .base.kept import State
 from .base.limits import Limits
 from .base.loading import disable_dropout, load_tokenizer, refuse_prompt_learning
@@ -25,7 +25,7 @@ from .base.rows import each_part
 from .base.sharding import refuse_zero3, reshard
 from .base.trainer import BaseTrainer
 from .batch import scoring
-from .batch.batch import IGNORE, Batch, shift
+from .batch.batch import IGNORE, Batch, Sequence, num_run, shift
 from .batch.packing import fill
 from .batch.probe import prepare_packing
 from .data import check_rows, preference_pair, prepare, sequences_of
@@ -61,6 +61,7 @@ class DPOConfig(BaseConfig):
     )
 
     router_aux_loss_coef: float | None = router_field()
+    share_prefixes: str = share_prefixes_field()
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
         metadata={
@@ -337,16 +338,19 @@ class DPOTrainer(BaseTrainer):
         parts = []
         for rows in self.parts(inputs):
             if OVER_THE_BATCH.isdisjoint(self.args.loss_type):
-                chunks = fill([row["num_tokens"] for row in rows], self.args.token_budget)
+                chunks = fill([num_run(self._pair(row)) for row in rows], self.args.token_budget)
             else:
                 size = self.args.per_device_train_batch_size if self.model.training else len(rows)
                 chunks = fill([1] * len(rows), size)
             parts.append([self._pairs([rows[index] for index in chunk]) for chunk in chunks])
         return self.even_out([replace(batch, normalizer=len(inputs)) for batch in self.joined(parts)])
 
+    def _pair(self, row: dict[str, Any]) -> list[Sequence]:
+        return sequences_of(row, self.shares_prefixes)
+
     def _pairs(self, rows: list[dict[str, Any]]) -> DPOBatch:
         device, alpha = self.accelerator.device, self.args.ld_alpha
-        pairs = [sequences_of(row) for row in rows]
+        pairs = [self._pair(row) for row in rows]
         sequences = [sequence for side in zip(*pairs, strict=True) for sequence in side]
         counts = [sum(label != IGNORE for label in sequence.labels[1:]) for sequence in sequences]
         weights = reference = None
@@ -354,7 +358,7 @@ class DPOTrainer(BaseTrainer):
             shared = list(map(min, counts[: len(pairs)], counts[len(pairs) :])) * 2
             beyond = [count - least for count, least in zip(counts, shared, strict=True)]
             each = zip(sequences, beyond, strict=True)
-            weights = shift([[1.0] * (len(one) - tail) + [alpha] * tail for one, tail in each], device)
+            weights = shift([[1.0] * (one.branch_length - tail) + [alpha] * tail for one, tail in each], device)
         if REFERENCE_LOGPS[0] in rows[0]:
             known = [row[column] for column in REFERENCE_LOGPS for row in rows]
             reference = torch.tensor(known, dtype=torch.float32, device=device)
@@ -417,6 +421,7 @@ class DPOTrainer(BaseTrainer):
             check_rows(name, rows, Limits.of(reference))
             self.fused = self.fused and scoring.needs_no_logits(reference)
             self.padding_free = self.padding_free and prepare_packing(reference, self.args.device)
+            self.shares_prefixes = self.shares_prefixes and self.can_share([reference])
             self.reference_model = reference.to(self.accelerator.device).eval()
         elif not self.has_adapter:
             if self.state.global_step > 0:

@@ -239,10 +239,9 @@ class GRPOConfig(OnlineConfig):
 @dataclass
 class Experience:
     """What the optimizer steps on one generation batch learn from, on this process. Lists have an entry per row; values
-    per token are shifted, as in `Batch`."""
+    per token are those of its branch, shifted, as in `Batch`."""
 
-    input_ids: list[list[int]]
-    labels: list[list[int]]
+    sequences: list[Sequence]
     advantages: list[float]
     in_loss: list[bool]  # False: truncated, and mask_truncated_completions is set
     num_tokens: float  # tokens in the loss, mean over the processes
@@ -251,17 +250,13 @@ class Experience:
     ref_logprobs: list[Tensor | None] | None = None  # None: there is no KL penalty in the loss
     sampler_logprobs: list[Tensor] | None = None  # None: they are not corrected for
 
-    @property
-    def lengths(self) -> list[int]:
-        return [len(ids) for ids in self.input_ids]
-
     def has_gradient(self, row: int) -> bool:
         by_token = self.token_advantages
         signal = self.advantages[row] != 0 if by_token is None else bool(by_token[row].any())
         return self.in_loss[row] and (signal or self.ref_logprobs is not None)
 
     def scored(self, row: int) -> int:
-        return sum(label != IGNORE for label in self.labels[row])
+        return sum(label != IGNORE for label in self.sequences[row].labels)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -366,10 +361,8 @@ class GRPOTrainer(BaseTrainer):
     def make_experience(self, rows: list[dict[str, Any]]) -> Experience:
         args = self.args
         samples, rewards, weights = self._collect_groups(rows)
-        sequences = [rollout.sequence() for rollout in samples.rollouts]
         experience = Experience(
-            input_ids=[sequence.input_ids for sequence in sequences],
-            labels=[sequence.labels for sequence in sequences],
+            sequences=self.collector.sequences(samples.rollouts),
             advantages=[0.0] * len(rows),
             in_loss=[rollout.ended or not args.mask_truncated_completions for rollout in samples.rollouts],
             num_tokens=0.0,
@@ -378,7 +371,7 @@ class GRPOTrainer(BaseTrainer):
         scored = self.accelerator.reduce(torch.tensor(scored, device=rewards.device)).item()
         experience.num_tokens = scored / self.accelerator.num_processes
         if args.importance_sampling_correction:
-            experience.sampler_logprobs = self.collector.sampler_logprobs(samples.rollouts)
+            experience.sampler_logprobs = self.collector.sampler_logprobs(samples.rollouts, experience.sequences)
         if args.beta > 0:
             with self.reference() as reference:
                 experience.ref_logprobs = self._score(reference, experience, experience.in_loss)
@@ -475,7 +468,7 @@ class GRPOTrainer(BaseTrainer):
         none. Without dropout, as they were sampled."""
         scores: list[Tensor | None] = [None] * len(wanted)
         rows = [row for row, is_wanted in enumerate(wanted) if is_wanted]
-        for chunk in self.even_chunks(experience.lengths, rows):
+        for chunk in self.even_chunks(experience.sequences, rows):
             batch = self._lay_out(experience, chunk)
             with self.frozen(model):
                 scored = self.token_logprobs(model, batch, temperature=self.args.temperature, return_entropy=entropy)
@@ -505,7 +498,7 @@ class GRPOTrainer(BaseTrainer):
             part = range(start, start + width)
             normalizer = self._normalizer(experience, part if is_bnpo else rows)
             parts.append([])
-            for chunk in self.chunks(experience.lengths, [row for row in part if self._is_run(experience, row)]):
+            for chunk in self.chunks(experience.sequences, [row for row in part if self._is_run(experience, row)]):
                 top_entropy = None if kept is None else torch.cat([kept[row] for row in chunk])
                 parts[-1].append(self._lay_out(experience, chunk, normalizer=normalizer, top_entropy=top_entropy))
         if not any(parts):
@@ -531,7 +524,7 @@ class GRPOTrainer(BaseTrainer):
 
     def _lay_out(self, experience: Experience, rows: Iterable[int], **fields: Any) -> GRPOBatch:
         device = self.accelerator.device
-        sequences = [Sequence(experience.input_ids[row], experience.labels[row]) for row in rows]
+        sequences = [experience.sequences[row] for row in rows]
         if experience.token_advantages is None:
             fields["advantages"] = torch.tensor([experience.advantages[row] for row in rows], device=device)
         else:
@@ -539,8 +532,10 @@ class GRPOTrainer(BaseTrainer):
         for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs"):
             known = getattr(experience, name)
             if known is not None:
+                lengths = [sequence.branch_length for sequence in sequences]
                 parts = [
-                    torch.zeros(len(experience.input_ids[row])) if known[row] is None else known[row] for row in rows
+                    torch.zeros(length) if known[row] is None else known[row]
+                    for row, length in zip(rows, lengths, strict=True)
                 ]
                 fields[name] = torch.cat([part.to(device) for part in parts])
         return self.lay_out(sequences, GRPOBatch, **fields)

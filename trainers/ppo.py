@@ -118,10 +118,9 @@ KL_COEF, VALUE = "kl_coef.json", "value"
 @dataclass
 class Experience:
     """What the optimizer steps on one batch of prompts learn from, on this process. Lists have an entry per row; values
-    per token are shifted, as in `Batch`."""
+    per token are those of its branch, shifted, as in `Batch`."""
 
-    input_ids: list[list[int]]
-    labels: list[list[int]]
+    sequences: list[Sequence]
     order: list[list[int]]  # the order of the rows in each pass over them
     old_logprobs: list[Tensor]
     old_values: list[Tensor]
@@ -259,6 +258,8 @@ class PPOTrainer(BaseTrainer):
             optimizers=optimizers,
         )
         self.padding_free = self.model.prepare(self.processing_class, args.device, packs=self.padding_free)
+        if self.value_model is not None:
+            self.shares_prefixes = self.shares_prefixes and self.can_share([self.value_model])
         self.kl = AdaptiveKL(args)
         self.keep(KL_COEF, self.kl, "its KL coefficient")
         self.undone.append(self.kl)
@@ -300,7 +301,7 @@ class PPOTrainer(BaseTrainer):
             scores = scores - self.args.missing_eos_penalty * ~ended
 
         corrects = self.args.importance_sampling_correction
-        sequences = [rollout.sequence() for rollout in samples.rollouts]
+        sequences = collector.sequences(samples.rollouts)
         for row in (~is_scored).nonzero().flatten().tolist():
             sequences[row].labels = [IGNORE] * len(sequences[row])
         batch = self.lay_out(sequences, Batch)
@@ -332,15 +333,14 @@ class PPOTrainer(BaseTrainer):
         counts = batch.sequence_sums(mask.float()).clamp(min=1)
         collector.show(samples, (batch.sequence_sums(advantages) / counts).tolist())
         return Experience(
-            input_ids=[sequence.input_ids for sequence in sequences],
-            labels=[sequence.labels for sequence in sequences],
+            sequences=sequences,
             order=[self._draw_order(len(sequences), epoch) for epoch in range(self.args.num_ppo_epochs)],
             old_logprobs=batch.split(logprobs),
             old_values=batch.split(values),
             advantages=batch.split(advantages),
             returns=batch.split(returns),
             has_value=batch.split(has_value),
-            sampler_logprobs=collector.sampler_logprobs(samples.rollouts) if corrects else None,
+            sampler_logprobs=collector.sampler_logprobs(samples.rollouts, sequences) if corrects else None,
         )
 
     @torch.no_grad()
@@ -348,7 +348,7 @@ class PPOTrainer(BaseTrainer):
         """Log-probabilities, values and the reference's log-probabilities, each [N] over all sequences."""
         options: dict[str, Any] = {"fused": self.fused, "temperature": self.args.temperature}
         found: list[Any] = [None] * len(sequences)
-        for chunk in self.even_chunks([len(sequence) for sequence in sequences]):
+        for chunk in self.even_chunks(sequences):
             batch = self.lay_out([sequences[row] for row in chunk], Batch)
             logprobs, values = self.model_wrapped(scoring.token_logprobs, batch, **options)
             ref_logprobs = logprobs
@@ -401,10 +401,9 @@ class PPOTrainer(BaseTrainer):
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         experience, step = self.collector.experience(inputs, self.make_experience)
         epoch, part = divmod(step, self.args.num_mini_batches)
-        size = len(experience.input_ids) // self.args.num_mini_batches
+        size = len(experience.sequences) // self.args.num_mini_batches
         rows = experience.order[epoch][part * size : (part + 1) * size]
-        lengths = [len(ids) for ids in experience.input_ids]
-        chunks = [self.chunks(lengths, part) for part in self.parts(rows)]
+        chunks = [self.chunks(experience.sequences, part) for part in self.parts(rows)]
         batches = self.joined([[self._lay_out(experience, chunk) for chunk in part] for part in chunks])
         counts = torch.stack([places.sum() for batch in batches for places in (batch.mask, batch.has_value)])
         # Losses are means over the tokens of all processes. These average their gradients, so that each divides by the
@@ -417,7 +416,7 @@ class PPOTrainer(BaseTrainer):
 
     def _lay_out(self, experience: Experience, rows: list[int]) -> PPOBatch:
         device = self.accelerator.device
-        sequences = [Sequence(experience.input_ids[row], experience.labels[row]) for row in rows]
+        sequences = [experience.sequences[row] for row in rows]
         known = {name: parts for name in PER_TOKEN if (parts := getattr(experience, name)) is not None}
         per_token = {name: torch.cat([parts[row] for row in rows]).to(device) for name, parts in known.items()}
         return self.lay_out(sequences, PPOBatch, **per_token)

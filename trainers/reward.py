@@ -18,12 +18,12 @@ from transformers import (
 
 import rlkernels
 
-from .base.config import BaseConfig
+from .base.config import BaseConfig, share_prefixes_field
 from .base.limits import Limits
 from .base.loading import disable_dropout, load_model, load_tokenizer, refuse_prompt_learning, set_pad_token
 from .base.rows import each_part
 from .base.trainer import BaseTrainer
-from .batch.batch import Batch
+from .batch.batch import Batch, Sequence, num_run
 from .batch.packing import fill
 from .batch.scoring import score_head, token_scores
 from .data import prepare, reward_pair, sequences_of
@@ -41,6 +41,7 @@ class RewardConfig(BaseConfig):
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest sequence in tokens. Pairs with a longer one are left out."}
     )
+    share_prefixes: str = share_prefixes_field()
     center_rewards_coefficient: float | None = field(
         default=None,
         metadata={"help": "Weight of (chosen + rejected)^2 in the loss, which keeps scores near 0. 0.01 works well."},
@@ -148,14 +149,16 @@ class RewardTrainer(BaseTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
-        lengths = [row["num_tokens"] for row in inputs]
         if self.model.training:
-            self.add_tokens_seen(sum(lengths))
-        chunks = [[inputs[index] for index in chunk] for chunk in fill(lengths, self.args.token_budget)]
-        return self.even_out([self._pairs(rows, normalizer=len(inputs)) for rows in chunks])
+            self.add_tokens_seen(sum(row["num_tokens"] for row in inputs))
+        chunks = fill([num_run(self._pair(row)) for row in inputs], self.args.token_budget)
+        return self.even_out([self._pairs([inputs[index] for index in chunk], len(inputs)) for chunk in chunks])
+
+    def _pair(self, row: dict[str, Any]) -> list[Sequence]:
+        return sequences_of(row, self.shares_prefixes)
 
     def _pairs(self, rows: list[dict[str, Any]], normalizer: int) -> RewardBatch:
-        pairs = [sequences_of(row) for row in rows]
+        pairs = [self._pair(row) for row in rows]
         sequences = [sequence for side in zip(*pairs, strict=True) for sequence in side]
         margin = torch.tensor([row["margin"] or 0.0 for row in rows], dtype=torch.float32)
         return self.lay_out(sequences, RewardBatch, margin=margin.to(self.accelerator.device), normalizer=normalizer)

@@ -167,7 +167,7 @@ class SFTTrainer(BaseTrainer):
         parts: list[list[Batch]] = []
         for rows in self.parts(inputs):
             sequences = [sequence for row in rows for sequence in sequences_of(row)]
-            chunks = fill_by_length([len(sequence) for sequence in sequences], self.args.token_budget)
+            chunks = fill_by_length(sequences, self.args.token_budget)
             parts.append([self.lay_out([sequences[index] for index in chunk], Batch) for chunk in chunks])
         batches = self.joined(parts)
         normalizer = float(sum(batch.num_scored for batch in batches))

@@ -50,6 +50,19 @@ def router_field() -> Any:
     )
 
 
+def share_prefixes_field() -> Any:
+    """The field share_prefixes, for configs of trainers whose sequences begin alike."""
+    return field(
+        default="auto",
+        metadata={
+            "help": "Run the tokens that several sequences of a micro-batch begin with, such as the prompt of several "
+            "completions, once for all of them. auto: where the model can, and has no router loss. true: refuse to "
+            "train otherwise. false: run each sequence as a whole.",
+            "choices": ["auto", "true", "false"],
+        },
+    )
+
+
 def split_userinfo(url: str) -> tuple[str, str]:
     """(user and password, or "" if there are none; the address without them)."""
     scheme, slashes, rest = url.partition("://") if "://" in url else ("", "", url)
@@ -127,6 +140,8 @@ class BaseConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(getattr(self, "share_prefixes", None), bool):
+            self.share_prefixes = str(self.share_prefixes).lower()
         check_fields(self)
         if self.deepspeed is not None:  # its engine would divide each micro-batch's loss by their number
             raise ValueError("set up deepspeed by accelerate launch only: see examples/accelerate/zero3.yaml")

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ..batch import scoring
 from ..batch.batch import Batch, Sequence
 from ..batch.packing import fill_by_length
-from ..batch.probe import prepare_packing, warn_of_batch_dependence
+from ..batch.probe import prepare_packing, prepare_sharing, warn_of_batch_dependence
 from ..losses.router import find_router_loss
 from .checkpoints import processes
 from .config import BaseConfig
@@ -148,6 +148,8 @@ class BaseTrainer(HFTrainer):
                     f"{name}: use_reentrant must be false with a router loss, which would have no gradient; got true. "
                     "router_aux_loss_coef 0 trains without it"
                 )
+        #: Whether a prefix that sequences of a micro-batch have in common is run once.
+        self.shares_prefixes = self.can_share(models)
         pad = self.processing_class.pad_token_id
         #: One that every model can read, also where the tokenizer has none, or one that was added to it.
         self.pad_token_id = 0 if pad is None or pad >= min(map(embedded, models)) else pad
@@ -166,6 +168,26 @@ class BaseTrainer(HFTrainer):
         self.add_callback(CurvesCallback())
         # Dropout must differ between the processes; sampling has random numbers of its own.
         set_seed(args.seed, device_specific=True)
+
+    def can_share(self, models: list[Any]) -> bool:
+        """Whether these models share prefixes, as `args.share_prefixes` wishes. Raises ValueError if it must be so and
+        cannot."""
+        wish = getattr(self.args, "share_prefixes", "false")
+        if wish == "false":
+            return False
+        if self.router is not None:
+            reason = "the router loss counts a token each time that it is run"
+        elif not self.padding_free:
+            reason = "batches are padded"
+        elif not all(prepare_sharing(each, self.args.device) for each in models):
+            reason = "a model cannot share them"
+        else:
+            return True
+        if wish == "true":
+            raise ValueError(f"share_prefixes must be auto or false where {reason}; got true")
+        if self.router is not None:
+            logger.warning(f"prefixes are not shared: {reason}. router_aux_loss_coef 0 shares them")
+        return False
 
     def load(self, model: str | PreTrainedModel, args: BaseConfig) -> PreTrainedModel:
         if isinstance(model, str):
@@ -202,14 +224,14 @@ class BaseTrainer(HFTrainer):
         """`scoring.token_logprobs`, without logits if no model of this trainer needs them."""
         return scoring.token_logprobs(model, batch, fused=self.fused, **options)
 
-    def chunks(self, lengths: list[int], rows: Iterable[int] | None = None) -> list[list[int]]:
+    def chunks(self, sequences: list[Sequence], rows: Iterable[int] | None = None) -> list[list[int]]:
         """These rows, or all, in micro-batches of at most `token_budget` tokens; rows of similar length together."""
-        return fill_by_length(lengths, self.args.token_budget, rows)
+        return fill_by_length(sequences, self.args.token_budget, rows)
 
-    def even_chunks(self, lengths: list[int], rows: Iterable[int] | None = None) -> list[list[int]]:
+    def even_chunks(self, sequences: list[Sequence], rows: Iterable[int] | None = None) -> list[list[int]]:
         """`chunks`, as many on every process, since a sharded model must run equally often on each. A process with
         fewer runs its first again."""
-        chunks = self.chunks(lengths, rows)
+        chunks = self.chunks(sequences, rows)
         return chunks + (chunks[:1] or [[0]]) * (self.most_on_any_process(len(chunks)) - len(chunks))
 
     def lay_out(self, sequences: list[Sequence], kind: type[B], **fields: Any) -> B:
@@ -286,6 +308,7 @@ class BaseTrainer(HFTrainer):
             self.optimizer.train()
         self._before_step = [owner.state_dict() for owner in self.undone]
         batches = self.micro_batches(inputs)
+        self._record_tokens(batches)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -296,6 +319,12 @@ class BaseTrainer(HFTrainer):
                     self._agree(total, inputs)
                 self.accelerator.backward(loss)
         return total
+
+    def _record_tokens(self, batches: list[Batch]) -> None:
+        """Logs means over steps and processes."""
+        counted = [batch for batch in batches if not batch.is_filler]
+        self.metrics.add("tokens", sum(batch.num_tokens for batch in counted))
+        self.metrics.add("tokens_run", sum(batch.num_run for batch in counted))
 
     def _agree(self, total: Tensor, inputs: list[dict[str, Any]]) -> None:
         """Stops all processes if the loss of one is not finite, or notes that one of them was asked to stop."""

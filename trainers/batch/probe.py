@@ -1,4 +1,4 @@
-"""Whether a model keeps sequences apart that are laid end to end."""
+"""Whether a model keeps sequences apart that are laid end to end, and whether it can run a prefix once for several."""
 
 import contextlib
 import re
@@ -13,13 +13,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import by_sequence
-from .batch import Batch, Sequence
+from .batch import IGNORE, Batch, Sequence
 
 logger = transformers.utils.logging.get_logger(__name__)
 
 
-# The lengths of the sequences that a model is tried on, and the width of its windows and chunks then, in tokens.
-PROBE, NARROW = (11, 7, 7), 2
+# The lengths of the sequences that a model is tried on, and of a prefix that they share; and the width of its windows
+# and chunks then, in tokens.
+PROBE, PREFIX, NARROW = (11, 7, 7), 5, 2
 # The names of such widths in modules and configs.
 WIDTH = re.compile(
     r"(?!.*(pattern|layers|type|ids|index(es)?$|indices))"
@@ -53,6 +54,18 @@ def prepare_packing(model: Any, device: torch.device) -> bool:
     if _same(probe(model, packed=True), alone):
         return True
     logger.warning(f"{type(model).__name__} does not keep packed sequences apart: its batches are padded.")
+    return False
+
+
+def prepare_sharing(model: Any, device: torch.device) -> bool:
+    """Whether a model that `prepare_packing` took gives the branches of a shared prefix what it gives whole sequences.
+    The model is run on a few to find out."""
+    model = _base_model(model)
+    if model.config._attn_implementation.startswith("rlkernels"):
+        alone, shared = (probe(model, packed=packed, prefix=PREFIX) for packed in (False, True))
+        if _same(shared, alone):
+            return True
+    logger.warning(f"{type(model).__name__} does not share prefixes: each sequence is run as a whole.")
     return False
 
 
@@ -122,19 +135,25 @@ def _window_of(mask_function: Any) -> int | None:
     return None if window > FAR else window
 
 
-def probe(model: Any, packed: bool) -> Tensor | None:
+def probe(model: Any, packed: bool, prefix: int = 0) -> Tensor | None:
     """The last hidden states [..., N, H] of a few sequences, packed or each alone; None if the model cannot run on
-    them. The sequences are longer than every window and chunk."""
+    them. The sequences are longer than every window and chunk. With a `prefix` they begin with the same `prefix`
+    tokens, which packed sequences share, and N is the number of tokens in their branches."""
     try:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         lengths = [min(length, limit) if limit > 0 else length for length in PROBE]
-        parts = torch.tensor(_plain_tokens(model, sum(lengths)), device=_device(model)).split(lengths)
-        # One row at a time, because classifiers without a padding token refuse several.
-        inputs: list[dict[str, Any]] = [{"input_ids": part[None]} for part in parts]
-        if packed:
-            inputs = [Batch.lay_out([Sequence(part.tolist(), []) for part in parts], parts[0].device).model_inputs]
+        prefix = min(prefix, min(lengths) - 1)
+        parts = torch.tensor(_plain_tokens(model, sum(lengths))).split(lengths)
+        rows = [[*parts[0].tolist()[:prefix], *part.tolist()[prefix:]] for part in parts]
         with probing(model):
-            return torch.cat([_hidden_states(model, each) for each in inputs], -2)
+            if packed:
+                sequences = [Sequence(row, [IGNORE] * len(row), prefix) for row in rows]
+                batch = Batch.lay_out(sequences, _device(model))
+                hidden = _hidden_states(model, batch.model_inputs)
+                return hidden if batch.index is None else hidden.index_select(-2, batch.index)
+            # One row at a time, because classifiers without a padding token refuse several.
+            alone = [_hidden_states(model, {"input_ids": torch.tensor([row], device=_device(model))}) for row in rows]
+            return torch.cat([hidden[..., prefix:, :] for hidden in alone], -2)
     except Exception:  # a model that cannot do this may raise anything
         return None
 

@@ -9,9 +9,9 @@ from ..base.chat import apply_chat_template, is_chat
 from ..base.limits import Limits
 from ..base.loading import load_tokenizer, model_folder
 from ..batch import scoring
-from ..batch.batch import Batch, Sequence
+from ..batch.batch import IGNORE, Batch, Sequence, sharing
 from ..batch.packing import fill_by_length
-from ..batch.probe import prepare_packing
+from ..batch.probe import prepare_packing, prepare_sharing
 from ..rollouts.config import OnlineConfig
 from ..rollouts.engine import encode
 
@@ -39,6 +39,8 @@ class RewardModel:
         self.fits = self.limits.fit(self.own_tokenizer or tokenizer)
         self.model.to(accelerator.device).eval()
         self.padding_free = self.args.padding_free and prepare_packing(self.model, accelerator.device)
+        wanted = self.padding_free and self.args.share_prefixes != "false"
+        self.shares_prefixes = wanted and prepare_sharing(self.model, accelerator.device)
 
     def check_prompt(self, prompt: Any) -> None:
         """Raises ValueError if the prompt alone is beyond the model's limits."""
@@ -56,15 +58,28 @@ class RewardModel:
         rows = self._token_ids(prompts, completions, completion_ids)
         for ids in rows:
             self._check(ids)
+        sequences = self._sequences(prompts, rows)
         scores = [0.0] * len(rows)
-        for chunk in fill_by_length([len(ids) for ids in rows], self.args.token_budget):
-            sequences = [Sequence(rows[row], rows[row]) for row in chunk]
-            batch = Batch.lay_out(sequences, self.accelerator.device, padding_free=self.padding_free)
+        for chunk in fill_by_length(sequences, self.args.token_budget):
+            laid_out = [sequences[row] for row in chunk]
+            batch = Batch.lay_out(laid_out, self.accelerator.device, padding_free=self.padding_free)
             with self.accelerator.autocast():
                 last = batch.last(scoring.token_scores(self.model, batch))
             for row, score in zip(chunk, last.tolist(), strict=True):
                 scores[row] = score
         return scores
+
+    def _sequences(self, prompts: list, rows: list[list[int]]) -> list[Sequence]:
+        """The token ids as sequences; those of one prompt share their prefix."""
+        sequences = [Sequence(ids, [IGNORE] * len(ids)) for ids in rows]
+        if self.shares_prefixes:
+            of_prompt: dict[str, list[int]] = {}
+            for row, prompt in enumerate(prompts):
+                of_prompt.setdefault(repr(prompt), []).append(row)
+            for same in of_prompt.values():
+                for row, sequence in zip(same, sharing([sequences[row] for row in same]), strict=True):
+                    sequences[row] = sequence
+        return sequences
 
     def _token_ids(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[list[int]]:
         if self.own_tokenizer is None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..base.loading import load_classifier, refuse_prompt_learning
 from ..base.metrics import LOGGED, unique
 from ..base.rows import NumberedRows, each_part
 from ..base.sharding import gathered_once
-from ..batch.batch import shift
+from ..batch.batch import Sequence, shift
 from ..rewards.calls import RewardFunction
 from ..rewards.functions import RewardFunctions
 from ..rewards.model import RewardModel
@@ -51,12 +51,12 @@ LATER = {
     *("importance_sampling_mode", "importance_sampling_cap", "importance_sampling_level", "use_bias_correction_kl"),
     *("epsilon", "epsilon_high", "delta", "loss_type", "sapo_temperature_neg", "sapo_temperature_pos"),
     *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "top_entropy_quantile"),
-    *("cliprange", "cliprange_value", "vf_coef", "adap_kl_ctrl", "target_kl", "horizon"),
+    *("cliprange", "cliprange_value", "vf_coef", "adap_kl_ctrl", "target_kl", "horizon", "share_prefixes"),
 }
 
 
 def reward_functions(
-    reward_funcs: RewardSource | Sequence[RewardSource], args: OnlineConfig, taken: Iterable[str] = ()
+    reward_funcs: RewardSource | list[RewardSource], args: OnlineConfig, taken: Iterable[str] = ()
 ) -> RewardFunctions:
     """The functions, with reward models loaded. `taken` are names of rewards that the trainer itself logs."""
     sources = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
@@ -209,7 +209,9 @@ class Collector:
         """What the experience depends on: a checkpoint's serves a run in which all of these are the same."""
         own, others = ({each.name for each in dataclasses.fields(config)} for config in (self.args, BaseConfig))
         names = ["seed", "bf16", "fp16", *sorted(own - others - LATER)]
-        return {**{name: getattr(self.args, name) for name in names}, "reward_funcs": self.rewards.names}
+        # An experience holds the values of branches if prefixes are shared.
+        shared = {"share_prefixes": True} if self.trainer.shares_prefixes else {}
+        return {**{name: getattr(self.args, name) for name in names}, "reward_funcs": self.rewards.names, **shared}
 
     # Training
 
@@ -343,10 +345,17 @@ class Collector:
 
     # What the samples are to the losses and logs
 
-    def sampler_logprobs(self, rollouts: list[Rollout]) -> list[Tensor]:
-        """The engine's log-probabilities of each rollout, shifted as in `Batch`."""
+    def sequences(self, rollouts: list[Rollout]) -> list[Sequence]:
+        """The rollouts as training sequences."""
+        return [rollout.sequence(self.trainer.shares_prefixes) for rollout in rollouts]
+
+    def sampler_logprobs(self, rollouts: list[Rollout], sequences: list[Sequence]) -> list[Tensor]:
+        """The engine's log-probabilities of each rollout's branch, shifted as in `Batch`."""
         device = self.accelerator.device
-        return [shift([[0.0] * len(rollout.prompt_ids) + rollout.logprobs], device) for rollout in rollouts]
+        return [
+            shift([([0.0] * len(rollout.prompt_ids) + rollout.logprobs)[sequence.prefix :]], device)
+            for rollout, sequence in zip(rollouts, sequences, strict=True)
+        ]
 
     def record_correction(self, values: dict[str, Tensor]) -> None:
         """Logs the metrics of `rlkernels.policy_loss` about the engine's weights, as means over tokens."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base.config import BaseConfig, router_field, split_userinfo
+from ..base.config import BaseConfig, router_field, share_prefixes_field, split_userinfo
 from ..rewards.calls import RewardFunction
 
 RewardSource: TypeAlias = RewardFunction | str | PreTrainedModel
@@ -28,6 +28,7 @@ class OnlineConfig(BaseConfig):
         default=None, metadata={"help": "Keyword arguments of `apply_chat_template`, as JSON, for chat prompts."}
     )
     router_aux_loss_coef: float | None = router_field()
+    share_prefixes: str = share_prefixes_field()
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward function; 1 each if unset."}
     )

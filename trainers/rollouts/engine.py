@@ -70,10 +70,12 @@ class Rollout:
             self.logprobs = self.logprobs + ([math.nan] * len(token_ids) if logprobs is None else logprobs)
         self.completion_ids = self.completion_ids + token_ids
 
-    def sequence(self) -> Sequence:
-        """Prompt and completion as a training sequence, whose loss covers the model's own tokens."""
+    def sequence(self, shares_prefix: bool = False) -> Sequence:
+        """Prompt and completion as a training sequence, whose loss covers the model's own tokens. It shares its prompt
+        but for the last token, which predicts the completion's first."""
         labels = [token if own else IGNORE for token, own in zip(self.completion_ids, self.own, strict=True)]
-        return Sequence(self.prompt_ids + self.completion_ids, [IGNORE] * len(self.prompt_ids) + labels)
+        prefix = len(self.prompt_ids) - 1 if shares_prefix else 0
+        return Sequence(self.prompt_ids + self.completion_ids, [IGNORE] * len(self.prompt_ids) + labels, prefix)
 
 
 Engine = Callable[[list, SamplingOptions], list[Rollout]]

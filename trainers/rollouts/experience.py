@@ -8,6 +8,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
+from ..batch.batch import Sequence
+
 logger = logging.get_logger(__name__)
 
 
@@ -15,7 +17,7 @@ class ExperienceBuffer:
     """The experience that the current steps learn from: made anew when it has served all of its steps.
 
     Args:
-        kind: the trainer's dataclass of an experience; its `input_ids` have an entry per row.
+        kind: the trainer's dataclass of an experience; its `sequences` have an entry per row.
         steps: optimizer steps that one experience serves.
         trainer: whose steps these are.
     """
@@ -48,7 +50,7 @@ class ExperienceBuffer:
         process."""
         others = list(self.trainer.changed)
         if self._is_loaded and not others:
-            is_other = [self._rows != digest(rows) or len(self.experience.input_ids) != len(rows)]
+            is_other = [self._rows != digest(rows) or len(self.experience.sequences) != len(rows)]
             if self.trainer.accelerator.num_processes > 1:
                 is_other = gather_object(is_other)
             others = ["rows of train_dataset"] * any(is_other)
@@ -61,11 +63,19 @@ class ExperienceBuffer:
         """None where the next step makes an experience of its own."""
         if self.experience is None or self.trainer.state.global_step % self.steps == 0:
             return None
-        return {"rows": self._rows, "rollouts": vars(self.experience)}
+        sequences = [vars(sequence) for sequence in self.experience.sequences]
+        return {"rows": self._rows, "rollouts": {**vars(self.experience), "sequences": sequences}}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         self._is_loaded = state is not None
-        self.experience = None if state is None else self.kind(**state["rollouts"])
+        self.experience = None
+        if state is not None:
+            fields = dict(state["rollouts"])
+            if "sequences" in fields:
+                sequences = [Sequence(**sequence) for sequence in fields.pop("sequences")]
+            else:  # of an earlier version
+                sequences = list(map(Sequence, fields.pop("input_ids"), fields.pop("labels")))
+            self.experience = self.kind(sequences=sequences, **fields)
         self._rows = None if state is None else state["rows"]
 
 
