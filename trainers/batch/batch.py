@@ -145,7 +145,8 @@ class Batch:
     def packed(self, values: Tensor) -> Tensor:
         """[N, ...]: the branches' part of what the model gives of its inputs, [1, M, ...] or [S, T, ...]."""
         flat = values.flatten(0, 1)
-        return flat if self.index is None else flat[self.index]
+        # The gradient of flat[index] is several times slower on a CPU.
+        return flat if self.index is None else flat.index_select(0, self.index)
 
     def split(self, values: Tensor) -> list[Tensor]:
         """The part of values [N] that belongs to each branch."""
