@@ -16,6 +16,7 @@ from rlkernels.trainers import GRPOConfig, GRPOTrainer, NonFiniteLoss
 from rlkernels.trainers.base import loading
 from rlkernels.trainers.base import trainer as base_trainer
 from rlkernels.trainers.batch import scoring
+from rlkernels.trainers.batch.batch import Batch
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d"} for i in range(13)]
 
@@ -170,13 +171,16 @@ def test_models_with_prompt_learning_are_refused(role, task, name, make_model, t
 def test_the_reference_of_adapters_is_the_model_without_them(make_trainer, make_model, checkpointing):
     trainer = make_trainer(peft_config=lora(), beta=0.1, activation_checkpointing=checkpointing)
     trainer.train()
-    batch = trainer._lay_out(trainer.collector.buffer.experience, [0, 1, 2])
-    expected = scoring.token_logprobs(make_model(), batch, fused=False)
+    experience = trainer.collector.buffer.experience
+    batch = trainer._lay_out(experience, [0, 1, 2])
+    # Any model can run whole sequences.
+    whole = trainer.lay_out([replace(sequence, prefix=0) for sequence in experience.sequences[:3]], Batch)
+    expected = scoring.token_logprobs(make_model(), whole, fused=False)[whole.mask]
     adapted = scoring.token_logprobs(trainer.model, batch, fused=True)
     with trainer.reference() as reference:
         found = scoring.token_logprobs(reference, batch, fused=True)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert (adapted - expected).abs().max() > 1e-3
+    torch.testing.assert_close(found[batch.mask], expected, rtol=1e-4, atol=1e-5)
+    assert (adapted[batch.mask] - expected).abs().max() > 1e-3
     assert [p.requires_grad for n, p in trainer.model.named_parameters() if "lora" in n] == [True] * 8
 
 

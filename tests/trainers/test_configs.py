@@ -21,7 +21,7 @@ from rlkernels.trainers.rollouts.config import OnlineConfig
 CONFIGS = [GRPOConfig, RewardConfig, SFTConfig]
 
 NOT_TRL = {
-    *("token_budget", "padding_free", "advantage", "dynamic_sampling_max_rounds"),
+    *("token_budget", "padding_free", "share_prefixes", "advantage", "dynamic_sampling_max_rounds"),
     *("overlong_buffer_length", "overlong_penalty"),
     *("importance_sampling_correction", "importance_sampling_mode", "importance_sampling_cap", "staleness"),
     *("vllm_request_timeout", "vllm_max_concurrency", "vllm_weights_folder"),

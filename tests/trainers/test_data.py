@@ -223,7 +223,7 @@ def test_rows_of_other_types(kind, tokenizer):
     else:
         dataset = dataset.with_format(kind)
     prepared = prepare("train_dataset", dataset, partial(supervised, tokenizer))
-    assert [vars(sequence) for row in prepared for sequence in sequences_of(row)] == rows
+    assert [sequence for row in prepared for sequence in sequences_of(row)] == [Sequence(**row) for row in rows]
 
 
 def test_first_rows_left_out(tokenizer):
