@@ -29,7 +29,6 @@ from torch import Tensor
 import peer_modules
 import reporting
 import steps
-from step_worker import Job
 from suite import response_mask
 
 PROJECTS = ("trl", "verl", "openrlhf")
@@ -155,7 +154,7 @@ def step_lines(rounds: int, bf16: bool) -> Iterator[str]:
 
     for name in ("grpo", "dpo"):
         method = steps.METHODS[name]
-        job = Job(name, "", str(model_folder()), method.sizes, bf16, attention="eager")
+        job = method.job(str(model_folder()), bf16, "eager")
         steps.check(job, method, steps.PATCHED)
         measured = steps.measure(job, method, rounds, steps.PATCHED)
         ours, theirs = measured[steps.PATCHED], measured["TRL"]

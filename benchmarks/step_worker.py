@@ -30,8 +30,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-PARTS = ("generation", "reward", "backward", "optimizer")
-"""What is timed of a step; the rest is mostly forward passes, of reference and value model too."""
+PARTS = ("generation", "reward", "reference", "scoring", "backward", "optimizer")
+"""The parts of a step that are timed, where the method has them. The rest is mostly the forward pass; in TRL's trainers
+also reference and scoring."""
+
+UNSHARED = "rlkernels, unshared"
+"""Our trainer with share_prefixes false."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,10 @@ class Job:
     sizes: dict[str, Any]
     bf16: bool = True
     attention: str | None = None
+    given: bool = False
+    """Whether completions are given, not sampled."""
     gradient: str | None = None
-    """A file for the loss and the gradient of the first step, in which completions are given, not sampled. Then no
+    """A file for the loss and the gradient of the first step, in which completions are given in any case. Then no
     weight is changed."""
 
 
@@ -64,7 +70,7 @@ class Stopwatch(TrainerCallback):
 
     def __init__(self, job: Job, wait: Callable[[], bool], answer: Callable[[dict[str, Any]], None]) -> None:
         self.job, self.wait, self.answer = job, wait, answer
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: dict[str, float] = {}
         self.loss = 0.0
         self.undo = contextlib.ExitStack()
 
@@ -86,6 +92,7 @@ class Stopwatch(TrainerCallback):
 
     def time(self, owner: Any, name: str, part: str, applies: Callable[..., bool] = lambda *_, **__: True) -> None:
         """Counts the calls of a function of `owner` as that part of a step."""
+        self.seconds.setdefault(part, 0.0)
         function = getattr(owner, name)
 
         def timed(*args: Any, **options: Any) -> Any:
@@ -117,7 +124,7 @@ class Stopwatch(TrainerCallback):
     def begin(self) -> None:
         if not self.wait():
             raise Ended
-        self.seconds.clear()
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         self.began = time.perf_counter()
 
@@ -128,8 +135,7 @@ class Stopwatch(TrainerCallback):
         kept = [*self.parameters(), *gradients, *(value for value in states if isinstance(value, Tensor))]
         peak = memory("VmHWM")
         own = peak - self.imports - sum(tensor.nbytes for tensor in kept)
-        parts = {part: self.seconds[part] for part in PARTS}
-        self.answer({"seconds": seconds, **parts, "peak": own, "whole": peak})
+        self.answer({"seconds": seconds, **self.seconds, "peak": own, "whole": peak})
         self.begin()
 
     def imported(self) -> None:
@@ -154,8 +160,8 @@ class Batch:
         self.group = job.sizes.get("group", 1)
         self.rows = [{"prompt": self.text(job.sizes["prompt"])} for _ in range(self.completions // self.group)]
         tokens = [token for token in range(len(tokenizer)) if token not in self.endings]
-        # Lengths differ within a group, whose advantages would otherwise add up to a loss of 0.
-        lengths = [self.length - number % self.length for number in range(self.group)]
+        # For the loss lengths differ within a group: with equal ones the advantages would add up to a loss of 0.
+        lengths = [self.length - (number % self.length if job.gradient else 0) for number in range(self.group)]
         self.given = {
             tuple(tokenizer(row["prompt"]).input_ids): [self.random.choices(tokens, k=length) for length in lengths]
             for row in self.rows
@@ -241,23 +247,52 @@ def given_rollouts(batch: Batch) -> Callable[..., list]:
     return engine
 
 
-def grpo_ours(job: Job, watch: Stopwatch, batch: Batch, folder: str) -> None:
+def grpo_trainer(job: Job, watch: Stopwatch, batch: Batch, folder: str, **options: Any) -> Any:
     from rlkernels.trainers import GRPOConfig, GRPOTrainer
 
     watch.imported()
-    trainer = GRPOTrainer(
+    return GRPOTrainer(
         job.model,
         reward,
-        GRPOConfig(**grpo_options(job, folder)),
+        GRPOConfig(**grpo_options(job, folder), **options),
         batch.dataset(),
         processing_class=batch.tokenizer,
         callbacks=[watch],
-        rollout=given_rollouts(batch) if job.gradient else None,
+        rollout=given_rollouts(batch) if job.given or job.gradient else None,
     )
+
+
+def grpo_ours(job: Job, watch: Stopwatch, batch: Batch, folder: str) -> None:
+    share = "false" if job.side == UNSHARED else "auto"
+    trainer = grpo_trainer(job, watch, batch, folder, share_prefixes=share)
     batch.sample_all(trainer.model)
     watch.time(trainer.collector, "engine", "generation")
     watch.time(type(trainer.collector.rewards), "__call__", "reward")
     watch.start(trainer, trainer.model)
+
+
+def grpo_passes(job: Job, watch: Stopwatch, batch: Batch, folder: str) -> None:
+    """Times forward and backward passes alone, both sides in this process: an answer is one of each."""
+    # A token keeps 2 MB of activations: the default budget would take 16 GB.
+    options = {"activation_checkpointing": False, "token_budget": 4096}
+    trainers = {
+        side: grpo_trainer(job, watch, batch, folder, share_prefixes=share, **options)
+        for side, share in (("rlkernels", "true"), (UNSHARED, "false"))
+    }
+    rows = {side: next(iter(trainer.get_train_dataloader())) for side, trainer in trainers.items()}
+    while watch.wait():
+        watch.answer({side: one_pass(trainer, rows[side]) for side, trainer in trainers.items()})
+
+
+def one_pass(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
+    tokens = 0
+    begin = time.perf_counter()
+    for batch in trainer.micro_batches(rows):
+        tokens += batch.num_run
+        trainer.compute_loss(trainer.model, batch).backward()
+    seconds = time.perf_counter() - begin
+    trainer.model.zero_grad()
+    return {"seconds": seconds, "tokens": tokens}
 
 
 def dpo_options(job: Job, folder: str) -> dict[str, Any]:
@@ -283,6 +318,7 @@ def dpo_ours(job: Job, watch: Stopwatch, batch: Batch, folder: str) -> None:
     watch.imported()
     args, rows = DPOConfig(**dpo_options(job, folder)), batch.dataset()
     trainer = DPOTrainer(job.model, args=args, train_dataset=rows, processing_class=batch.tokenizer, callbacks=[watch])
+    watch.time(trainer.reference_model, "forward", "reference")
     watch.start(trainer, trainer.model, trainer.reference_model)
 
 
@@ -353,6 +389,9 @@ def ppo_ours(job: Job, watch: Stopwatch, batch: Batch, folder: str) -> None:
         rollout=given_rollouts(batch) if job.gradient else None,
     )
     batch.sample_all(models["model"])
+    watch.time(trainer.reference_model, "forward", "reference")
+    # Passes of policy and value function without gradients: those before the loss.
+    watch.time(trainer.model, "forward", "scoring", lambda *_, **__: not torch.is_grad_enabled())
     watch.time(trainer.collector, "engine", "generation")
     watch.time(type(trainer.collector.rewards), "__call__", "reward")
     watch.start(trainer, models["model"], models["value_model"], trainer.reference_model, models["reward_model"])
@@ -372,6 +411,8 @@ SIDES = {
     ("grpo", "TRL"): grpo_trl,
     ("grpo", "TRL, patched"): patched(grpo_trl),
     ("grpo", "rlkernels"): grpo_ours,
+    ("grpo", UNSHARED): grpo_ours,
+    ("passes", "rlkernels"): grpo_passes,
     ("dpo", "TRL"): dpo_trl,
     ("dpo", "TRL, patched"): patched(dpo_trl),
     ("dpo", "rlkernels"): dpo_ours,
