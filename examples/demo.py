@@ -1,8 +1,9 @@
 """Trains a real language model on verifiable rewards: SmolLM2-135M-Instruct learns single-digit sums by GRPO.
 
-    python examples/demo.py [--seed 0] [--steps 52] [--output_dir runs/demo]
+    python examples/demo.py [--seed 0] [--minutes 5 | --steps N] [--output_dir runs/demo]
 
-Writes result.json, curves.png, completions.jsonl and model/ to the output folder.
+A calibration at the start chooses the number of steps and prints it; with --steps the same run is repeated, bit for
+bit. Writes result.json, curves.png, completions.jsonl and model/ to the output folder.
 """
 
 import sys
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     return program.main(
         "Train SmolLM2-135M-Instruct on single-digit sums by GRPO.",
         train,
-        steps=52,
+        minutes=5,
         folder="runs/demo",
         arguments=arguments,
     )

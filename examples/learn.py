@@ -1,5 +1,6 @@
 """The GRPO run of demo.py: SmolLM2 on single-digit sums, and the measurements of the run."""
 
+import gc
 import resource
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from arithmetic import Grader, problems
+from calibration import FEWEST_STEPS, OVERTIME, StepTimer, steps_within
 from program import Run
 from progress import ProgressCallback
 from rlkernels.cli import serving_backends
@@ -36,25 +38,23 @@ class AccuracyCallback(TrainerCallback):
         self.console.print(f"step {state.global_step:3d}  held-out accuracy {accuracy:.2f}")
 
 
-def config(run: Run) -> GRPOConfig:
+def config(run: Run, steps: int, eval_strategy: str) -> GRPOConfig:
     # On a CPU and at these lengths, the backward pass of fused attention is several times slower than the eager one.
     attention = "sdpa" if torch.accelerator.is_available() else "eager"
     return GRPOConfig(
         output_dir=str(run.folder),
         seed=run.seed,
-        max_steps=run.steps,
+        max_steps=steps,
         learning_rate=1e-5,
         lr_scheduler_type="constant",
-        # 8 prompts x 8 completions per step, in two halves, which halves the memory of the activations.
-        per_device_train_batch_size=32,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=64,
         num_generations=8,
         max_completion_length=12,
         activation_checkpointing=False,
         model_init_kwargs={"attn_implementation": attention},
         reward_weights=list(Grader.weights),
-        eval_strategy="steps",
-        eval_steps=0.25,
+        eval_strategy=eval_strategy,
+        eval_steps=0.5,
         per_device_eval_batch_size=100,
         num_generations_eval=4,
         logging_steps=1,
@@ -65,29 +65,60 @@ def config(run: Run) -> GRPOConfig:
     )
 
 
+def make_trainer(
+    run: Run, steps: int, callbacks: list[TrainerCallback], eval_strategy: str = "steps"
+) -> tuple[GRPOTrainer, Grader]:
+    model = str(model_folder())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    grader = Grader(tokenizer.eos_token_id)
+    train, held_out = problems()
+    trainer = GRPOTrainer(
+        model,
+        grader.rewards,
+        config(run, steps, eval_strategy),
+        Dataset.from_list(train),
+        Dataset.from_list(held_out),
+        tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, grader
+
+
+def calibrate(run: Run) -> tuple[int, float]:
+    """(optimizer steps that fit into the minutes, seconds that are left for them). Trains by a trainer of its own, so
+    that the run itself has the same bits as one with --steps."""
+    start, seconds = time.perf_counter(), 60 * run.minutes
+    run.console.print("calibrating by up to two steps that are not kept")
+    # The first step of a process is slower than others. It stands alone only where there is no time for a second one.
+    timer = StepTimer(limit=seconds / 10, fewest=1)
+    trainer, _ = make_trainer(run, 2, [timer], eval_strategy="no")
+    trainer.train()
+    del trainer
+    gc.collect()  # it refers to itself, and holds a model, gradients and the optimizer's state
+    first, left = min(timer.seconds), seconds - (time.perf_counter() - start)
+    steps = steps_within(left, first)
+    run.console.print(f"a step takes {first:.1f} s at first; --steps {steps} repeats this run")
+    return steps, left
+
+
 def learn(run: Run) -> Learned:
     """Trains, measures before and after, and saves the model to `run.folder`/model."""
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = str(model_folder())
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    grader = Grader(tokenizer.eos_token_id)
-    train, held_out = problems()
     progress = ProgressCallback(run, {"reward": "reward", "length": "completions/mean_length"})
-    trainer = GRPOTrainer(
-        model,
-        grader.rewards,
-        config(run),
-        Dataset.from_list(train),
-        Dataset.from_list(held_out),
-        tokenizer,
-        callbacks=[progress, AccuracyCallback(run.console)],
-    )
-    trainer.remove_callback(PrinterCallback)
+    callbacks = [progress, AccuracyCallback(run.console)]
+    steps = run.steps
+    if steps is None:
+        steps, seconds = calibrate(run)
+        callbacks.append(StepTimer(OVERTIME * seconds, FEWEST_STEPS))
+    trainer, grader = make_trainer(run, steps, callbacks)
     trainer.evaluate()
     with progress.bar:
         trained = trainer.train()
+    if trainer.state.global_step < steps and not run.stop.number:
+        run.console.print(f"the time is over after step {trainer.state.global_step} of {steps}")
     if trainer.state.global_step % trainer.state.eval_steps:
         trainer.evaluate()
     trainer.save_model(str(run.folder / "model"))

@@ -6,6 +6,7 @@ in options come at once.
 
 import argparse
 import contextlib
+import math
 import os
 import secrets
 import shutil
@@ -31,17 +32,39 @@ def at_least(smallest: int, text: str) -> int:
     return int(text)
 
 
-def parse(description: str, steps: int, folder: str, arguments: list[str] | None) -> argparse.Namespace:
+def above_zero(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+
+
+def parse(
+    description: str, steps: int | None, minutes: float | None, folder: str, arguments: list[str] | None
+) -> argparse.Namespace:
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--seed", type=lambda text: at_least(0, text), default=0, help="seed of sampling and data order"
     )
-    parser.add_argument("--steps", type=lambda text: at_least(1, text), default=steps, help="optimizer steps")
+    amount = parser.add_mutually_exclusive_group()
+    if minutes is not None:
+        amount.add_argument(
+            "--minutes",
+            type=above_zero,
+            default=minutes,
+            help="time to train for; a calibration at the start chooses the number of steps and prints it",
+        )
+    amount.add_argument(
+        "--steps",
+        type=lambda text: at_least(1, text),
+        default=argparse.SUPPRESS if steps is None else steps,
+        help="optimizer steps",
+    )
     parser.add_argument("--output_dir", type=Path, default=Path(folder), help="folder for the results")
     options = parser.parse_args(arguments)
     if options.output_dir.exists() and not options.output_dir.is_dir():
         parser.error(f"--output_dir: {options.output_dir} is not a folder")
-    return options
+    return argparse.Namespace(**{"steps": None, "minutes": None, **vars(options)})
 
 
 # Seconds within which a second signal counts as the first: under make, a process can get the same signal twice.
@@ -58,6 +81,7 @@ class Stop:
         self.number = 0  # the signal that came; 0 means none
         self.came = 0.0  # its time by time.monotonic
         self.step = 0  # the last optimizer step
+        self.steps = 0  # the number of steps that the run was to take
         self.keeps = False  # whether there is something to keep
         self.is_over = False  # True at the end, which takes no time and is not interrupted
 
@@ -95,7 +119,8 @@ class Run:
     folder: Path  # results are written here and moved to output_dir at the end
     output_dir: Path
     seed: int
-    steps: int
+    steps: int | None  # None: as many as fit into `minutes`
+    minutes: float | None
     console: Console
     stop: Stop
     start: float = field(default_factory=time.perf_counter)
@@ -111,13 +136,15 @@ def main(
     description: str,
     train: Callable[[Run], list[Any]],
     *,
-    steps: int,
+    steps: int | None = None,
+    minutes: float | None = None,
     folder: str,
     arguments: list[str] | None = None,
 ) -> int:
     """Runs an example and returns its exit status. `train` returns what to print when all results are in place.
-    `description` is shown by --help."""
-    options = parse(description, steps, folder, arguments)
+    `description` is shown by --help. `steps` and `minutes` are defaults; an example that has `minutes` takes either
+    option."""
+    options = parse(description, steps, minutes, folder, arguments)
     output_dir: Path = options.output_dir
     console, stop = Console(), Stop()
     try:
@@ -126,7 +153,7 @@ def main(
             aside = output_dir / f".unfinished-{secrets.token_hex(4)}"
             try:
                 aside.mkdir(parents=True)
-                shown = train(Run(aside, output_dir, options.seed, options.steps, console, stop))
+                shown = train(Run(aside, output_dir, options.seed, options.steps, options.minutes, console, stop))
                 stop.is_over = True
                 for made in aside.iterdir():
                     replace(made, output_dir / made.name)
@@ -143,7 +170,7 @@ def main(
     for part in shown:
         console.print(part)
     if stop.number:
-        told = f"{stop.word} after step {stop.step} of {options.steps}; what it has learned is in {output_dir}"
+        told = f"{stop.word} after step {stop.step} of {stop.steps}; what it has learned is in {output_dir}"
         print(told, file=sys.stderr)
         return 128 + stop.number
     return 0

@@ -25,10 +25,11 @@ class ProgressCallback(TrainerCallback):
             console=run.console,
             disable=not run.console.is_interactive,
         )
-        self.task = self.bar.add_task("", total=run.steps, **dict.fromkeys(shown, "-"))
+        self.task = self.bar.add_task("", total=None, **dict.fromkeys(shown, "-"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.run.stop.keeps = True
+        self.run.stop.keeps, self.run.stop.steps = True, state.max_steps
+        self.bar.update(self.task, total=state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.run.stop.step = state.global_step

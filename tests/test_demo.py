@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,6 +163,9 @@ def demo(folder: Path, *arguments: str) -> subprocess.Popen:
     ("arguments", "named"),
     [
         (["--steps", "0"], "--steps"),
+        (["--minutes", "0"], "--minutes"),
+        (["--minutes", "nan"], "'nan'"),
+        (["--minutes", "2", "--steps", "3"], "--steps: not allowed with argument --minutes"),
         (["--seed", "-1"], "--seed"),
         (["--seed", "x"], "'x'"),
         (["--output_dir", "file"], "file is not a folder"),
@@ -179,7 +183,7 @@ def test_bad_option_ends_in_one_line(tmp_path, arguments, named):
 
 def test_help(tmp_path):
     out, _ = demo(tmp_path, "--help").communicate()
-    assert all(option in out for option in ("--seed", "--steps", "--output_dir"))
+    assert all(option in out for option in ("--seed", "--minutes", "--steps", "--output_dir"))
 
 
 @pytest.fixture(params=["tiny model", thorough("SmolLM2")])
@@ -190,7 +194,7 @@ def start(request, monkeypatch, tmp_path):
 
     problems = arithmetic.problems
 
-    small = {"per_device_train_batch_size": 4, "num_generations": 4, "num_generations_eval": 2}
+    small = {"per_device_train_batch_size": 8, "num_generations": 4, "num_generations_eval": 2}
     monkeypatch.setattr(learn, "GRPOConfig", lambda **options: GRPOConfig(**{**options, **small}))
     monkeypatch.setattr(learn, "problems", lambda: tuple(rows[:6] for rows in problems()))
     # So that which accuracy stands where can be told, however little two steps change.
@@ -203,17 +207,19 @@ def start(request, monkeypatch, tmp_path):
     return tmp_path / "start"
 
 
+def run_demo(*arguments: str) -> int:
+    return importlib.import_module("demo").main(list(arguments))
+
+
 def test_demo_writes_its_results(start, tmp_path, capsys):
     import matplotlib.image
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import demo as program
 
     output = tmp_path / "demo"
     (output / "model").mkdir(parents=True)
     (output / "model" / "of_an_older_run").touch()
     (output / "kept").touch()
-    assert program.main(["--steps", "2", "--seed", "3", "--output_dir", str(output)]) == 0
+    assert run_demo("--steps", "2", "--seed", "3", "--output_dir", str(output)) == 0
     made = {"result.json", "curves.png", "completions.jsonl", "model"}
     assert {entry.name for entry in output.iterdir()} == made | {"kept"}
     assert not (output / "model" / "of_an_older_run").exists()
@@ -248,6 +254,73 @@ def test_demo_writes_its_results(start, tmp_path, capsys):
     assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(output / "model").chat_template
     assert "held-out accuracy" in capsys.readouterr().out
+
+
+class Clock:
+    """In the place of the module `time`."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit", "fewest", "taken"),
+    [
+        ([6.0, 5.0, 5.0, 5.0], 100.0, 1, 4),
+        ([6.0, 5.0, 5.0, 5.0], 16.0, 1, 3),  # a fourth would end at 21 s
+        ([6.0, 5.0, 5.0, 5.0], 15.9, 1, 2),
+        ([6.0, 5.0, 5.0, 5.0], 1.0, 1, 1),
+        ([6.0, 5.0, 5.0, 5.0], 1.0, 3, 3),
+    ],
+)
+def test_step_timer_ends_before_its_limit(monkeypatch, seconds, limit, fewest, taken):
+    calibration, clock = importlib.import_module("calibration"), Clock()
+    monkeypatch.setattr(calibration, "time", clock)
+    timer = calibration.StepTimer(limit, fewest)
+    control = type("Control", (), {"should_training_stop": False})()
+    for step in seconds:
+        clock.now += 1000.0  # an evaluation, which is not counted
+        timer.on_step_begin(None, None, control)
+        clock.now += step
+        timer.on_step_end(None, None, control)
+        if control.should_training_stop:
+            break
+    assert timer.seconds == seconds[:taken]
+
+
+def test_run_by_minutes_is_repeated_by_its_steps(start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("learn"), "OVERTIME", math.inf)
+    assert run_demo("--minutes", "0.02", "--output_dir", str(tmp_path / "by_minutes")) == 0
+    (steps,) = re.findall(r"--steps (\d+) repeats this run", capsys.readouterr().out)
+    assert run_demo("--steps", steps, "--output_dir", str(tmp_path / "by_steps")) == 0
+    for name in ("model/model.safetensors", "completions.jsonl"):
+        by_minutes, by_steps = ((tmp_path / run / name).read_bytes() for run in ("by_minutes", "by_steps"))
+        assert by_minutes == by_steps
+    assert (start / "model.safetensors").read_bytes() != (tmp_path / "by_steps/model/model.safetensors").read_bytes()
+    result = json.loads((tmp_path / "by_minutes" / "result.json").read_text())
+    assert result["steps"] == int(steps) >= importlib.import_module("calibration").FEWEST_STEPS
+
+
+def test_run_whose_time_is_over_ends(start, tmp_path, capsys, monkeypatch):
+    """The machine has become slower since the calibration."""
+    monkeypatch.setattr(importlib.import_module("learn"), "steps_within", lambda seconds, first: 1000)
+    assert run_demo("--minutes", "0.01", "--output_dir", str(tmp_path / "run")) == 0
+    steps = json.loads((tmp_path / "run" / "result.json").read_text())["steps"]
+    assert importlib.import_module("calibration").FEWEST_STEPS <= steps < 1000
+    assert f"the time is over after step {steps} of 1000" in capsys.readouterr().out
+
+
+def test_interrupted_calibration_leaves_nothing(start, tmp_path, capfd, monkeypatch):
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(importlib.import_module("calibration").StepTimer, "on_step_end", interrupted)
+    assert run_demo("--output_dir", str(tmp_path / "run")) == 128 + signal.SIGINT
+    assert not (tmp_path / "run").exists()
+    assert capfd.readouterr().err == f"interrupted; {tmp_path / 'run'} is as it was before\n"
 
 
 @pytest.mark.parametrize(("number", "word", "code"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)])
