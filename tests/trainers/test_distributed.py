@@ -125,7 +125,7 @@ def test_ppo_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
     first, second = (rank["rollouts"][0] for rank in ranks)
     both = {name: first[name] + second[name] for name in first if name not in ("order", "sampler_logprobs")}
-    in_loss = torch.cat([torch.tensor([*labels[1:], -100]) != -100 for labels in both["labels"]])
+    in_loss = torch.cat([torch.tensor([*each.labels[each.prefix + 1 :], -100]) != -100 for each in both["sequences"]])
     advantages = torch.cat(both["advantages"])[in_loss]
     torch.testing.assert_close(advantages.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
     torch.testing.assert_close(advantages.std(), torch.tensor(1.0))

@@ -272,7 +272,8 @@ def test_tokens_of_a_tool(make_trainer, make_model, tokenizer):
     (batch,) = trainer.micro_batches(PROMPTS[:2])
     rollouts = trainer.collector.buffer.experience
     for row, (prompt, completion) in enumerate(rows):
-        places = [len(prompt) - 1 + place for place, token in enumerate(completion) if token < 40]
+        start = len(prompt) - 1 - rollouts.sequences[row].prefix
+        places = [start + place for place, token in enumerate(completion) if token < 40]
         assert rollouts.old_logprobs[row].nonzero().flatten().tolist() == places
         assert rollouts.has_value[row].nonzero().flatten().tolist() == places
         values = [*rollouts.old_values[row][places].tolist(), 0.0]
@@ -303,10 +304,11 @@ def test_score_at(make_trainer):
     for score_at, room in (("after_last", [True, False, False, True]), ("last", [False] * 4)):
         trainer = make_trainer(score_at=score_at, rollout=engine)
         trainer.micro_batches(PROMPTS[:4])
-        for places, completion, has_room in zip(
-            trainer.collector.buffer.experience.has_value, completions, room, strict=True
+        rollouts = trainer.collector.buffer.experience
+        for sequence, places, completion, has_room in zip(
+            rollouts.sequences, rollouts.has_value, completions, room, strict=True
         ):
-            assert places.tolist() == [False] + [True] * len(completion) + [has_room]
+            assert places.tolist() == [False] * (1 - sequence.prefix) + [True] * len(completion) + [has_room]
 
 
 @pytest.mark.parametrize("whiten_rewards", [False, True])
@@ -330,7 +332,7 @@ def test_completions_without_any_reward(make_trainer, make_model, score_at, whit
     others = run([1, 3], lambda completions, **columns: [2.0, 1.0])
     logs, expected = history(some)[0], history(others)[0]
     for name in logs:
-        if not name.startswith(("completions/", "val/num_eos_tokens", "num_tokens", "epoch")):
+        if not name.startswith(("completions/", "val/num_eos_tokens", "num_tokens", "tokens", "epoch")):
             assert logs[name] == pytest.approx(expected[name], rel=1e-4), name
     assert some.kl.coef == pytest.approx(others.kl.coef, rel=1e-6) != 0.05
     torch.testing.assert_close(weights(some.model), weights(others.model))
@@ -505,8 +507,9 @@ def test_value_head_teaches_the_policy_too(make_trainer):
     trainer.model.zero_grad()
     errors = []
     rollouts = trainer.collector.buffer.experience
-    for ids, returns, places in zip(rollouts.input_ids, rollouts.returns, rollouts.has_value, strict=True):
-        values = head(policy.model(torch.tensor([ids])).last_hidden_state)[0, :, 0]
+    for sequence, returns, places in zip(rollouts.sequences, rollouts.returns, rollouts.has_value, strict=True):
+        hidden = policy.model(torch.tensor([sequence.input_ids])).last_hidden_state
+        values = head(hidden)[0, sequence.prefix :, 0]
         errors.append((values - returns)[places])
     (2.0 * 0.5 * torch.cat(errors).square().mean()).backward()
     theirs = [torch.zeros_like(each) if each.grad is None else each.grad for each in trainer.model.parameters()]

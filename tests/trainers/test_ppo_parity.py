@@ -86,7 +86,8 @@ def test_what_the_loss_is_made_of(run, name):
     trainer, recorded, _ = run(name, max_steps=1)
     rollouts = trainer.collector.buffer.experience
     for row, completion in enumerate(recorder["COMPLETIONS"]):
-        in_loss = torch.tensor([label != -100 for label in [*rollouts.labels[row][1:], -100]])
+        sequence = rollouts.sequences[row]
+        in_loss = torch.tensor([label != -100 for label in [*sequence.labels[sequence.prefix + 1 :], -100]])
         for ours, theirs, where in (
             (rollouts.old_logprobs, "logprobs", in_loss),
             (rollouts.advantages, "advantages", in_loss),
