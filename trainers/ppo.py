@@ -128,6 +128,7 @@ class Experience:
     returns: list[Tensor]
     has_value: list[Tensor]  # bool: the tokens in the loss, and the place of the score
     sampler_logprobs: list[Tensor] | None = None  # None: they are not corrected for
+    forward_pass: list[list[Tensor]] | None = None  # as in `PPOBatch`, until the first step has taken it
 
 
 PER_TOKEN = ("old_logprobs", "old_values", "advantages", "returns", "has_value", "sampler_logprobs")
@@ -144,6 +145,8 @@ class PPOBatch(Batch):
     has_value          bool: where a value is learned, in the places of `mask` and where the score is given
     sampler_logprobs   float32: the engine's log-probabilities; None if they are not corrected for
 
+    forward_pass       log-probabilities, values and entropy, float32, with the graph of the pass that scored the rows;
+                       None: the step runs the model itself
     value_normalizer   what the sum of the step's value losses is divided by, a 0-d tensor
     """
 
@@ -153,6 +156,7 @@ class PPOBatch(Batch):
     returns: Tensor
     has_value: Tensor
     sampler_logprobs: Tensor | None = None
+    forward_pass: list[Tensor] | None = None
     value_normalizer: float | Tensor = 1.0
 
 
@@ -192,6 +196,9 @@ class PPOTrainer(BaseTrainer):
     optimizer steps of `rlkernels.policy_loss` + vf_coef x `rlkernels.value_loss`, means over the tokens of a minibatch.
     A rollout's tokens that are not the model's own, but a tool's, are in neither; advantages carry over them. Nor are
     those of a completion without any reward.
+
+    With num_mini_batches 1, if the rows of each process fit in one micro-batch, the pass that gives the rollout's
+    log-probabilities and values is also the forward pass of the first optimizer step.
 
     Args:
         model: a folder, the name of a model in the local Hugging Face cache, or a model in memory.
@@ -306,7 +313,8 @@ class PPOTrainer(BaseTrainer):
             sequences[row].labels = [IGNORE] * len(sequences[row])
         batch = self.lay_out(sequences, Batch)
         mask, cu_seqlens = batch.mask, batch.cu_seqlens
-        logprobs, values, ref_logprobs = self._score(sequences)
+        ref_logprobs, *outputs = self._score(sequences)
+        logprobs, values, *entropy = (each.detach() for each in outputs)
         # If there is room for another token, the state after the last one has a value too, and its reward is the score.
         has_value = mask.clone()
         if self.args.score_at == "after_last":
@@ -341,27 +349,37 @@ class PPOTrainer(BaseTrainer):
             returns=batch.split(returns),
             has_value=batch.split(has_value),
             sampler_logprobs=collector.sampler_logprobs(samples.rollouts, sequences) if corrects else None,
+            forward_pass=[batch.split(each) for each in outputs] if entropy else None,
         )
 
-    @torch.no_grad()
     def _score(self, sequences: list[Sequence]) -> list[Tensor]:
-        """Log-probabilities, values and the reference's log-probabilities, each [N] over all sequences."""
+        """The reference's log-probabilities, the policy's, and values, each [N] over all sequences. Where the first
+        step runs all of them at once, on every process, this pass is also its forward pass: the last two have a graph,
+        and the entropy follows."""
         options: dict[str, Any] = {"fused": self.fused, "temperature": self.args.temperature}
         found: list[Any] = [None] * len(sequences)
-        for chunk in self.even_chunks(sequences):
+        chunks = self.even_chunks(sequences)
+        # A router loss comes from a pass in compute_loss.
+        serves_step = len(chunks) == self.args.num_mini_batches == 1 and self.router is None
+        for chunk in chunks:
             batch = self.lay_out([sequences[row] for row in chunk], Batch)
-            logprobs, values = self.model_wrapped(scoring.token_logprobs, batch, **options)
-            ref_logprobs = logprobs
-            if self.has_reference:
-                with self.accelerator.autocast(), self.reference() as reference:
-                    if self.reference_model is None:
-                        ref_logprobs, _ = reference(scoring.token_logprobs, batch, **options)
-                    else:
-                        ref_logprobs = scoring.token_logprobs(reference, batch, **options)
-            parts = (batch.split(each) for each in (logprobs, values, ref_logprobs))
+            ref_logprobs = self._ref_logprobs(batch, options) if self.has_reference else None
+            with torch.set_grad_enabled(serves_step):
+                policy, values = self.model_wrapped(
+                    scoring.token_logprobs, batch, return_entropy=serves_step, **options
+                )
+            logprobs, *entropy = policy if serves_step else [policy]
+            ref_logprobs = logprobs.detach() if ref_logprobs is None else ref_logprobs
+            parts = (batch.split(each) for each in (ref_logprobs, logprobs, values, *entropy))
             for row, *each in zip(chunk, *parts, strict=True):
                 found[row] = each
         return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+    def _ref_logprobs(self, batch: Batch, options: dict[str, Any]) -> Tensor:
+        with self.accelerator.autocast(), self.reference() as reference:
+            if self.reference_model is None:
+                return reference(scoring.token_logprobs, batch, gives_values=False, **options)[0]
+            return scoring.token_logprobs(reference, batch, **options)
 
     def _draw_order(self, count: int, epoch: int) -> list[int]:
         """This process's rows, minibatch after minibatch. Every num_mini_batches consecutive rows are dealt out at
@@ -405,6 +423,7 @@ class PPOTrainer(BaseTrainer):
         rows = experience.order[epoch][part * size : (part + 1) * size]
         chunks = [self.chunks(experience.sequences, part) for part in self.parts(rows)]
         batches = self.joined([[self._lay_out(experience, chunk) for chunk in part] for part in chunks])
+        experience.forward_pass = None  # its graph serves one backward pass
         counts = torch.stack([places.sum() for batch in batches for places in (batch.mask, batch.has_value)])
         # Losses are means over the tokens of all processes. These average their gradients, so that each divides by the
         # mean count.
@@ -419,22 +438,40 @@ class PPOTrainer(BaseTrainer):
         sequences = [experience.sequences[row] for row in rows]
         known = {name: parts for name in PER_TOKEN if (parts := getattr(experience, name)) is not None}
         per_token = {name: torch.cat([parts[row] for row in rows]).to(device) for name, parts in known.items()}
-        return self.lay_out(sequences, PPOBatch, **per_token)
+        forward_pass = None
+        if experience.forward_pass is not None:
+            forward_pass = [torch.cat([parts[row] for row in rows]) for parts in experience.forward_pass]
+        return self.lay_out(sequences, PPOBatch, forward_pass=forward_pass, **per_token)
 
     def compute_loss(self, model: nn.Module, batch: PPOBatch) -> Tensor:
         args = self.args
-        (policy_loss, policy), values = model(
-            scoring.policy_loss,
-            batch,
-            batch.old_logprobs,
-            batch.advantages,
-            fused=self.fused,
-            temperature=args.temperature,
-            clip_low=args.cliprange,
-            clip_high=args.cliprange,
-            normalizer=batch.normalizer,
+        options = {
+            "clip_low": args.cliprange,
+            "clip_high": args.cliprange,
+            "normalizer": batch.normalizer,
             **args.sampler_correction(batch.sampler_logprobs),
-        )
+        }
+        if batch.forward_pass is None:
+            (policy_loss, policy), values = model(
+                scoring.policy_loss,
+                batch,
+                batch.old_logprobs,
+                batch.advantages,
+                fused=self.fused,
+                temperature=args.temperature,
+                **options,
+            )
+        else:
+            logprobs, values, entropy = batch.forward_pass
+            policy_loss, policy = rlkernels.policy_loss(
+                logprobs,
+                batch.old_logprobs,
+                batch.advantages,
+                batch.mask,
+                entropy=entropy.detach(),
+                cu_seqlens=batch.cu_seqlens,
+                **options,
+            )
         value_loss, value = rlkernels.value_loss(
             values,
             batch.old_values,

@@ -50,9 +50,13 @@ class PolicyAndValue(nn.Module):
         self._no_split_modules = list(dict.fromkeys(name for names in parts for name in names))
         disable_dropout(self)  # with it, the policy would not be the one that sampled
 
-    def forward(self, function: Callable[..., Any], batch: Batch, *args: Any, **options: Any) -> tuple:
-        """Returns function(policy, batch, ...), a function of `scoring`, and the values [N], float32. Position p holds
-        the value of the tokens up to and with p. A value head takes the hidden states of the same pass."""
+    def forward(
+        self, function: Callable[..., Any], batch: Batch, *args: Any, gives_values: bool = True, **options: Any
+    ) -> tuple:
+        """Returns function(policy, batch, ...), a function of `scoring`, and the values [N], float32, or None. Position
+        p holds the value of the tokens up to and with p. A value head takes the hidden states of the same pass."""
+        if not gives_values:
+            return function(self.policy, batch, *args, **options), None
         if not isinstance(self.value, ValueHead):
             return function(self.policy, batch, *args, **options), scoring.token_scores(self.value, batch).float()
         seen: list[Tensor] = []

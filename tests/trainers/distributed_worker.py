@@ -37,7 +37,8 @@ def shortened(engine):
 
 def train(folder: str, options: dict) -> dict:
     is_ppo = "num_ppo_epochs" in options
-    options |= {"response_length": 6} if is_ppo else {"num_generations": 4, "max_completion_length": 6}
+    own = {"response_length": 6} if is_ppo else {"num_generations": 4, "max_completion_length": 6}
+    options = {"token_budget": 24} | own | options
     args = (PPOConfig if is_ppo else GRPOConfig)(
         output_dir=folder,
         learning_rate=3e-3,
@@ -50,11 +51,11 @@ def train(folder: str, options: dict) -> dict:
         save_strategy="no",
         activation_checkpointing=False,
         shuffle_dataset=False,
-        token_budget=24,
         disable_tqdm=True,
         **options,
     )
-    dataset = [{"prompt": "ab" + "c" * i, "index": i} for i in range(8)]
+    # The rows of PPO's second process, which has short prompts and completions, fit in one micro-batch.
+    dataset = [{"prompt": "ab" + "c" * (7 - i if is_ppo else i), "index": i} for i in range(8)]
     trainer_class = PPOTrainer if is_ppo else GRPOTrainer
     trainer = trainer_class(build_model(), one_group_differs, args, dataset, dataset[:3], build_tokenizer())
     if is_ppo and os.environ["RANK"] == "1":
@@ -68,6 +69,7 @@ def train(folder: str, options: dict) -> dict:
         "logs": [log for log in trainer.state.log_history if "loss" in log],
         "rollouts": [vars(each) for each in rollouts],
         "micro_batches": [len(each) for each in micro_batches],
+        "scored_with_graph": [getattr(each[0], "forward_pass", None) is not None for each in micro_batches],
         "table": trainer.completions,
         "eval": trainer.evaluate(),
     }

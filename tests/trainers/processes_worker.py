@@ -219,9 +219,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo, groups on both": ("grpo", {**GROUPS_OF_4, "per_device_train_batch_size": 2, "token_budget": 8}),
     "grpo, sampled": ("grpo", {**GROUPS_OF_4, **EVALUATED}),
     "ppo": ("ppo", {**PPO, "whiten_rewards": True}),
+    "ppo, scored with a graph": ("ppo", {"response_length": 8, "num_ppo_epochs": 2, "token_budget": 1000}),
     "ppo, sampled": ("ppo", {**PPO, **SAVED, **EVALUATED, "adap_kl_ctrl": True, "horizon": 80}),
 }
-OF_DDP = ("sft", "dpo", "reward", "grpo", "grpo, groups on both", "ppo")
+OF_DDP = ("sft", "dpo", "reward", "grpo", "grpo, groups on both", "ppo", "ppo, scored with a graph")
 
 
 def stop(folder: str) -> str:

@@ -124,7 +124,9 @@ def test_ppo_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
     ranks = results(PPO)
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
     first, second = (rank["rollouts"][0] for rank in ranks)
-    both = {name: first[name] + second[name] for name in first if name not in ("order", "sampler_logprobs")}
+    both = {
+        name: first[name] + second[name] for name in first if name not in ("order", "sampler_logprobs", "forward_pass")
+    }
     in_loss = torch.cat([torch.tensor([*each.labels[each.prefix + 1 :], -100]) != -100 for each in both["sequences"]])
     advantages = torch.cat(both["advantages"])[in_loss]
     torch.testing.assert_close(advantages.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
@@ -141,6 +143,18 @@ def test_ppo_is_that_of_one_process(results, make_model, tokenizer, tmp_path):
     trainer.training_step(trainer.model, [])
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
     assert norm.item() == pytest.approx(ranks[0]["logs"][0]["grad_norm"], rel=1e-4)
+
+
+def test_ppo_scores_with_a_graph_if_every_process_can(results):
+    """Then its first step is what it is in a pass of its own."""
+    apart, joined = results(PPO), results(PPO | {"token_budget": 100})
+    for own, ours in zip(apart, joined, strict=True):
+        assert own["scored_with_graph"] == [False] * 3 and ours["scored_with_graph"] == [True, False, True]
+        torch.testing.assert_close(ours["weights"], own["weights"], rtol=1e-4, atol=1e-5)
+        for log, other in zip(ours["logs"], own["logs"], strict=True):
+            assert log == pytest.approx(other, rel=1e-4, abs=1e-4)
+    lengths = [sum(map(len, rank["rollouts"][0]["sequences"])) for rank in apart]
+    assert lengths[0] > 24 >= lengths[1]
 
 
 def test_fine_tuning_is_that_of_one_process(results, tmp_path, monkeypatch):

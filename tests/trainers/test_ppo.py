@@ -495,6 +495,56 @@ def test_what_saves_memory_changes_nothing(make_trainer, make_model, make_classi
         torch.testing.assert_close(others, learned[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("value", ["head", "model", "adapters"])
+def test_the_pass_that_scores_is_that_of_the_first_step(make_trainer, make_classifier, value, epochs):
+    """Each model runs once less for a batch of completions, and learns what it would learn in a pass of its own."""
+
+    def run(again):
+        options = {"value_model": make_classifier() if value != "head" else None}
+        if value == "adapters":
+            peft = pytest.importorskip("peft")
+            options["peft_config"] = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        trainer = make_trainer(num_ppo_epochs=epochs, num_mini_batches=1, whiten_rewards=True, **options)
+        if value == "head":
+            torch.nn.init.normal_(trainer.model.value.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        passes = {"policy": 0, "value": 0}
+
+        def count(name):
+            def seen(module, args, kwargs):
+                passes[name] += "cu_seq_lens_q" in kwargs  # sampling has none
+
+            return seen
+
+        for name in passes if value != "head" else ["policy"]:
+            getattr(trainer.model, name).register_forward_pre_hook(count(name), with_kwargs=True)
+        if again:
+            make_experience = trainer.make_experience
+            trainer.make_experience = lambda rows: replace(make_experience(rows), forward_pass=None)
+        trainer.train()
+        return passes, history(trainer), weights(trainer.model)
+
+    (more, logs, expected), (fewer, ours, found) = run(again=True), run(again=False)
+    batches = 4 // epochs
+    references = {"policy": batches if value == "adapters" else 0, "value": 0}  # the same policy, without its values
+    for name in more if value != "head" else ["policy"]:
+        assert fewer[name] == 4 + references[name] and more[name] == fewer[name] + batches
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for log, other in zip(ours, logs, strict=True):
+        assert log == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_a_pass_serves_a_step_of_all_rows_in_one_micro_batch(make_trainer):
+    for options, serves in (({}, [True, False]), ({"token_budget": 25}, [False]), ({"num_mini_batches": 2}, [False])):
+        trainer = make_trainer(**{"num_mini_batches": 1, "per_device_train_batch_size": 8, **options})
+        for step, expected in enumerate(serves):
+            trainer.state.global_step = step
+            batches = trainer.micro_batches(PROMPTS[:8])
+            assert [batch.forward_pass is not None for batch in batches] == [expected] * len(batches)
+        assert (len(batches) > 1) == ("token_budget" in options)
+        assert trainer.collector.buffer.experience.forward_pass is None
+
+
 def test_value_head_teaches_the_policy_too(make_trainer):
     """The gradient of the value loss goes on through the hidden states."""
     trainer = make_trainer(vf_coef=2.0, cliprange_value=1e6, num_mini_batches=1)
