@@ -116,7 +116,8 @@ def test_ppo(tokenizer, run_options, peft):
     trainer.router.coef = 7.0
     inputs = [{"prompt": row["prompt"]} for row in ROWS]
     loss = trainer.training_step(trainer.model, inputs)
-    sequences, order = trainer.collector.buffer.experience.input_ids, trainer.collector.buffer.experience.order[0]
+    experience = trainer.collector.buffer.experience
+    sequences, order = [sequence.input_ids for sequence in experience.sequences], experience.order[0]
     expected = []
     trainer.model.eval()
     for rows in (order[:2], order[2:]):
