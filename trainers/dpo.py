@@ -211,7 +211,8 @@ class DPOTrainer(BaseTrainer):
 
     The loss is `rlkernels.preference_loss`, or a weighted sum of several (MPO), of the log-probabilities of both
     completions under the model and under a reference: the model as it was, unless another is given. Chosen and rejected
-    completions of a micro-batch run as one packed batch, through the LM head without logits.
+    completions of a micro-batch run as one packed batch, in which a prompt runs once (`share_prefixes`), through the LM
+    head without logits.
 
     The loss of an optimizer step is the mean over its pairs, in micro-batches filled by `token_budget`. The losses aot,
     aot_unpaired, sft and orpo look at all pairs of a micro-batch: with any of them micro-batches are TRL's, of
@@ -272,6 +273,7 @@ class DPOTrainer(BaseTrainer):
         #: The hash of the reference, if its log-probabilities are precomputed; None: the reference runs in each step.
         self.reference_hash: str | None = None
         if precompute:
+            # The layout is none of these: it changes rounding alone.
             settings = (args.bf16, args.fp16, args.ld_alpha, args.model_init_kwargs)
             self.reference_hash = hash_model(model if ref_model is None else ref_model, settings)
         super().__init__(
@@ -335,22 +337,24 @@ class DPOTrainer(BaseTrainer):
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         if self.model.training:
             self.add_tokens_seen(sum(row["num_tokens"] for row in inputs))
-        parts = []
+        parts: list[list[DPOBatch]] = []
         for rows in self.parts(inputs):
+            pairs = [self._pair(row) for row in rows]
             if OVER_THE_BATCH.isdisjoint(self.args.loss_type):
-                chunks = fill([num_run(self._pair(row)) for row in rows], self.args.token_budget)
+                chunks = fill(map(num_run, pairs), self.args.token_budget)
             else:
                 size = self.args.per_device_train_batch_size if self.model.training else len(rows)
                 chunks = fill([1] * len(rows), size)
-            parts.append([self._pairs([rows[index] for index in chunk]) for chunk in chunks])
+            parts.append([])
+            for chunk in chunks:
+                parts[-1].append(self._lay_out([rows[index] for index in chunk], [pairs[index] for index in chunk]))
         return self.even_out([replace(batch, normalizer=len(inputs)) for batch in self.joined(parts)])
 
     def _pair(self, row: dict[str, Any]) -> list[Sequence]:
         return sequences_of(row, self.shares_prefixes)
 
-    def _pairs(self, rows: list[dict[str, Any]]) -> DPOBatch:
+    def _lay_out(self, rows: list[dict[str, Any]], pairs: list[list[Sequence]]) -> DPOBatch:
         device, alpha = self.accelerator.device, self.args.ld_alpha
-        pairs = [self._pair(row) for row in rows]
         sequences = [sequence for side in zip(*pairs, strict=True) for sequence in side]
         counts = [sum(label != IGNORE for label in sequence.labels[1:]) for sequence in sequences]
         weights = reference = None
@@ -430,15 +434,16 @@ class DPOTrainer(BaseTrainer):
                     "has begun: give this dataset to the trainer as eval_dataset"
                 )
             self.reference_model = self.model.eval()
-        lengths = rows["num_tokens"][:]
-        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        order = sorted(range(len(rows)), key=rows["num_tokens"][:].__getitem__)
         order = order[self.accelerator.process_index :: self.accelerator.num_processes]
-        chunks = fill([lengths[index] for index in order], self.args.token_budget)
+        # Rows are read twice, so that they need not all be in memory.
+        chunks = fill((num_run(self._pair(rows[index])) for index in order), self.args.token_budget)
         parts = []
         with self.reference() as reference, self.accelerator.autocast():
             for chunk in logging.tqdm(chunks, desc=f"Reference of {name}", disable=self.args.disable_tqdm):
                 indices = [order[index] for index in chunk]
-                batch = self._pairs([rows[index] for index in indices])
+                read = [rows[index] for index in indices]
+                batch = self._lay_out(read, list(map(self._pair, read)))
                 logps = batch.completion_logprobs(scoring.token_logprobs(reference, batch, fused=self.fused))
                 parts.append((indices, logps.view(2, -1).cpu().numpy()))
         self.reference_model = None

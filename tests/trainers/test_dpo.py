@@ -4,12 +4,14 @@ import dataclasses
 import errno
 import math
 import os
+from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, MambaConfig, MambaForCausalLM, TrainingArguments
 
 import rlkernels.ops.preference_loss as op
 from cases import thorough
@@ -19,7 +21,7 @@ from rlkernels.trainers.base import trainer as base_trainer
 from rlkernels.trainers.base.reference_cache import hash_model
 from rlkernels.trainers.batch import scoring
 from rlkernels.trainers.batch.batch import Batch
-from rlkernels.trainers.data import sequences_of
+from rlkernels.trainers.data import preference_pair, prepare, sequences_of
 
 PAIRS = [
     {"prompt": "ab" + "c" * (i % 5) + "d", "chosen": "ae" + "i" * (i % 3), "rejected": "x" * (1 + i % 4) + "y"}
@@ -269,6 +271,122 @@ def test_simpo(make_trainer, make_model):
         chosen, rejected = (logps(make_model(), first_pairs(trainer), fused=False) / batch.lengths).view(2, 3)
     expected = -torch.nn.functional.logsigmoid(2.0 * (chosen - rejected) - 1.5).mean()
     torch.testing.assert_close(loss, expected)
+
+
+# Shared prefixes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ld_alpha": 0.4, "precompute_ref_log_probs": True},
+        {"use_weighting": True, "token_budget": 40},
+        {"loss_type": ["sigmoid", "aot"]},
+        {"loss_type": ["orpo", "sft"]},
+        thorough({"ld_alpha": 0.4, "token_budget": 1}),
+        thorough({"activation_checkpointing": True}),
+    ],
+    ids=lambda options: "_".join(options) + "_".join(options.get("loss_type", [])),
+)
+def test_sharing_prefixes_changes_rounding_alone(make_trainer, make_model, options):
+    """Losses, gradients and weights, what is logged, and evaluation."""
+    gradients, logs, found = [], [], []
+    for share in ("true", "false"):
+        options |= {"max_steps": 2, "optim": "sgd", "max_grad_norm": 0.0, "eval_dataset": PAIRS[:3]}
+        trainer = make_trainer(ref_model=make_model(seed=1), share_prefixes=share, **options)
+        assert trainer.shares_prefixes == (share == "true")
+        trainer.training_step(trainer.model, [trainer.train_dataset[index] for index in range(4)])
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
+        trainer.metrics.flush(trainer.accelerator)
+        evaluated = trainer.evaluate()
+        trainer.model.zero_grad()
+        trainer.train()
+        logs.append([*history(trainer), {name: evaluated[f"eval_{name}"] for name in ("loss", *dpo.METRICS)}])
+        found.append(weights(trainer))
+    for shared, plain in zip(*logs, strict=True):
+        if "tokens" in plain:
+            assert shared.pop("tokens_run") < plain.pop("tokens_run") == plain["tokens"]
+        assert shared == pytest.approx(plain, rel=1e-4, abs=1e-5)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+    start = weights(SimpleNamespace(model=make_model()))
+    assert (found[0] - found[1]).norm() <= 1e-4 * (found[1] - start).norm()
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_length", "prefixes", "run"),
+    [
+        ([("abcd", "e", "f"), ("abcd", "gh", "i"), ("abcx", "e", "f")], None, [3, 3, 3], 3 + 13 + 6),  # abc of all
+        ([("abcd", "e", "e")], None, [3], 9),  # all is common
+        ([("a", "bc", "bd"), ("", "abc", "abd")], None, [0, 0], 8 + 8),
+        ([("abcd", "efg", "h")], 4, [0], 8),  # efg. and cdh. are left
+        ([("abcd", "e", "h")], 4, [1], 7),  # cde. and cdh. are left
+    ],
+    ids=["several_pairs", "chosen_is_rejected", "none", "other_starts", "one_start"],
+)
+def test_pairs_share_what_they_begin_with(make_trainer, make_model, tokenizer, rows, max_length, prefixes, run):
+    """But for the token that predicts the first one of a completion. Sequences are truncated at their start."""
+    tokenize = partial(preference_pair, tokenizer, max_length=max_length, truncation_mode="keep_end")
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows]
+    trainer = make_trainer(train_dataset=prepare("train_dataset", rows, tokenize))
+    rows = [trainer.train_dataset[index] for index in range(len(rows))]
+    assert [[each.prefix for each in sequences_of(row, True)] for row in rows] == [[each] * 2 for each in prefixes]
+    trainer.model.eval()  # evaluation shares too
+    (batch,) = trainer.micro_batches(rows)
+    whole = first_pairs(trainer, len(rows))
+    assert (batch.num_run, batch.num_tokens) == (run, whole.num_run)
+    with torch.no_grad():
+        found, expected = logps(trainer.model, batch, fused=True), logps(make_model(), whole, fused=False)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_completion_sees_another(make_trainer):
+    """One is changed: the others keep their bits."""
+    trainer, found = make_trainer(share_prefixes="true"), []
+    for chosen in ("aei", "uvw"):
+        pairs = [{"prompt": "abcd", "chosen": chosen, "rejected": "xyz"}, {**PAIRS[2], "prompt": "abcd"}]
+        dataset = trainer.prepared("train_dataset", pairs)
+        (batch,) = trainer.micro_batches([dataset[0], dataset[1]])
+        assert batch.num_run < batch.num_tokens
+        with torch.no_grad():
+            found.append(logps(trainer.model, batch, fused=True))
+    assert [one == other for one, other in zip(*map(torch.Tensor.tolist, found), strict=True)] == [False, *[True] * 3]
+
+
+@pytest.mark.parametrize(("share", "runs"), [("true", [50, 50]), ("false", [44] * 4)])
+def test_a_prompt_counts_once_in_the_budget(make_trainer, monkeypatch, share, runs):
+    """In training and when the reference's log-probabilities are precomputed."""
+    laid_out = []
+
+    def lay_out(self, sequences, *args, **options):
+        laid_out.append(original(self, sequences, *args, **options))
+        return laid_out[-1]
+
+    original = DPOTrainer.lay_out
+    monkeypatch.setattr(DPOTrainer, "lay_out", lay_out)
+    pairs = [{"prompt": letter * 20, "chosen": "x", "rejected": "y"} for letter in "abcd"]
+    trainer = make_trainer(
+        train_dataset=pairs, share_prefixes=share, token_budget=50, precompute_ref_log_probs=True, max_steps=1
+    )
+    assert [batch.num_run for batch in laid_out] == runs
+    laid_out.clear()
+    trainer.train()
+    assert [batch.num_run for batch in laid_out] == runs
+    (log,) = history(trainer)
+    assert (log["tokens"], log["tokens_run"]) == (176, sum(runs))
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["kept", "precomputed"])
+def test_a_reference_that_cannot_share(make_trainer, precompute):
+    """It gets whole sequences; with share_prefixes true it is refused."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=66, hidden_size=16, num_hidden_layers=1, state_size=4)
+    options = {"ref_model": MambaForCausalLM(config), "precompute_ref_log_probs": precompute}
+    trainer = make_trainer(**options)
+    assert not trainer.shares_prefixes
+    (batch,) = trainer.micro_batches([trainer.train_dataset[index] for index in range(3)])
+    assert batch.num_tokens == sum(trainer.train_dataset["num_tokens"][:3])
+    with pytest.raises(ValueError, match="share_prefixes must be auto or false where batches are padded; got true"):
+        make_trainer(train_dataset=PAIRS[1:], share_prefixes="true", **options)
 
 
 def test_metrics_are_those_of_the_first_loss(make_trainer):
