@@ -10,6 +10,7 @@ import rlkernels
 from cases import thorough
 from rlkernels.trainers import GRPOConfig, GRPOTrainer, grpo
 from rlkernels.trainers.batch import scoring
+from rlkernels.trainers.batch.probe import prepare_packing, prepare_sharing
 
 PROMPTS = [{"prompt": "ab" + "c" * (i % 5) + "d", "index": i} for i in range(13)]
 
@@ -421,7 +422,9 @@ def test_log_probabilities_are_those_of_the_sampler_without_dropout(make_trainer
     trainer.train()
     experience = trainer.collector.buffer.experience
     found, batch = experience.old_logprobs, trainer._lay_out(experience, range(8))
-    expected = batch.split(scoring.token_logprobs(make_model(), batch, fused=False))
+    without = make_model()
+    assert prepare_packing(without, torch.device("cpu")) and prepare_sharing(without, torch.device("cpu"))
+    expected = batch.split(scoring.token_logprobs(without, batch, fused=False))
     for old, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(old, wanted, rtol=1e-4, atol=1e-5)
     assert trainer.model.training

@@ -145,16 +145,18 @@ def test_reinforce_plus_plus(make_trainer, fixed, beta):
     expected = (returns - returns.mean()) / returns.std(correction=0)
 
     trainer.training_step(trainer.model, [PROMPTS[row] for row in range(8)])
-    got = trainer.collector.buffer.experience.token_advantages
-    torch.testing.assert_close(torch.stack([got[row][step] for row, step in places]), expected, rtol=1e-4, atol=1e-5)
+    experience = trainer.collector.buffer.experience
+    got = experience.token_advantages
+    found = torch.stack([got[row][step - experience.sequences[row].prefix] for row, step in places])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert sum(int((values != 0).sum()) for values in got) == len(places)
-    assert trainer.collector.buffer.experience.ref_logprobs is None
+    assert experience.ref_logprobs is None
     assert ("kl" in trainer.metrics.sums) == (beta > 0)
 
 
 def test_advantages_of_tokens_that_cancel_have_a_gradient():
     tokens = torch.tensor([0.0, 1.0, -1.0])
-    rollouts = grpo.Experience([[1, 2, 3]] * 2, [], [0.0, 0.0], [True] * 2, 2.0, [tokens, torch.zeros(3)])
+    rollouts = grpo.Experience([], [0.0, 0.0], [True] * 2, 2.0, [tokens, torch.zeros(3)])
     assert rollouts.has_gradient(0) and not rollouts.has_gradient(1)
 
 
