@@ -23,7 +23,7 @@ from .base.limits import Limits
 from .base.loading import disable_dropout, load_model, load_tokenizer, refuse_prompt_learning, set_pad_token
 from .base.rows import each_part
 from .base.trainer import BaseTrainer
-from .batch.batch import Batch, Sequence, num_run
+from .batch.batch import Batch, num_run
 from .batch.packing import fill
 from .batch.scoring import score_head, token_scores
 from .data import prepare, reward_pair, sequences_of
@@ -69,8 +69,9 @@ class RewardTrainer(BaseTrainer):
         loss = mean over pairs of -log sigmoid(chosen - rejected - margin)     (`rlkernels.reward_pair_loss`)
 
     The score of a sequence is that of its last token. Chosen and rejected sequences of a micro-batch run as one packed
-    batch. Logged, in evaluation too: `accuracy` (the share of pairs whose chosen sequence scores higher), `margin`
-    (chosen - rejected), and `min_reward`, `mean_reward` and `max_reward` over all scores.
+    batch, in which what a pair begins with runs once (`share_prefixes`). Logged, in evaluation too: `accuracy` (the
+    share of pairs whose chosen sequence scores higher), `margin` (chosen - rejected), and `min_reward`, `mean_reward`
+    and `max_reward` over all scores.
 
     Args:
         model: a folder, the name of a model in the local Hugging Face cache, or a classifier in memory. A causal
@@ -151,17 +152,14 @@ class RewardTrainer(BaseTrainer):
     def micro_batches(self, inputs: list[dict[str, Any]]) -> list[Batch]:
         if self.model.training:
             self.add_tokens_seen(sum(row["num_tokens"] for row in inputs))
-        chunks = fill([num_run(self._pair(row)) for row in inputs], self.args.token_budget)
-        return self.even_out([self._pairs([inputs[index] for index in chunk], len(inputs)) for chunk in chunks])
-
-    def _pair(self, row: dict[str, Any]) -> list[Sequence]:
-        return sequences_of(row, self.shares_prefixes)
-
-    def _pairs(self, rows: list[dict[str, Any]], normalizer: int) -> RewardBatch:
-        pairs = [self._pair(row) for row in rows]
-        sequences = [sequence for side in zip(*pairs, strict=True) for sequence in side]
-        margin = torch.tensor([row["margin"] or 0.0 for row in rows], dtype=torch.float32)
-        return self.lay_out(sequences, RewardBatch, margin=margin.to(self.accelerator.device), normalizer=normalizer)
+        pairs = [sequences_of(row, self.shares_prefixes) for row in inputs]
+        margins = torch.tensor([row["margin"] or 0.0 for row in inputs], dtype=torch.float32)
+        batches: list[Batch] = []
+        for chunk in fill(map(num_run, pairs), self.args.token_budget):
+            sequences = [sequence for side in zip(*(pairs[index] for index in chunk), strict=True) for sequence in side]
+            margin = margins[chunk].to(self.accelerator.device)
+            batches.append(self.lay_out(sequences, RewardBatch, margin=margin, normalizer=len(inputs)))
+        return self.even_out(batches)
 
     def compute_loss(self, model: nn.Module, batch: RewardBatch) -> Tensor:
         scores = batch.last(token_scores(model, batch)).float()

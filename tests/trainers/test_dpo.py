@@ -292,7 +292,7 @@ def test_sharing_prefixes_changes_rounding_alone(make_trainer, make_model, optio
     """Losses, gradients and weights, what is logged, and evaluation."""
     gradients, logs, found = [], [], []
     for share in ("true", "false"):
-        options |= {"max_steps": 2, "optim": "sgd", "max_grad_norm": 0.0, "eval_dataset": PAIRS[:3]}
+        options |= {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "eval_dataset": PAIRS[:3]}
         trainer = make_trainer(ref_model=make_model(seed=1), share_prefixes=share, **options)
         assert trainer.shares_prefixes == (share == "true")
         trainer.training_step(trainer.model, [trainer.train_dataset[index] for index in range(4)])

@@ -8,9 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from cases import thorough
 from rlkernels.trainers import RewardConfig, RewardTrainer
+from rlkernels.trainers.batch import scoring
+from rlkernels.trainers.data import sequences_of
 
 ROWS = 8
+TIMINGS = ("runtime", "per_second", "preparation_time")
 
 
 def texts(seed: int = 0) -> list[dict]:
@@ -174,11 +178,95 @@ def test_scores_are_those_of_each_sequence_alone(make_trainer, tokenizer):
     ids = trainer.train_dataset[0]["sequences"][0]["input_ids"]
     assert ids[-1] == tokenizer.pad_token_id
     batch = trainer.micro_batches([trainer.train_dataset[0]])[0]
-    from rlkernels.trainers.batch import scoring
-
     score = batch.last(scoring.token_scores(trainer.model, batch))[0]
     alone = trainer.model.score(trainer.model.model(torch.tensor([ids])).last_hidden_state)[0, -1, 0]
     torch.testing.assert_close(score, alone)
+
+
+# Shared prefixes
+
+
+def weights(trainer: RewardTrainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def turns(text: str) -> list[dict]:
+    """The tokens are u:, then those of the text."""
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"center_rewards_coefficient": 0.1},
+        {"token_budget": 60},
+        thorough({"token_budget": 1}),
+        thorough({"activation_checkpointing": True, "gradient_checkpointing": None}),
+    ],
+    ids=lambda options: "_".join(options),
+)
+def test_sharing_prefixes_changes_rounding_alone(make_trainer, options):
+    """Loss, gradient and what is logged, in evaluation too, and the weights after two steps."""
+    options |= {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "save_strategy": "no", "disable_tqdm": True}
+    steps, logs, moves = [], [], []
+    for share in ("true", "false"):
+        trainer = make_trainer(with_margin(messages()), share_prefixes=share, **options)
+        assert trainer.shares_prefixes == (share == "true")
+        steps.append(step(trainer))
+        evaluated = {name: value for name, value in trainer.evaluate().items() if not name.endswith(TIMINGS)}
+        logs.append(trainer.metrics.flush(trainer.accelerator) | evaluated)
+        start = weights(trainer)
+        trainer.model.zero_grad()
+        trainer.train()
+        moves.append(weights(trainer) - start)
+    assert_equal(*steps)
+    assert (moves[0] - moves[1]).norm() <= 1e-4 * moves[1].norm() and moves[1].norm() > 0
+    shared, plain = logs
+    assert shared.pop("tokens_run") < plain.pop("tokens_run") == plain["tokens"]
+    assert shared == pytest.approx(plain, rel=1e-4, abs=1e-5) and "eval_margin" in plain
+
+
+@pytest.mark.parametrize(
+    ("pairs", "prefixes", "run"),
+    [
+        ([(turns("abc"), turns("abde"))], [4], 4 + 1 + 2),
+        ([(turns("abc"), turns("abcd"))], [4], 4 + 1 + 2),  # the shorter one's last token is its own
+        ([(turns("abc"), turns("abc"))], [4], 4 + 1 + 1),
+        ([(turns("abc"), turns("abd")), (turns("abef"), turns("abg"))], [4, 4], 4 + 2 + 3),
+        ([("abc", "xabc"), ("", "a")], [0, 0], 4 + 5 + 1 + 2),  # each with its end
+    ],
+    ids=["some", "the_shorter_one", "all", "several_pairs", "none"],
+)
+def test_pairs_share_what_they_begin_with(make_trainer, pairs, prefixes, run):
+    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    trainer = make_trainer(rows, share_prefixes="true")
+    rows = list(trainer.train_dataset)
+    assert [[each.prefix for each in sequences_of(row, True)] for row in rows] == [[each] * 2 for each in prefixes]
+    (batch,) = trainer.micro_batches(rows)
+    assert (batch.num_run, batch.num_tokens) == (run, sum(row["num_tokens"] for row in rows))
+    scores = batch.last(scoring.token_scores(trainer.model, batch)).view(2, -1).T
+    for row, pair in zip(rows, scores, strict=True):
+        for sequence, score in zip(row["sequences"], pair, strict=True):
+            hidden = trainer.model.model(torch.tensor([sequence["input_ids"]])).last_hidden_state
+            torch.testing.assert_close(score, trainer.model.score(hidden)[0, -1, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_no_sequence_sees_another(make_trainer):
+    """One is changed: the others keep their bits."""
+    found, trainer = [], make_trainer(share_prefixes="true")
+    for chosen in ("xyz", "uvw"):
+        rows = [{"prompt": "abcd", "chosen": chosen, "rejected": "efg"}, {"chosen": "abcdh", "rejected": "abcdij"}]
+        (batch,) = trainer.micro_batches(list(trainer.prepared("train_dataset", rows)))
+        assert batch.num_run < batch.num_tokens
+        found.append(batch.last(scoring.token_scores(trainer.model, batch)).tolist())
+    assert [one == other for one, other in zip(*found, strict=True)] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(("share", "runs"), [("true", [48, 48]), ("false", [44] * 4)])
+def test_what_a_pair_begins_with_counts_once_in_the_budget(make_trainer, share, runs):
+    rows = [{"chosen": letter * 20 + "x", "rejected": letter * 20 + "y"} for letter in "abcd"]
+    trainer = make_trainer(rows, share_prefixes=share, token_budget=50)
+    assert [batch.num_run for batch in trainer.micro_batches(list(trainer.train_dataset))] == runs
 
 
 def test_it_learns(make_trainer):
