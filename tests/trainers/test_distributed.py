@@ -79,7 +79,7 @@ def test_a_group_over_two_processes(results):
     expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(torch.tensor([row["advantage"] for row in first["table"]]).view(-1, 4), expected)
     # The two were given the same prompt, and must not draw the same completions.
-    assert first["rollouts"][0]["input_ids"] != second["rollouts"][0]["input_ids"]
+    assert first["rollouts"][0]["sequences"] != second["rollouts"][0]["sequences"]
     halves = [rank["rollouts"][-1]["advantages"] for rank in (first, second)]
     assert [len(half) for half in halves] == [2, 2]
     assert [row["advantage"] for row in first["table"]] == halves[0] + halves[1]
@@ -93,7 +93,9 @@ def test_drawn_prompts_and_whitening_over_two_processes(results):
     sums = []
     for rollouts in zip(first["rollouts"], second["rollouts"], strict=True):
         values = [torch.cat(each["token_advantages"]) for each in rollouts]
-        scored = [torch.tensor([label != -100 for row in each["labels"] for label in row]) for each in rollouts]
+        scored = [
+            torch.tensor([label != -100 for row in each["sequences"] for label in row.labels]) for each in rollouts
+        ]
         every = torch.cat([part[(part != 0)] for part in values])
         assert len(every) == sum(int(mask.sum()) for mask in scored)
         assert every.mean().abs() < 1e-5 and every.std(correction=0).item() == pytest.approx(1, rel=1e-4)
@@ -105,9 +107,9 @@ def test_drawn_prompts_and_whitening_over_two_processes(results):
 def test_gradient_is_that_of_one_process(results, make_model, tokenizer, tmp_path, run):
     """Which holds the completions of both."""
     first, second = (rank["rollouts"][0] for rank in results(run))
-    names = ["input_ids", "labels", "advantages", "in_loss", *(["token_advantages"] if run == OVER_ALL_TOKENS else [])]
+    names = ["sequences", "advantages", "in_loss", *(["token_advantages"] if run == OVER_ALL_TOKENS else [])]
     both = {name: first[name] + second[name] for name in names}
-    num_tokens = sum(label != -100 for labels in both["labels"] for label in labels)
+    num_tokens = sum(label != -100 for row in both["sequences"] for label in row.labels)
     options = run | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     args = GRPOConfig(
         output_dir=str(tmp_path), num_generations=4, bf16=False, use_cpu=True, report_to="none", **options

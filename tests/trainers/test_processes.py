@@ -30,6 +30,7 @@ def runs(kind, cases):
 
 
 DDP, FSDP2 = runs("ddp", OF_DDP), runs("fsdp2", CASES)
+SHARING = [("ddp", "reward"), ("fsdp2", "dpo"), ("fsdp2", "grpo, sampled")]
 RESUMED = runs("fsdp2", (case for case, (_, options) in CASES.items() if "save_steps" in options))
 
 
@@ -66,10 +67,14 @@ def alone(folder):
 
 
 def assert_same(found, wanted):
-    """Weights, and every metric of every log, to 1e-4."""
+    """Weights, and every metric of every log, to 1e-4. Each process counts its own tokens, and how many are run depends
+    on how groups are split."""
     torch.testing.assert_close(found["weights"], wanted["weights"], rtol=0, atol=1e-4)
     assert len(found["logs"]) == len(wanted["logs"]) >= 5
     for log, other in zip(found["logs"], wanted["logs"], strict=True):
+        apart, together = (each.get("tokens", 0) for each in (log, other))
+        assert apart * 2 == together
+        log, other = ({k: v for k, v in each.items() if not k.startswith("tokens")} for each in (log, other))
         assert log == pytest.approx(other, rel=1e-4, abs=1e-4, nan_ok=True)
 
 
@@ -80,6 +85,15 @@ def test_two_processes_are_as_one(results, alone, kind, case):
         # Or else it would be DDP: on a CPU Accelerate shards nothing, and does not say so.
         assert [step["sharded"] for step in found["steps"]] == [kind == "fsdp2"] * 5
         assert (max(step["micro_batches"] for step in found["steps"]) > 1) == (case != "ppo, scored with a graph")
+
+
+@pytest.mark.parametrize("kind, case", SHARING)
+def test_prefixes_are_shared_on_each_process(results, kind, case):
+    """Which the tests above hold to what one process gives."""
+    for found in results(kind, case):
+        logs = [log for log in found["logs"] if "tokens" in log]
+        assert all(log["tokens_run"] <= log["tokens"] for log in logs)
+        assert sum(log["tokens_run"] for log in logs) < sum(log["tokens"] for log in logs)
 
 
 @pytest.mark.parametrize("kind, case", DDP)
