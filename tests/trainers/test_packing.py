@@ -100,7 +100,8 @@ def test_packed_is_padded_is_alone(attention, checkpointing, fused, window, monk
     """Log-probabilities and gradients. A long sequence's attention is computed otherwise than a short one's."""
     expected = None
     for stored in (512, 0):
-        monkeypatch.setattr("rlkernels.trainers.batch.attention.STORED_SCORES", stored)
+        for name in ("STORED_SCORES", "STORED_QUERIES"):
+            monkeypatch.setattr(f"rlkernels.trainers.batch.attention.{name}", stored)
         for padding_free in (False, True):
             model = mistral(sliding_window=window, attn_implementation=attention)
             assert probe.prepare_packing(model, CPU) and model.config._attn_implementation.startswith("rlkernels")

@@ -1,23 +1,22 @@
-"""Causal attention within each of several sequences that are laid end to end, or that share prefixes.
+"""Causal attention within each of several sequences that are laid end to end, or that share prefixes; for CPUs.
 
-The layout stands in cu_seq_lens_q and cu_seq_lens_k, as flash attention takes it. It consists of blocks. A block with
-as many keys as queries is a sequence or a prefix. A block with more keys is a branch of the prefix before it: its keys
-are those of the prefix, then its own.
+The layout consists of blocks. A block with as many keys as queries is a sequence or a prefix. A block with more keys is
+a branch of the prefix before it: its keys are those of the prefix, then its own.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Up to this length of a sequence its scores are stored for the backward pass, which is faster on a CPU than to compute
-# them again.
+# A block that has no more keys, or no more queries, than this stores its scores for the backward pass, which is faster
+# on a CPU than to compute them again. Those of few queries take no more memory than the copies of keys that sdpa needs.
 STORED_SCORES = 512
+STORED_QUERIES = 96
+# Branches of one prefix are padded to the longest if their lengths, in units of this, round up to the same.
+PADDED_UNIT = 32
 
 
 def attend(
@@ -25,54 +24,79 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    blocks: list[tuple[int, int]],
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
-    softcap: float | None,
+    blocks: Iterable[tuple[int, int]],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention within each of the blocks, which have (queries, keys): [1, heads, N, D] to [1, N, heads, D].
+    Each head's softmax has a further score that belongs to no value: that of `sinks` [heads].
 
-    Neighbours of equal length are computed together, if they are branches of one prefix or no branches. With a mask
-    over N x N, scores between sequences would be computed only to be dropped: a pass over 16 sequences of 102 tokens
-    takes more than twice as long."""
+    Neighbours are computed together: sequences of equal length, and branches of one prefix. With a mask over N x N,
+    scores between sequences would be computed only to be dropped: a pass over 16 sequences of 102 tokens takes more
+    than twice as long."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query.shape[1] // key.shape[1]
+    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     outputs, start = [], 0
-    for (length, prefix), run in itertools.groupby(with_prefixes(blocks)):
-        count = len(list(run))
-        stop = start + count * length
-        # [sequences, heads, length, D]
-        q, k, v = (part[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value))
+    for prefix, lengths in runs(blocks):
+        count, length = len(lengths), max(lengths)
+        stop = start + sum(lengths)
+        is_padded = min(lengths) < length
+        q, k, v = (part[0, :, start:stop] for part in (query, key, value))
         start = stop
+        if is_padded:
+            padded, real = padding(lengths)
+            q, k, v = (part.index_select(1, padded) for part in (q, k, v))
+        # [sequences, heads, length, D]
+        q, k, v = (part.unflatten(1, (count, length)).transpose(0, 1) for part in (q, k, v))
         before = prefix.stop - prefix.start
         if before:
             k, v = (
                 torch.cat([part[:, :, prefix].expand(count, -1, -1, -1), own], 2)
                 for part, own in ((key, k), (value, v))
             )
-        long = before + length > STORED_SCORES and softcap is None
+        is_long = before + length > STORED_SCORES and length > STORED_QUERIES
+        is_stored = not is_long or softcap is not None or sinks is not None
         causal = None
-        if not long or before or (sliding_window is not None and sliding_window < length):
+        if is_stored or before or (sliding_window is not None and sliding_window < length):
             causal = torch.ones(length, before + length, dtype=torch.bool, device=q.device).tril(before)
             if sliding_window is not None:
                 causal = causal.triu(before + 1 - sliding_window)
-        if long:
+        if not is_stored:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             out = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=causal, is_causal=causal is None, dropout_p=dropout, scale=scaling
             )
         else:
             # The query heads that share a key are rows of one product.
-            scores = (q * scaling).reshape(count, key.shape[1], groups * length, -1) @ k.transpose(2, 3)
+            scores = (q * scaling).reshape(count, heads, groups * length, -1) @ k.transpose(2, 3)
             scores = scores.unflatten(2, (groups, length))
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            weights = scores.masked_fill(~causal, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+            scores = scores.masked_fill(~causal, -torch.inf)
+            if sinks is not None:
+                sink = sinks.to(scores.dtype).view(1, heads, groups, 1, 1).expand(count, -1, -1, length, 1)
+                scores = torch.cat([scores, sink], -1)
+            weights = scores.softmax(-1, dtype=torch.float32)[..., : before + length].to(q.dtype)
             weights = nn.functional.dropout(weights, dropout, module.training)
             out = (weights.flatten(2, 3) @ v).view(count, query.shape[1], length, -1)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        out = out.transpose(1, 2).flatten(0, 1)
+        outputs.append(out.index_select(0, real) if is_padded else out)
     return torch.cat(outputs).unsqueeze(0)
+
+
+def runs(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[slice, tuple[int, ...]]]:
+    """Neighbours that are computed together: the places of the prefix that they are branches of, none of others, and
+    their lengths."""
+
+    def alike(block: tuple[int, slice]) -> tuple[int, slice]:
+        length, prefix = block
+        return (-(-length // PADDED_UNIT) * PADDED_UNIT if prefix.stop else length), prefix
+
+    for (_, prefix), run in itertools.groupby(with_prefixes(blocks), alike):
+        yield prefix, tuple(length for length, _ in run)
 
 
 def with_prefixes(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, slice]]:
@@ -86,35 +110,11 @@ def with_prefixes(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, slic
         start += queries
 
 
-def by_sequence(other: str) -> str:
-    """Registers an attention function with transformers and returns its name. It computes packed sequences one after
-    the other, and leaves all else (generation, padded batches) to the implementation `other`."""
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        starts = kwargs.get("cu_seq_lens_q")
-        if starts is None:
-            return ALL_ATTENTION_FUNCTIONS[other](
-                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-            )
-        for name in ("s_aux", "position_bias"):
-            if kwargs.get(name) is not None:
-                raise NotImplementedError(name)
-        if not getattr(module, "is_causal", True) or query.shape[2] != key.shape[2]:
-            raise NotImplementedError("attention that is not causal self-attention")
-        blocks = list(zip(starts.diff().tolist(), kwargs["cu_seq_lens_k"].diff().tolist(), strict=True))
-        window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-        return attend(module, query, key, value, blocks, scaling, dropout, window, softcap), None
-
-    name = f"rlkernels_by_sequence_{other}"
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[other])
-    return name
+@functools.lru_cache(maxsize=64)  # each layer asks again
+def padding(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The place of each token of sequences that are laid end to end once each is padded to the longest, by repeating
+    its last token; and the places of the real ones among these."""
+    longest = torch.arange(max(lengths))
+    own = torch.tensor(lengths).unsqueeze(1)
+    padded = longest.minimum(own - 1) + own.cumsum(0) - own
+    return padded.flatten(), (longest < own).flatten().nonzero().squeeze(1)

@@ -72,8 +72,9 @@ class Batch:
     What the model and the losses take:
 
         model_inputs   keyword arguments of the model. Packed: input_ids [1, M], which holds each prefix once and its
-                       branches after it, position_ids, which start at 0 in each sequence and go on in branches, and
-                       cu_seq_lens_*. Padded on the right to length T: input_ids and attention_mask [S, T]
+                       branches after it, position_ids, which start at 0 in each sequence and go on in branches,
+                       cu_seq_lens_*, and key_index where prefixes are shared. Padded on the right to length T:
+                       input_ids and attention_mask [S, T]
         shift_labels   int64, shaped as input_ids: the token that each position predicts, -100 where it is not in the
                        loss
         index          int64 [N]: the places of the branches' tokens in input_ids; None if these are all, in their order
@@ -179,15 +180,18 @@ def packed_inputs(sequences: Rows[Sequence]) -> tuple[dict[str, Any], Tensor | N
     input_ids: list[int] = []
     position_ids: list[int] = []
     blocks: list[tuple[int, int]] = []  # queries and keys of each block, as attention takes them
+    key_index: list[int] = []  # the places of each block's keys in input_ids
     starts = [0] * len(sequences)  # of the branches in input_ids
 
     def add(sequence: Sequence, first: int, last: int) -> None:
         blocks.append((last - first, last))
+        key_index.extend((*range(root, root + first), *range(len(input_ids), len(input_ids) + last - first)))
         input_ids.extend(sequence.input_ids[first:last])
         position_ids.extend(range(first, last))
 
     for prefix, places in sharing.items():
         is_shared = len(prefix) > 0 and len(places) > 1
+        root = len(input_ids)  # where the prefix starts
         if is_shared:
             add(sequences[places[0]], 0, len(prefix))
         for place in places:
@@ -203,6 +207,8 @@ def packed_inputs(sequences: Rows[Sequence]) -> tuple[dict[str, Any], Tensor | N
         "max_length_q": max(queries),
         "max_length_k": max(keys),
     }
+    if len(key_index) > len(input_ids):
+        inputs["key_index"] = torch.tensor(key_index)
     if not any(sequence.prefix for sequence in sequences):
         return inputs, None
     spans = zip(starts, sequences, strict=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,10 +10,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import by_sequence
 from .batch import IGNORE, Batch, Sequence
+from .implementations import attention_function, by_mask, by_sequence, gather_keys
 
 logger = transformers.utils.logging.get_logger(__name__)
 
@@ -39,18 +38,14 @@ def prepare_packing(model: Any, device: torch.device) -> bool:
         return False
     model = _base_model(model)
     own = model.config._attn_implementation
-    if own.startswith("flash") and model.device != device:
+    if "flash" in own and model.device != device:
         return True  # the model cannot run before FSDP places it; flash attention is told where sequences start
     alone = probe(model, packed=False)
-    # A model's own eager attention is not among transformers' functions; sdpa then serves what is not packed.
-    if device.type == "cpu" and own in ("sdpa", "eager"):
-        with contextlib.suppress(ValueError):  # raised by a model without such attention
-            if has_plain_masks(model, "sdpa", alone):
-                model.set_attn_implementation(by_sequence("sdpa"))
-                if _same(probe(model, packed=True), alone):
-                    return True
-        if model.config._attn_implementation != own:
-            model.set_attn_implementation(own)
+    if device.type == "cpu" and own in ("sdpa", "eager") and has_plain_masks(model, own, alone):
+        name = by_sequence(own)
+        if _with_attention(model, name, lambda: _same(probe(model, packed=True), alone)):
+            model.set_attn_implementation(name)
+            return True
     if _same(probe(model, packed=True), alone):
         return True
     logger.warning(f"{type(model).__name__} does not keep packed sequences apart: its batches are padded.")
@@ -59,14 +54,64 @@ def prepare_packing(model: Any, device: torch.device) -> bool:
 
 def prepare_sharing(model: Any, device: torch.device) -> bool:
     """Whether a model that `prepare_packing` took gives the branches of a shared prefix what it gives whole sequences.
-    The model is run on a few to find out."""
+    The model is run on a few to find out. Its attention is replaced where branches need that. `device` is the one that
+    the model is trained on."""
     model = _base_model(model)
-    if model.config._attn_implementation.startswith("rlkernels"):
-        alone, shared = (probe(model, packed=packed, prefix=PREFIX) for packed in (False, True))
-        if _same(shared, alone):
+    own = model.config._attn_implementation
+    if own.startswith("rlkernels"):
+        shares = _shares(model)
+    elif "flash" in own:
+        shares = _shares_by_flash(model, own, device)
+    else:
+        shares = _shares_by_mask(model, own)
+    if not shares:
+        logger.warning(f"{type(model).__name__} does not share prefixes: each sequence is run as a whole.")
+    return shares
+
+
+def _shares(model: Any, gradient: bool = False) -> bool:
+    return _same(probe(model, packed=True, prefix=PREFIX, gradient=gradient), probe(model, packed=False, prefix=PREFIX))
+
+
+def _shares_by_flash(model: Any, own: str, device: torch.device) -> bool:
+    """Whether prefixes are shared by flash attention, which would read memory out of range for a model that does not
+    pass all of its arguments on. A model must therefore share by `by_sequence` first, for which it need not be on a
+    GPU; and that must do where FSDP has yet to place it there."""
+
+    def shares_by_sequence(plain: str) -> bool:
+        is_plain = _with_attention(model, plain, lambda: has_plain_masks(model, plain, probe(model, packed=False)))
+        return is_plain and _with_attention(model, by_sequence(plain), lambda: _shares(model))
+
+    if not any(map(shares_by_sequence, ("sdpa", "eager"))):
+        return False
+    gather_keys(own)
+    return model.device != device or _shares(model)
+
+
+def _shares_by_mask(model: Any, own: str) -> bool:
+    """Whether prefixes are shared by FlexAttention, or by the model's own attention, if they are given a mask."""
+    if not has_plain_masks(model, own, probe(model, packed=False)):
+        return False
+    for masked in dict.fromkeys(("flex_attention", own)):
+        name = by_mask(own, masked)
+        if _with_attention(model, name, lambda: _shares(model, gradient=True)):
+            model.set_attn_implementation(name)
             return True
-    logger.warning(f"{type(model).__name__} does not share prefixes: each sequence is run as a whole.")
     return False
+
+
+def _with_attention(model: Any, implementation: str, found: Callable[[], bool]) -> bool:
+    """What is `found` while the model has this implementation of attention; False if it cannot have it."""
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        model.set_attn_implementation(implementation)
+        return found()
+    except (ValueError, ImportError):  # raised by a model without such attention
+        return False
+    finally:
+        for config, own in before:
+            config._attn_implementation = own
 
 
 def _base_model(model: Any) -> Any:
@@ -111,13 +156,13 @@ def has_plain_masks(model: Any, other: str, alone: Tensor | None) -> bool:
             raise NotImplementedError("a mask that the model changed")
         window = kwargs.get("sliding_window")
         told.add(None if window is None or window >= FAR else window)
-        return ALL_ATTENTION_FUNCTIONS[other](module, query, key, value, attention_mask, **kwargs)
+        return attention_function(module, other)(module, query, key, value, attention_mask, **kwargs)
 
     name = f"rlkernels_masks_of_{other}"
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
-    model.set_attn_implementation(name)
-    return _same(probe(model, packed=False), alone) and told <= asked and len(told) > 0
+    is_same = _with_attention(model, name, lambda: _same(probe(model, packed=False), alone))
+    return is_same and told <= asked and len(told) > 0
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
@@ -135,10 +180,11 @@ def _window_of(mask_function: Any) -> int | None:
     return None if window > FAR else window
 
 
-def probe(model: Any, packed: bool, prefix: int = 0) -> Tensor | None:
+def probe(model: Any, packed: bool, prefix: int = 0, gradient: bool = False) -> Tensor | None:
     """The last hidden states [..., N, H] of a few sequences, packed or each alone; None if the model cannot run on
-    them. The sequences are longer than every window and chunk. With a `prefix` they begin with the same `prefix`
-    tokens, which packed sequences share, and N is the number of tokens in their branches."""
+    them, or if it cannot run backward, with `gradient`. The sequences are longer than every window and chunk. With a
+    `prefix` they begin with the same `prefix` tokens, which packed sequences share, and N is the number of tokens in
+    their branches."""
     try:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
         lengths = [min(length, limit) if limit > 0 else length for length in PROBE]
@@ -149,7 +195,7 @@ def probe(model: Any, packed: bool, prefix: int = 0) -> Tensor | None:
             if packed:
                 sequences = [Sequence(row, [IGNORE] * len(row), prefix) for row in rows]
                 batch = Batch.lay_out(sequences, _device(model))
-                hidden = _hidden_states(model, batch.model_inputs)
+                hidden = _hidden_states(model, batch.model_inputs, gradient)
                 return hidden if batch.index is None else hidden.index_select(-2, batch.index)
             # One row at a time, because classifiers without a padding token refuse several.
             alone = [_hidden_states(model, {"input_ids": torch.tensor([row], device=_device(model))}) for row in rows]
@@ -166,12 +212,22 @@ def _same(found: Tensor | None, expected: Tensor | None) -> bool:
     return bool((error <= (1e-3 if found.dtype == torch.float32 else 0.1) * expected.float().norm(dim=-1)).all())
 
 
-@torch.no_grad()
-def _hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
-    flash = model.config._attn_implementation.startswith("flash")  # flash attention has no float32
-    with torch.autocast(_device(model).type, torch.bfloat16, enabled=flash):
-        output = model(**inputs | {"use_cache": False, "output_hidden_states": True})
+def _hidden_states(model: Any, inputs: dict[str, Any], gradient: bool = False) -> Tensor:
+    flash = "flash" in model.config._attn_implementation  # flash attention has no float32
+    embedded: list[Tensor] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[-1]))
+    try:
+        with (
+            torch.set_grad_enabled(gradient),
+            torch.autocast(_device(model).type, torch.bfloat16, enabled=flash),
+        ):
+            output = model(**inputs | {"use_cache": False, "output_hidden_states": True})
+    finally:
+        hook.remove()
     hidden = output.hidden_states[-1].flatten(-3, -2)
+    if gradient:
+        torch.autograd.grad(hidden.sum(), embedded)
+    hidden = hidden.detach()
     return hidden.bfloat16() if flash else hidden
 
 
