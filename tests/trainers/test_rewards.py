@@ -1,6 +1,7 @@
 """The contract of reward functions, and what each breach of it ends in."""
 
 import asyncio
+import contextlib
 import copy
 import functools
 import io
@@ -15,9 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import GPTNeoConfig, GPTNeoForSequenceClassification, LlamaForSequenceClassification
 
+from rlkernels.trainers import GRPOConfig
+from rlkernels.trainers.batch.batch import Batch
 from rlkernels.trainers.rewards import process_settings as settings
 from rlkernels.trainers.rewards.functions import RewardError, RewardFunctions
+from rlkernels.trainers.rewards.model import RewardModel
 
 ROWS = {
     "prompts": ["1+1=", "2+2=", "3+3="],
@@ -490,3 +495,94 @@ def test_what_cannot_be_logged(log, message):
 
     with pytest.raises(RewardError, match=f"^reward function 'logs' raised {message}"):
         call(logs)
+
+
+# Reward models
+
+
+@pytest.fixture
+def make_reward_model(make_model, tokenizer, run_options, tmp_path):
+    """One that reads the policy's tokens or, with `own`, tokens of its own."""
+
+    def make(own=False, model=None, **options):
+        config = make_model().config
+        config.num_labels = 1
+        other = copy.deepcopy(tokenizer)
+        if own:
+            other.add_tokens(["cd"])
+            config.vocab_size = len(other)
+        if model is None:
+            torch.manual_seed(1)
+            model = LlamaForSequenceClassification(config)
+        if own:
+            model.save_pretrained(tmp_path / "scorer")
+            other.save_pretrained(tmp_path / "scorer")
+            model.config._name_or_path = str(tmp_path / "scorer")
+        reward = RewardModel(model, GRPOConfig(**run_options, **options))
+        reward.prepare(SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext), tokenizer)
+        return reward
+
+    return make
+
+
+def completed(tokenizer, chat=False, last="y<eos>") -> dict[str, list]:
+    """Two prompts, by turns; a completion may end, and may be what another begins with."""
+    pairs = [("abcd", "e<eos>"), ("abx", "y"), ("abcd", "fg<eos>"), ("abcd", "h"), ("abx", last)]
+    ids = [tokenizer(completion)["input_ids"] for _, completion in pairs]
+    texts = [completion.removesuffix("<eos>") for _, completion in pairs]
+    prompts = [prompt for prompt, _ in pairs]
+    if chat:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [[{"role": "assistant", "content": text}] for text in texts]
+    return {"prompts": prompts, "completions": texts, "completion_ids": ids}
+
+
+@pytest.mark.parametrize("budget", [8192, 12], ids=["whole", "split"])
+@pytest.mark.parametrize(("own", "chat"), [(False, False), (False, True), (True, False), (True, True)])
+def test_completions_of_a_prompt_share_it(make_reward_model, tokenizer, monkeypatch, own, chat, budget):
+    """Their scores are those of each alone, to rounding."""
+    rows, laid_out = completed(tokenizer, chat), []
+
+    def lay_out(sequences, *args, **options):
+        laid_out.append(original(sequences, *args, **options))
+        return laid_out[-1]
+
+    original = Batch.lay_out
+    monkeypatch.setattr(Batch, "lay_out", lay_out)
+    scores, runs = [], []
+    for share in ("auto", "false"):
+        reward = make_reward_model(own, share_prefixes=share, token_budget=budget)
+        assert reward.shares_prefixes == (share == "auto") and (reward.own_tokenizer is not None) == own
+        laid_out.clear()
+        scores.append(reward(**rows))
+        runs.append((sum(batch.num_run for batch in laid_out), sum(batch.num_tokens for batch in laid_out)))
+        assert budget == 8192 or all(batch.num_run <= 12 for batch in laid_out if len(batch.cu_seqlens) > 2)
+    (run, tokens), plain = runs
+    assert plain == (tokens, tokens) and run < tokens
+    if not own and not chat and budget == 8192:
+        assert runs[0] == (4 + 2 + 3 + 1 + 3 + 1 + 2, 6 + 7 + 5 + 4 + 5)
+    ids = reward._token_ids(**rows)
+    hidden = [reward.model.model(torch.tensor([each])).last_hidden_state for each in ids]
+    alone = [reward.model.score(each)[0, -1].item() for each in hidden]
+    assert scores[0] == pytest.approx(alone, rel=1e-5, abs=1e-5) == scores[1]
+
+
+def test_no_completion_sees_another(make_reward_model, tokenizer):
+    """One is changed: the scores of the others keep their bits."""
+    reward = make_reward_model(share_prefixes="true")
+    one, other = (reward(**completed(tokenizer, last=last)) for last in ("yz", "yw"))
+    assert [a == b for a, b in zip(one, other, strict=True)] == [True] * 4 + [False]
+
+
+def test_a_reward_model_that_cannot_share(make_reward_model, tokenizer):
+    """It reads whole sequences; with share_prefixes true it is refused."""
+
+    def cannot():
+        options = {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 3, "num_labels": 1}
+        return GPTNeoForSequenceClassification(GPTNeoConfig(vocab_size=66, hidden_size=32, num_heads=4, **options))
+
+    reward = make_reward_model(model=cannot())
+    assert not reward.shares_prefixes and len(reward(**completed(tokenizer))) == 5
+    with pytest.raises(ValueError, match="share_prefixes must be auto or false where the reward model GPTNeoFor"):
+        make_reward_model(model=cannot(), share_prefixes="true")
+    assert not make_reward_model(share_prefixes="false").shares_prefixes

@@ -39,8 +39,16 @@ class RewardModel:
         self.fits = self.limits.fit(self.own_tokenizer or tokenizer)
         self.model.to(accelerator.device).eval()
         self.padding_free = self.args.padding_free and prepare_packing(self.model, accelerator.device)
-        wanted = self.padding_free and self.args.share_prefixes != "false"
-        self.shares_prefixes = wanted and prepare_sharing(self.model, accelerator.device)
+        #: Whether what the completions of a prompt begin with is run once for all of them.
+        self.shares_prefixes = self.args.share_prefixes != "false" and self._can_share(accelerator.device)
+
+    def _can_share(self, device: torch.device) -> bool:
+        if self.padding_free and prepare_sharing(self.model, device):
+            return True
+        if self.args.share_prefixes == "true":
+            reason = f"the reward model {self.__name__} cannot share them"
+            raise ValueError(f"share_prefixes must be auto or false where {reason}; got true")
+        return False
 
     def check_prompt(self, prompt: Any) -> None:
         """Raises ValueError if the prompt alone is beyond the model's limits."""
@@ -70,7 +78,7 @@ class RewardModel:
         return scores
 
     def _sequences(self, prompts: list, rows: list[list[int]]) -> list[Sequence]:
-        """The token ids as sequences; those of one prompt share their prefix."""
+        """The token ids as sequences. Those of one prompt share what all of them begin with."""
         sequences = [Sequence(ids, [IGNORE] * len(ids)) for ids in rows]
         if self.shares_prefixes:
             of_prompt: dict[str, list[int]] = {}
