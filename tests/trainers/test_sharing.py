@@ -11,9 +11,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import labelled_models
+from rlkernels.trainers import GRPOConfig, GRPOTrainer, Rollout
+from rlkernels.trainers.base import trainer as base_trainer
 from rlkernels.trainers.batch import probe, scoring
 from rlkernels.trainers.batch.batch import IGNORE, Batch, Sequence, num_run, sharing
 from rlkernels.trainers.batch.packing import fill_by_length
+from rlkernels.trainers.rollouts import experience as experiences
+from tiny_model import build_mixture, build_model
 from tolerance import assert_as_accurate_as_torch
 
 CPU = torch.device("cpu")
@@ -318,3 +322,226 @@ def test_products_fall_as_tokens(make_model):
         heads.append(products - 6 * weights * batch.num_run)
     assert heads[0] == heads[1] > 0
     assert num_run(rows) < 0.6 * num_run(whole(rows))
+
+
+# Trainers
+
+
+PROMPTS = [{"prompt": "ab" + "c" * (4 + index % 5) + "d", "index": index} for index in range(13)]
+
+
+@pytest.fixture
+def make_trainer(tokenizer, run_options):
+    def make(model=None, rollout=None, **options):
+        options = {
+            **run_options,
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "learning_rate": 0.05,
+            "max_steps": 3,
+            "optim": "sgd",  # which does not magnify rounding where a gradient is near 0
+            "token_budget": 32,
+        } | options
+        model = build_model() if model is None else model
+        config = GRPOConfig(**options)
+        return GRPOTrainer(model, some_are_better, config, PROMPTS, processing_class=tokenizer, rollout=rollout)
+
+    return make
+
+
+def some_are_better(completion_ids, index, **columns):
+    """Nothing is to be learned from one prompt."""
+    rows = enumerate(zip(completion_ids, index, strict=True))
+    return [1.0 if number == 3 else float(row % 3 + sum(ids) % 5) for row, (ids, number) in rows]
+
+
+def turns(prompts: list, sampling) -> list[Rollout]:
+    """Completions of two turns of the model, with a tool's tokens in between; some do not end."""
+    rollouts = []
+    for row, prompt in enumerate(prompts):
+        drawn = random.Random(f"{prompt} {sampling.step} {row}")
+        rollout = Rollout([1, 2, *[3] * (len(prompt) - 2)], [drawn.randrange(1, 60)], True, [-4.0 - drawn.random()])
+        rollout.extend([7, 8, 9][: drawn.randrange(1, 4)], own=False)
+        ids = [drawn.randrange(1, 60) for _ in range(drawn.randrange(1, 4))]
+        rollout.extend(ids, [-4.0 - drawn.random() for _ in ids], own=True)
+        rollout.ended = drawn.random() < 0.7
+        rollouts.append(rollout)
+    return rollouts
+
+
+def history(trainer) -> list[dict]:
+    timings = ("runtime", "per_second", "total_flos", "train_loss", "tokens_run")
+    logs = [{k: v for k, v in log.items() if not k.endswith(timings)} for log in trainer.state.log_history]
+    return [log for log in logs if "loss" in log]
+
+
+def weights(trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def assert_trained_alike(shared, apart):
+    """Every metric but how many tokens were run, and the weights, to rounding."""
+    assert shared.shares_prefixes and not apart.shares_prefixes
+    for log, other in zip(history(shared), history(apart), strict=True):
+        assert log == pytest.approx(other, rel=2e-4, abs=2e-6)
+    for log in shared.state.log_history[:-1]:
+        assert log["tokens_run"] < log["tokens"]
+    assert all(log["tokens_run"] == log["tokens"] for log in apart.state.log_history[:-1])
+    torch.testing.assert_close(weights(shared), weights(apart), rtol=1e-4, atol=2e-6)
+    assert not torch.equal(weights(shared), torch.cat([each.flatten() for each in build_model().parameters()]))
+
+
+EVERYTHING = {
+    "num_iterations": 2,
+    "beta": 0.1,
+    "importance_sampling_correction": True,
+    "mask_truncated_completions": True,
+    # First tokens of a group have one entropy, up to rounding: the quantile must not be among them.
+    "top_entropy_quantile": 0.3,
+}
+
+
+@pytest.mark.parametrize(
+    ("rollout", "options"),
+    [
+        pytest.param(None, {}, id="plain"),
+        pytest.param(
+            None, {"num_iterations": 2, "loss_type": "luspo", "advantage": "rloo", "temperature": 0.7}, id="rloo"
+        ),
+        pytest.param(turns, EVERYTHING, id="turns"),
+        pytest.param(turns, EVERYTHING | {"advantage": "reinforce_plus_plus"}, id="turns, by token"),
+        pytest.param(
+            None, {"activation_checkpointing": True, "loss_type": "bnpo", "gradient_accumulation_steps": 2}, id="parts"
+        ),
+    ],
+)
+def test_grpo_learns_alike(make_trainer, rollout, options):
+    trainers = [make_trainer(rollout=rollout, share_prefixes=share, **options) for share in (True, False)]
+    micro_batches = []
+    for trainer in trainers:
+        made = trainer.micro_batches
+        trainer.micro_batches = lambda rows, made=made: micro_batches.append(made(rows)) or micro_batches[-1]
+        trainer.train()
+    assert max(map(len, micro_batches)) > 1
+    assert_trained_alike(*trainers)
+
+
+def test_adapters_learn_alike(make_trainer):
+    peft = pytest.importorskip("peft")
+    trainers = []
+    for share in (True, False):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        model = peft.get_peft_model(build_model(), config)
+        trainers.append(make_trainer(model, share_prefixes=share, beta=0.1, num_iterations=2))
+        trainers[-1].train()
+    assert_trained_alike(*trainers)
+
+
+def test_sampled_completions_are_the_same_bits(make_trainer):
+    shared, apart = (make_trainer(share_prefixes=share, max_steps=1) for share in (True, False))
+    for trainer in (shared, apart):
+        trainer.train()
+    assert [row["completion"] for row in shared.completions] == [row["completion"] for row in apart.completions]
+
+
+def test_a_router_loss_counts_each_token(make_trainer, monkeypatch):
+    """Prefixes are shared without one, and the mixture then learns alike."""
+    said: list[str] = []
+    monkeypatch.setattr(base_trainer.logger, "warning", said.append)
+    trainer = make_trainer(build_mixture(), router_aux_loss_coef=0.1)
+    assert trainer.padding_free and not trainer.shares_prefixes
+    (line,) = [each for each in said if "prefixes" in each]
+    assert line.startswith("prefixes are not shared: the router loss counts a token each time") and "\n" not in line
+    with pytest.raises(ValueError, match=r"share_prefixes must be auto or false where the router loss .*; got true"):
+        make_trainer(build_mixture(), router_aux_loss_coef=0.1, share_prefixes=True)
+    shared, apart = (
+        make_trainer(build_mixture(), router_aux_loss_coef=0.0, share_prefixes=share) for share in ("auto", "false")
+    )
+    for trainer in (shared, apart):
+        trainer.train()
+    assert_trained_alike(shared, apart)
+
+
+def mamba() -> transformers.MambaForCausalLM:
+    sizes = {"vocab_size": build_model().config.vocab_size, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+
+
+def test_models_that_cannot_share_are_told(make_trainer, caplog):
+    trainer = make_trainer(mamba(), rollout=turns)
+    assert not trainer.shares_prefixes and not trainer.padding_free
+    lines = [each.getMessage() for each in caplog.records if "MambaForCausalLM" in each.getMessage()]
+    assert [each for each in lines if "packed" in each] == [
+        "MambaForCausalLM does not keep packed sequences apart: its batches are padded."
+    ]
+    with pytest.raises(ValueError, match="share_prefixes must be auto or false where batches are padded; got true"):
+        make_trainer(mamba(), rollout=turns, share_prefixes=True)
+
+
+def test_models_that_are_packed_but_cannot_share_are_told(make_trainer, monkeypatch, caplog):
+    def without_sharing(model, packed, prefix=0, find=probe.probe):
+        return None if packed and prefix else find(model, packed, prefix)
+
+    monkeypatch.setattr(probe, "probe", without_sharing)
+    trainer = make_trainer()
+    assert trainer.padding_free and not trainer.shares_prefixes
+    assert [each.getMessage() for each in caplog.records].count(
+        "LlamaForCausalLM does not share prefixes: each sequence is run as a whole."
+    ) == 1
+    with pytest.raises(ValueError, match="share_prefixes must be auto or false where a model cannot share them; got"):
+        make_trainer(share_prefixes=True)
+
+
+# Checkpoints
+
+
+SAVED = {"num_iterations": 2, "beta": 0.1, "advantage": "reinforce_plus_plus", "top_entropy_quantile": 0.5}
+SAVED |= {"importance_sampling_correction": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 3}
+
+
+@pytest.fixture
+def resume(make_trainer, tmp_path, monkeypatch):
+    """Goes on from step 3, amid an experience, of a run with `saved`; `edit` changes the state of its checkpoint."""
+
+    def resumed(saved: bool, share: bool, edit=None):
+        monkeypatch.undo()
+        whole = make_trainer(output_dir=str(tmp_path / "whole"), share_prefixes=saved, **SAVED)
+        whole.train()
+        checkpoint = tmp_path / "whole" / "checkpoint-3"
+        warnings: list[str] = []
+        monkeypatch.setattr(experiences.logger, "warning", warnings.append)
+        trainer = make_trainer(output_dir=str(tmp_path / "resumed"), share_prefixes=share, **SAVED)
+        if edit is not None:
+            load = trainer.collector.buffer.load_state_dict
+            trainer.collector.buffer.load_state_dict = lambda state: load(edit(state))
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return whole, trainer, [each for each in warnings if "completed anew" in each]
+
+    return resumed
+
+
+def test_resumes_exactly(resume):
+    whole, resumed, warnings = resume(saved=True, share=True)
+    assert not warnings and history(resumed) == history(whole)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_values_of_branches_do_not_serve_whole_sequences(resume, share):
+    _, resumed, (warning,) = resume(saved=not share, share=share)
+    assert "share_prefixes" in warning and "\n" not in warning
+    assert resumed.shares_prefixes == share and resumed.state.global_step == 4
+
+
+def test_an_experience_of_an_earlier_version_is_of_whole_sequences(resume):
+    def older(state):
+        rollouts = dict(state["rollouts"])
+        sequences = rollouts.pop("sequences")
+        assert [each["prefix"] for each in sequences] == [0] * 8
+        rollouts |= {name: [each[name] for each in sequences] for name in ("input_ids", "labels")}
+        return state | {"rollouts": rollouts}
+
+    whole, resumed, warnings = resume(saved=False, share=False, edit=older)
+    assert not warnings and torch.equal(weights(resumed), weights(whole))
