@@ -3,6 +3,7 @@
 import gc
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,22 +39,22 @@ class AccuracyCallback(TrainerCallback):
         self.console.print(f"step {state.global_step:3d}  held-out accuracy {accuracy:.2f}")
 
 
-def config(run: Run, steps: int, eval_strategy: str) -> GRPOConfig:
+def config(run: Run, steps: int) -> GRPOConfig:
     # On a CPU and at these lengths, the backward pass of fused attention is several times slower than the eager one.
     attention = "sdpa" if torch.accelerator.is_available() else "eager"
     return GRPOConfig(
         output_dir=str(run.folder),
         seed=run.seed,
         max_steps=steps,
-        learning_rate=1e-5,
-        lr_scheduler_type="constant",
+        learning_rate=2e-5,
+        lr_scheduler_type="linear",
         per_device_train_batch_size=64,
         num_generations=8,
         max_completion_length=12,
         activation_checkpointing=False,
         model_init_kwargs={"attn_implementation": attention},
         reward_weights=list(Grader.weights),
-        eval_strategy=eval_strategy,
+        eval_strategy="steps",
         eval_steps=0.5,
         per_device_eval_batch_size=100,
         num_generations_eval=4,
@@ -66,39 +67,31 @@ def config(run: Run, steps: int, eval_strategy: str) -> GRPOConfig:
 
 
 def make_trainer(
-    run: Run, steps: int, callbacks: list[TrainerCallback], eval_strategy: str = "steps"
-) -> tuple[GRPOTrainer, Grader]:
-    model = str(model_folder())
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    grader = Grader(tokenizer.eos_token_id)
-    train, held_out = problems()
-    trainer = GRPOTrainer(
-        model,
-        grader.rewards,
-        config(run, steps, eval_strategy),
-        Dataset.from_list(train),
-        Dataset.from_list(held_out),
-        tokenizer,
-        callbacks=callbacks,
-    )
+    args: GRPOConfig, tokenizer: Any, rewards: list[Callable[..., list[float]]], callbacks: list[TrainerCallback]
+) -> GRPOTrainer:
+    train, held_out = map(Dataset.from_list, problems())
+    trainer = GRPOTrainer(str(model_folder()), rewards, args, train, held_out, tokenizer, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
-    return trainer, grader
+    return trainer
 
 
-def calibrate(run: Run) -> tuple[int, float]:
-    """(optimizer steps that fit into the minutes, seconds that are left for them). Trains by a trainer of its own, so
-    that the run itself has the same bits as one with --steps."""
+def calibrate(run: Run, tokenizer: Any) -> tuple[int, float]:
+    """(optimizer steps that fit into the minutes, seconds that are left for them). The two steps that are measured have
+    a trainer of their own, so that the run has the same bits as one with --steps."""
     start, seconds = time.perf_counter(), 60 * run.minutes
-    run.console.print("calibrating by up to two steps that are not kept")
-    # The first step of a process is slower than others. It stands alone only where there is no time for a second one.
+    run.console.print("calibrating by two steps that are not kept")
+    args = config(run, steps=2)
+    args.eval_strategy, args.reward_weights = "no", None
+    # The first step of a process is slower than others. It is the only one where two would take too long.
     timer = StepTimer(limit=seconds / 10, fewest=1)
-    trainer, _ = make_trainer(run, 2, [timer], eval_strategy="no")
+    trainer = make_trainer(args, tokenizer, [timer.sampled], [timer])
     trainer.train()
     del trainer
     gc.collect()  # it refers to itself, and holds a model, gradients and the optimizer's state
-    first, left = min(timer.seconds), seconds - (time.perf_counter() - start)
-    steps = steps_within(left, first)
-    run.console.print(f"a step takes {first:.1f} s at first; --steps {steps} repeats this run")
+    step, sampling = min(zip(timer.seconds, timer.sampling, strict=True))
+    left = seconds - (time.perf_counter() - start)
+    steps = steps_within(left, sampling, step - sampling)
+    run.console.print(f"a step takes {step:.1f} s at first; --steps {steps} repeats this run")
     return steps, left
 
 
@@ -109,11 +102,13 @@ def learn(run: Run) -> Learned:
     transformers.logging.disable_progress_bar()
     progress = ProgressCallback(run, {"reward": "reward", "length": "completions/mean_length"})
     callbacks = [progress, AccuracyCallback(run.console)]
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    grader = Grader(tokenizer.eos_token_id)
     steps = run.steps
     if steps is None:
-        steps, seconds = calibrate(run)
+        steps, seconds = calibrate(run, tokenizer)
         callbacks.append(StepTimer(OVERTIME * seconds, FEWEST_STEPS))
-    trainer, grader = make_trainer(run, steps, callbacks)
+    trainer = make_trainer(config(run, steps), tokenizer, grader.rewards, callbacks)
     trainer.evaluate()
     with progress.bar:
         trained = trainer.train()

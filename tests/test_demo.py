@@ -290,6 +290,21 @@ def test_step_timer_ends_before_its_limit(monkeypatch, seconds, limit, fewest, t
     assert timer.seconds == seconds[:taken]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "sampling", "learning", "steps"),
+    [
+        (300.0, 2.0, 8.0, 10 + 200 // 4.4),
+        (95.0, 2.0, 8.0, 9 + 1),
+        (300.0, 20.0, 50.0, 4),
+        (300.0, 100.0, 900.0, 4),
+        (-60.0, 100.0, 900.0, 4),
+        (300.0, 0.1, 0.1, 10 + 298 // 0.13),
+    ],
+)
+def test_steps_within_a_time(seconds, sampling, learning, steps):
+    assert importlib.import_module("calibration").steps_within(seconds, sampling, learning) == steps
+
+
 def test_run_by_minutes_is_repeated_by_its_steps(start, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.import_module("learn"), "OVERTIME", math.inf)
     assert run_demo("--minutes", "0.02", "--output_dir", str(tmp_path / "by_minutes")) == 0
@@ -305,7 +320,7 @@ def test_run_by_minutes_is_repeated_by_its_steps(start, tmp_path, capsys, monkey
 
 def test_run_whose_time_is_over_ends(start, tmp_path, capsys, monkeypatch):
     """The machine has become slower since the calibration."""
-    monkeypatch.setattr(importlib.import_module("learn"), "steps_within", lambda seconds, first: 1000)
+    monkeypatch.setattr(importlib.import_module("learn"), "steps_within", lambda *_: 1000)
     assert run_demo("--minutes", "0.01", "--output_dir", str(tmp_path / "run")) == 0
     steps = json.loads((tmp_path / "run" / "result.json").read_text())["steps"]
     assert importlib.import_module("calibration").FEWEST_STEPS <= steps < 1000
