@@ -495,6 +495,36 @@ def test_what_saves_memory_changes_nothing(make_trainer, make_model, make_classi
         torch.testing.assert_close(others, learned[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"token_budget": 25}, {"score_at": "after_last"}], ids=str)
+@pytest.mark.parametrize("value", ["head", "model"])
+def test_prompts_that_repeat_are_run_once(make_trainer, make_model, make_classifier, value, options):
+    """By the policy, its value function and the reference. All but the number of tokens run is as without sharing."""
+    learned = []
+    for share in ("true", "false"):
+        trainer = make_trainer(
+            train_dataset=[row for row in PROMPTS for _ in range(4)],
+            shuffle_dataset=False,
+            value_model=make_classifier() if value == "model" else None,
+            ref_model=make_model(1),
+            per_device_train_batch_size=8,
+            num_mini_batches=1,
+            importance_sampling_correction=True,
+            share_prefixes=share,
+            optim="sgd",
+            max_grad_norm=0.0,
+            **options,
+        )
+        if value == "head":
+            torch.nn.init.normal_(trainer.model.value.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        trainer.train()
+        learned.append((history(trainer), weights(trainer.model)))
+    (shared, found), (whole, expected) = learned
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for log, other in zip(shared, whole, strict=True):
+        assert log.pop("tokens_run") < other.pop("tokens_run") == other["tokens"]
+        assert log == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("value, epochs", [("head", 1), ("head", 2), ("model", 2), ("adapters", 2), ("logits", 2)])
 def test_the_pass_that_scores_is_that_of_the_first_step(
     make_trainer, make_model, make_classifier, value, epochs, monkeypatch
