@@ -104,7 +104,7 @@ def test_by_sequence(family, checkpointing, monkeypatch):
     """Short blocks store their scores, long ones do not; softcap and sinks need them."""
     expected = alone(build(family).train())
     for stored in (512, 0):
-        for name in ("STORED_SCORES", "STORED_QUERIES"):
+        for name in ("STORED_SCORES", "STORED_KEYS", "STORED_QUERIES"):
             monkeypatch.setattr(attention, name, stored)
         model = build(family)
         own = model.config._attn_implementation

@@ -100,7 +100,7 @@ def test_packed_is_padded_is_alone(attention, checkpointing, fused, window, monk
     """Log-probabilities and gradients. A long sequence's attention is computed otherwise than a short one's."""
     expected = None
     for stored in (512, 0):
-        for name in ("STORED_SCORES", "STORED_QUERIES"):
+        for name in ("STORED_SCORES", "STORED_KEYS", "STORED_QUERIES"):
             monkeypatch.setattr(f"rlkernels.trainers.batch.attention.{name}", stored)
         for padding_free in (False, True):
             model = mistral(sliding_window=window, attn_implementation=attention)

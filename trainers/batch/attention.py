@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-# A block that has no more keys, or no more queries, than this stores its scores for the backward pass, which is faster
-# on a CPU than to compute them again. Those of few queries take no more memory than the copies of keys that sdpa needs.
+# Up to this length of a sequence its scores are stored for the backward pass, which is faster on a CPU than to compute
+# them again. So are those of a branch up to this number of keys, or of queries: the scores of a few queries take less
+# memory than the branch's copies of its prefix's keys and values.
 STORED_SCORES = 512
-STORED_QUERIES = 96
+STORED_KEYS, STORED_QUERIES = 256, 48
 # Branches of one prefix are padded to the longest if their lengths, in units of this, round up to the same.
 PADDED_UNIT = 32
 
@@ -57,31 +58,37 @@ def attend(
                 torch.cat([part[:, :, prefix].expand(count, -1, -1, -1), own], 2)
                 for part, own in ((key, k), (value, v))
             )
-        is_long = before + length > STORED_SCORES and length > STORED_QUERIES
+        is_long = before + length > (STORED_KEYS if before else STORED_SCORES) and length > STORED_QUERIES
         is_stored = not is_long or softcap is not None or sinks is not None
         causal = None
         if is_stored or before or (sliding_window is not None and sliding_window < length):
             causal = torch.ones(length, before + length, dtype=torch.bool, device=q.device).tril(before)
             if sliding_window is not None:
                 causal = causal.triu(before + 1 - sliding_window)
-        if not is_stored:
+        if not is_stored and not before:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             out = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=causal, is_causal=causal is None, dropout_p=dropout, scale=scaling
             )
         else:
             # The query heads that share a key are rows of one product.
-            scores = (q * scaling).reshape(count, heads, groups * length, -1) @ k.transpose(2, 3)
-            scores = scores.unflatten(2, (groups, length))
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            scores = scores.masked_fill(~causal, -torch.inf)
-            if sinks is not None:
-                sink = sinks.to(scores.dtype).view(1, heads, groups, 1, 1).expand(count, -1, -1, length, 1)
-                scores = torch.cat([scores, sink], -1)
-            weights = scores.softmax(-1, dtype=torch.float32)[..., : before + length].to(q.dtype)
-            weights = nn.functional.dropout(weights, dropout, module.training)
-            out = (weights.flatten(2, 3) @ v).view(count, query.shape[1], length, -1)
+            rows = q.reshape(count, heads, groups * length, -1)
+            if not is_stored:
+                out = nn.functional.scaled_dot_product_attention(
+                    rows, k, v, attn_mask=causal.repeat(groups, 1), dropout_p=dropout, scale=scaling
+                )
+            else:
+                scores = (rows * scaling @ k.transpose(2, 3)).unflatten(2, (groups, length))
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                scores = scores.masked_fill(~causal, -torch.inf)
+                if sinks is not None:
+                    sink = sinks.to(scores.dtype).view(1, heads, groups, 1, 1).expand(count, -1, -1, length, 1)
+                    scores = torch.cat([scores, sink], -1)
+                weights = scores.softmax(-1, dtype=torch.float32)[..., : before + length].to(q.dtype)
+                weights = nn.functional.dropout(weights, dropout, module.training)
+                out = weights.flatten(2, 3) @ v
+            out = out.view(count, query.shape[1], length, -1)
         out = out.transpose(1, 2).flatten(0, 1)
         outputs.append(out.index_select(0, real) if is_padded else out)
     return torch.cat(outputs).unsqueeze(0)
