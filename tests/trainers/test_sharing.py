@@ -481,8 +481,8 @@ def test_models_that_cannot_share_are_told(make_trainer, caplog):
 
 
 def test_models_that_are_packed_but_cannot_share_are_told(make_trainer, monkeypatch, caplog):
-    def without_sharing(model, packed, prefix=0, find=probe.probe):
-        return None if packed and prefix else find(model, packed, prefix)
+    def without_sharing(model, packed, prefix=0, find=probe.probe, **options):
+        return None if packed and prefix else find(model, packed, prefix, **options)
 
     monkeypatch.setattr(probe, "probe", without_sharing)
     trainer = make_trainer()
