@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' Makefile
 
-demo: build $(STAMPS)/demo $(STAMPS)/demo-model ## train a real language model on verifiable rewards
+demo: build $(STAMPS)/demo $(STAMPS)/demo-model ## train a real language model on verifiable rewards, for five minutes
 	@$(BIN)/python examples/demo.py
 
 # make examples SEED=1

@@ -33,9 +33,10 @@ class AccuracyCallback(TrainerCallback):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.step = -1  # the last one that was evaluated
 
     def on_evaluate(self, args, state, control, metrics, **_) -> None:
-        accuracy = metrics["eval_rewards/correct/mean"]
+        self.step, accuracy = state.global_step, metrics["eval_rewards/correct/mean"]
         self.console.print(f"step {state.global_step:3d}  held-out accuracy {accuracy:.2f}")
 
 
@@ -101,7 +102,8 @@ def learn(run: Run) -> Learned:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     progress = ProgressCallback(run, {"reward": "reward", "length": "completions/mean_length"})
-    callbacks = [progress, AccuracyCallback(run.console)]
+    accuracy = AccuracyCallback(run.console)
+    callbacks = [progress, accuracy]
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     grader = Grader(tokenizer.eos_token_id)
     steps = run.steps
@@ -114,7 +116,7 @@ def learn(run: Run) -> Learned:
         trained = trainer.train()
     if trainer.state.global_step < steps and not run.stop.number:
         run.console.print(f"the time is over after step {trainer.state.global_step} of {steps}")
-    if trainer.state.global_step % trainer.state.eval_steps:
+    if accuracy.step < trainer.state.global_step:  # it ended before its last step
         trainer.evaluate()
     trainer.save_model(str(run.folder / "model"))
     result = {

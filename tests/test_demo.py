@@ -315,6 +315,8 @@ def test_run_by_minutes_is_repeated_by_its_steps(start, tmp_path, capsys, monkey
         assert by_minutes == by_steps
     assert (start / "model.safetensors").read_bytes() != (tmp_path / "by_steps/model/model.safetensors").read_bytes()
     result = json.loads((tmp_path / "by_minutes" / "result.json").read_text())
+    records = map(json.loads, (tmp_path / "by_minutes" / "completions.jsonl").read_text().splitlines())
+    assert sum((record["split"], record["step"]) == ("held_out", int(steps)) for record in records) == 12
     assert result["steps"] == int(steps) >= importlib.import_module("calibration").FEWEST_STEPS
 
 
