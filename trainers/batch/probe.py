@@ -41,11 +41,13 @@ def prepare_packing(model: Any, device: torch.device) -> bool:
     if "flash" in own and model.device != device:
         return True  # the model cannot run before FSDP places it; flash attention is told where sequences start
     alone = probe(model, packed=False)
-    if device.type == "cpu" and own in ("sdpa", "eager") and has_plain_masks(model, own, alone):
-        name = by_sequence(own)
-        if _with_attention(model, name, lambda: _same(probe(model, packed=True), alone)):
-            model.set_attn_implementation(name)
-            return True
+    # Where both serve, sdpa also samples for a model of eager attention: it is the faster of the two.
+    for other in ("sdpa", "eager") if device.type == "cpu" and own in ("sdpa", "eager") else ():
+        if has_plain_masks(model, other, alone):
+            name = by_sequence(other)
+            if _with_attention(model, name, lambda: _same(probe(model, packed=True), alone)):
+                model.set_attn_implementation(name)
+                return True
     if _same(probe(model, packed=True), alone):
         return True
     logger.warning(f"{type(model).__name__} does not keep packed sequences apart: its batches are padded.")
