@@ -375,6 +375,19 @@ def test_a_prompt_counts_once_in_the_budget(make_trainer, monkeypatch, share, ru
     assert (log["tokens"], log["tokens_run"]) == (176, sum(runs))
 
 
+def test_prefixes_are_shared_in_bfloat16(make_trainer, make_model):
+    """The forward pass of the reference, and that of a model that was trained before, is in bfloat16 by itself."""
+    model = make_model()
+    for _ in range(2):
+        trainer = make_trainer(model=model, bf16=True, max_steps=1)
+        assert trainer.padding_free and trainer.shares_prefixes
+        trainer.train()
+        for each in (trainer.model, trainer.reference_model):
+            with torch.autocast("cpu", torch.bfloat16):
+                expected = logps(each, first_pairs(trainer), fused=True)
+            assert logps(each, first_pairs(trainer), fused=True).equal(expected)
+
+
 @pytest.mark.parametrize("precompute", [False, True], ids=["kept", "precomputed"])
 def test_a_reference_that_cannot_share(make_trainer, precompute):
     """It gets whole sequences; with share_prefixes true it is refused."""

@@ -250,7 +250,8 @@ def _plain_tokens(model: Any, count: int) -> list[int]:
 def probing(model: Any) -> Iterator[None]:
     """Puts the model in evaluation mode and narrows its windows and chunks to NARROW tokens, so that even short
     sequences are longer. Masks that the model stores are cut to the longest sequence, which is shorter than all of them
-    end to end.
+    end to end. A model that Accelerate has prepared runs without its autocast, whose rounding would hide or feign a
+    difference.
 
     What this and the calls inside change is put back: numbers in modules and configs, buffers, random numbers."""
 
@@ -266,20 +267,26 @@ def probing(model: Any) -> Iterator[None]:
     buffers = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
     contents = [(buffer, buffer.clone()) for _, named in buffers for buffer in named.values() if buffer is not None]
     device = _device(model)
+    own = vars(model)
+    prepared = own["forward"] if "_original_forward" in own else None
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            if prepared is not None:
+                own["forward"] = own["_original_forward"]
             for holder, values in numbers:
                 vars(holder).update({name: _narrow(value) for name, value in values.items() if WIDTH.match(name)})
             for module in modules:
                 module.training = False
-            for own, named in buffers:
-                own.update({name: _cut(buffer) for name, buffer in named.items()})
+            for holder, named in buffers:
+                holder.update({name: _cut(buffer) for name, buffer in named.items()})
             yield
     finally:
+        if prepared is not None:
+            own["forward"] = prepared
         for holder, values in numbers:
             vars(holder).update(values)
-        for own, named in buffers:
-            own.update(named)
+        for holder, named in buffers:
+            holder.update(named)
         for buffer, content in contents:
             buffer.copy_(content)
 
