@@ -285,3 +285,20 @@ def test_attention_is_not_saved_and_serves_generation(make_model, tmp_path):
     assert model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False).equal(expected)
     model.save_pretrained(tmp_path)
     assert "rlkernels" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_weights_of_16_bits(attention):
+    model = mistral(attn_implementation=attention).bfloat16()
+    assert probe.prepare_packing(model, CPU) and probe.prepare_sharing(model, CPU)
+    assert model.config._attn_implementation.startswith("rlkernels_by_sequence")
+
+
+def test_rounding_of_16_bits_is_told_from_a_leak():
+    """By one position that is far off, and by many that are a little."""
+    alone = torch.ones(10, 4, dtype=torch.bfloat16)
+    one, many, other = alone.clone(), alone * 1.2, alone.clone()
+    one[3] *= 1.4
+    other[3] *= 2
+    assert probe._same(one, alone) and not probe._same(many, alone) and not probe._same(other, alone)
+    assert not probe._same(one.float(), alone.float())

@@ -207,11 +207,14 @@ def probe(model: Any, packed: bool, prefix: int = 0, gradient: bool = False) -> 
 
 
 def _same(found: Tensor | None, expected: Tensor | None) -> bool:
-    """Whether the hidden states agree at each position, up to rounding."""
+    """Whether the hidden states agree at each position, up to rounding. With 16 bits one position may differ by a fifth
+    of its norm; where sequences are not kept apart, all that follow differ by as much on average, and some by all."""
     if found is None or expected is None:
         return False
-    error = (found.float() - expected.float()).norm(dim=-1)
-    return bool((error <= (1e-3 if found.dtype == torch.float32 else 0.1) * expected.float().norm(dim=-1)).all())
+    at_most, on_average = (1e-3, 1e-3) if found.dtype == torch.float32 else (0.5, 0.1)
+    norms = expected.float().norm(dim=-1)
+    errors = (found.float() - expected.float()).norm(dim=-1)
+    return bool((errors <= at_most * norms).all() and errors.sum() <= on_average * norms.sum())
 
 
 def _hidden_states(model: Any, inputs: dict[str, Any], gradient: bool = False) -> Tensor:
