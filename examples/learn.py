@@ -115,7 +115,7 @@ def learn(run: Run) -> Learned:
     with progress.bar:
         trained = trainer.train()
     if trainer.state.global_step < steps and not run.stop.number:
-        run.console.print(f"the time is over after step {trainer.state.global_step} of {steps}")
+        run.console.print(f"the time is over after step {trainer.state.global_step} of {steps}: no --steps repeats it")
     if accuracy.step < trainer.state.global_step:  # it ended before its last step
         trainer.evaluate()
     trainer.save_model(str(run.folder / "model"))

@@ -174,9 +174,9 @@ class Batch:
 def packed_inputs(sequences: Rows[Sequence]) -> tuple[dict[str, Any], Tensor | None]:
     """The model's inputs without padding, and `Batch.index`. Each prefix that several sequences share stands before
     their branches."""
-    sharing: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for place, sequence in enumerate(sequences):
-        sharing.setdefault(sequence.prefix_ids, []).append(place)
+        groups.setdefault(sequence.prefix_ids, []).append(place)
     input_ids: list[int] = []
     position_ids: list[int] = []
     blocks: list[tuple[int, int]] = []  # queries and keys of each block, as attention takes them
@@ -189,7 +189,7 @@ def packed_inputs(sequences: Rows[Sequence]) -> tuple[dict[str, Any], Tensor | N
         input_ids.extend(sequence.input_ids[first:last])
         position_ids.extend(range(first, last))
 
-    for prefix, places in sharing.items():
+    for prefix, places in groups.items():
         is_shared = len(prefix) > 0 and len(places) > 1
         root = len(input_ids)  # where the prefix starts
         if is_shared:

@@ -27,12 +27,12 @@ def fill_by_length(sequences: Rows[Sequence], budget: int, rows: Iterable[int] |
     Sequences that share a prefix, which counts once, stay together if they fit into one micro-batch, and are split if
     not. Sequences, or what shares a prefix, come in order of length: attention computes neighbours of equal length
     together."""
-    sharing: dict[Any, list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for row in range(len(sequences)) if rows is None else rows:
-        sharing.setdefault(sequences[row].prefix_ids or row, []).append(row)
+        groups.setdefault(sequences[row].prefix_ids or row, []).append(row)
     batches: list[list[int]] = []
     room = 0
-    for group in sorted(sharing.values(), key=lambda group: max(len(sequences[row]) for row in group)):
+    for group in sorted(groups.values(), key=lambda group: max(len(sequences[row]) for row in group)):
         prefix = sequences[group[0]].prefix
         whole = prefix + sum(sequences[row].branch_length for row in group)
         if room < whole <= budget:

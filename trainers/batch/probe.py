@@ -77,8 +77,8 @@ def _shares(model: Any, gradient: bool = False) -> bool:
 
 def _shares_by_flash(model: Any, own: str, device: torch.device) -> bool:
     """Whether prefixes are shared by flash attention, which would read memory out of range for a model that does not
-    pass all of its arguments on. A model must therefore share by `by_sequence` first, for which it need not be on a
-    GPU; and that must do where FSDP has yet to place it there."""
+    pass all of its arguments on. A model must therefore share by `by_sequence` first, which runs on CPUs too. Where
+    FSDP has yet to place the model on its GPU, that alone decides."""
 
     def shares_by_sequence(plain: str) -> bool:
         is_plain = _with_attention(model, plain, lambda: has_plain_masks(model, plain, probe(model, packed=False)))

@@ -110,7 +110,7 @@ def _tokens(model: Any) -> Tensor:
 @torch.no_grad()
 def _run(model: Any, device: torch.device, **options: Any) -> Any:
     """The model's output for a few tokens; None if it cannot run."""
-    flash = model.config._attn_implementation.startswith("flash")
+    flash = "flash" in model.config._attn_implementation
     if flash and model.device != device:
         return None  # the model cannot run before FSDP places it
     tokens = _tokens(model)
