@@ -3,10 +3,10 @@
     make -s bench-steps > docs/steps.md
     python benchmarks/steps.py --only dpo --rounds 3
 
-The first table times forward and backward passes of GRPO's loss, LM head included: one group of 8 completions, in
-float32, with nothing recomputed, in micro-batches of at most 4,096 tokens. Both sides are our trainer, in one process:
-with shared prompts, each of which is computed once for its group, and with share_prefixes false. Tokens are those that
-the model runs.
+The first table times forward and backward passes of GRPO's loss, LM head included. A batch is one group of 8
+completions. Passes are in float32, nothing is recomputed, and a micro-batch has at most 4,096 tokens. Both sides are
+our trainer, in one process. One shares prompts: it computes a prompt once for its group. The other has share_prefixes
+false. Tokens are those that the model runs.
 
 The second table times whole steps. Each side trains on the CPU in a process of its own, with the same model, batch and
 options; all other options have their defaults. By default both recompute activations, except in PPO: TRL's PPO never

@@ -170,8 +170,8 @@ class BaseTrainer(HFTrainer):
         set_seed(args.seed, device_specific=True)
 
     def can_share(self, models: list[Any]) -> bool:
-        """Whether these models share prefixes, as `args.share_prefixes` wishes. Raises ValueError if it must be so and
-        cannot."""
+        """Whether these models share prefixes: if `args.share_prefixes` allows it and they can. Raises ValueError if it
+        is true and they cannot."""
         wish = getattr(self.args, "share_prefixes", "false")
         if wish == "false":
             return False

@@ -49,7 +49,7 @@ def sharing(sequences: Rows[Sequence]) -> list[Sequence]:
     columns = zip(*(sequence.input_ids for sequence in sequences), strict=False)
     prefix = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
     for sequence in sequences:
-        # The token before the first one in the loss predicts it, and belongs to the branch; else the last one does.
+        # The token that predicts the first one in the loss is in the branch. Without a loss the last token is.
         first = next((place for place, label in enumerate(sequence.labels) if label != IGNORE), len(sequence))
         prefix = min(prefix, first - 1)
     return [replace(sequence, prefix=max(prefix, 0)) for sequence in sequences]
