@@ -1,6 +1,7 @@
 """Which backend serves an op: what each op has kernels for, what this process could load, what the user asked for."""
 
 import ctypes
+import functools
 import importlib
 import os
 import warnings
@@ -131,6 +132,23 @@ def select(tensor: torch.Tensor, op: str) -> str:
         if device_type in _devices[backend]:
             return backend
     return "reference"
+
+
+def note_stored_logits(device_type: str) -> None:
+    """Warn, once for each kind of device, where the reference serves the fused head and nobody asked for it: callers
+    mean to save the memory of the logits."""
+    if _forced != "reference":
+        _warn_of_stored_logits(device_type)
+
+
+@functools.cache
+def _warn_of_stored_logits(device_type: str) -> None:
+    reasons = "; ".join(f"{name}: {status(name, device_type)}" for name in BACKENDS_OF["linear_token_logprobs"])
+    warnings.warn(
+        f"the reference, which stores all logits, serves the fused head on {device_type}: no kernels can ({reasons})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _force(name: str, argument: str) -> None:

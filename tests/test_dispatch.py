@@ -1,12 +1,15 @@
+import contextlib
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlkernels
 from rlkernels import _backends, kl_penalty, token_logprobs
+from rlkernels.ops import linear_logprobs
 
 LOGPROBS = torch.tensor([-1.0, -2.0, -0.5])
 REFERENCE = torch.tensor([-1.5, -1.0, -0.5])
@@ -282,3 +285,49 @@ def test_the_backend_of_the_forward_pass_is_that_of_the_backward_pass(backend, d
         logprobs.sum().backward()
     torch.testing.assert_close(logits.grad.sum(1), torch.zeros(2, device=device))
     assert logits.grad.any()
+
+
+@pytest.fixture
+def head_on_a_gpu(monkeypatch):
+    """Calls the fused head on tensors that say they are a GPU's, for which no backend serves."""
+    monkeypatch.setitem(_backends._devices, "triton", ())
+    monkeypatch.setitem(_backends._reasons, "triton", "triton is not installed")
+    _backends._warn_of_stored_logits.cache_clear()
+
+    def values(*inputs, **options):  # there is no GPU to compute on
+        return torch.empty(3), torch.empty(3)
+
+    monkeypatch.setattr(linear_logprobs.reference, "linear_token_logprobs", values)
+
+    def call(dtype=torch.float32):
+        with FakeTensorMode():
+            hidden, weight = (torch.empty(size, 8, device="cuda", dtype=dtype) for size in (3, 16))
+            rlkernels.linear_token_logprobs(hidden, weight, torch.zeros(3, dtype=torch.int64, device="cuda"))
+
+    return call
+
+
+def test_the_fused_head_says_once_that_the_reference_stores_all_logits(head_on_a_gpu):
+    with pytest.warns(RuntimeWarning, match="stores all logits.*on cuda.*triton is not installed") as warned:
+        head_on_a_gpu()
+        head_on_a_gpu()
+    assert len(warned) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_who_asked_for_the_reference_is_not_warned(head_on_a_gpu):
+    head_on_a_gpu(torch.float64)
+    with rlkernels.use_backend("reference"):
+        head_on_a_gpu()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_current_device_is_not_made_current_again(index, monkeypatch):
+    launch = pytest.importorskip("rlkernels.triton._launch")
+    made = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: made.append(device.index) or contextlib.nullcontext())
+    with launch.current(torch.device("cuda", index)):
+        assert made == ([] if index == 0 else [1])
+    with launch.current(torch.device("cpu")):
+        assert len(made) == index

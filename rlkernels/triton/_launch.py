@@ -11,22 +11,26 @@ from rlkernels import _registry
 
 
 def implements(name: str) -> Callable[[Callable], Callable]:
-    """Register a launcher as the Triton implementation of op `name`.
-
-    Triton launches on the current device, which need not be that of the tensors.
-    """
+    """Register a launcher as the Triton implementation of op `name`."""
 
     def register(launcher: Callable) -> Callable:
         @functools.wraps(launcher)
         def on_device(*inputs):
-            device = next(value.device for value in inputs if isinstance(value, Tensor))
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            with current(next(value.device for value in inputs if isinstance(value, Tensor))):
                 return launcher(*inputs)
 
         _registry.implement(name, "triton", on_device)
         return on_device
 
     return register
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` the current one, on which Triton launches. It most often is already: then this asks the driver for
+    nothing, since making a device current and the other one again takes longer than a small launch."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 @triton.jit

@@ -130,6 +130,9 @@ def check_head(
         token_ids.reshape(-1).long().contiguous(),
     )
     backend = _backends.select(inputs.hidden, "linear_token_logprobs")
+    stored = backend == "reference" and group is None and dtype != torch.float64
+    if stored and not hidden.is_cpu and not torch.compiler.is_compiling():
+        _backends.note_stored_logits(hidden.device.type)
     if group is None and _checks.values_in_python(backend, token_ids):
         check_ids(inputs.token_ids, vocab_size, ignore_index)
     options = Options(temperature, softcap, ignore_index, group, num_scored, chosen_tile(), backend)
