@@ -8,7 +8,8 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -149,6 +150,46 @@ def resource_usage(file: str) -> dict[tuple[str, str], dict[str, int]]:
         elif "STACK:" in line:
             found[architecture, kernel] = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", line)}
     return found
+
+
+class Counts(NamedTuple):
+    """What stands in a stretch of SASS, each instruction once however often it runs."""
+
+    instructions: int
+    barriers: int
+    shuffles: int
+    loads: Counter[int]
+    """How many loads there are from global memory, by their width in bytes."""
+    stores: Counter[int]
+
+
+def instructions(text: str) -> list[str]:
+    """The instructions of SASS as nvdisasm and cuobjdump print it; padding after the last one is left out."""
+    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text, flags=re.MULTILINE)
+    return [instruction for instruction in found if not re.match(r"(@\S+ )?NOP\b", instruction)]
+
+
+def count(listed: Iterable[str]) -> Counts:
+    listed = list(listed)
+    opcodes = [re.sub(r"^@\S+\s+", "", instruction).split()[0] for instruction in listed]
+
+    def widths(operation: str) -> Counter[int]:
+        return Counter(_width(opcode) for opcode in opcodes if opcode.split(".")[0] == operation)
+
+    return Counts(
+        len(opcodes),
+        sum(opcode.startswith("BAR.") for opcode in opcodes),
+        sum(opcode.startswith("SHFL.") for opcode in opcodes),
+        widths("LDG"),
+        widths("STG"),
+    )
+
+
+def _width(opcode: str) -> int:
+    for part, size in (("128", 16), ("64", 8), ("U16", 2), ("S16", 2), ("U8", 1), ("S8", 1)):
+        if part in opcode.split(".")[1:]:
+            return size
+    return 4
 
 
 def innermost_loop_with_loads(text: str) -> str:

@@ -8,6 +8,7 @@ if INTERPRETED:
     pytest.skip("kernels do not compile in a process with TRITON_INTERPRET=1", allow_module_level=True)
 
 import resources
+from gpu_assembly import Counts, count, innermost_loop_with_loads, instructions
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,20 @@ def test_a_kernel_of_triton_is_read():
     for kernel in kernels:
         assert 0 < kernel.registers <= 64 and kernel.stack == 0 and kernel.load_bytes == 16 and kernel.threads == 128
         assert 0 < kernel.occupancy <= 1
+
+
+def test_instructions_are_counted():
+    text = """
+.L_x_1:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 LDG.E.U8 R0, desc[UR4][R2.64] ;
+        /*0030*/                   LDG.E R0, desc[UR4][R2.64] ;
+        /*0040*/                   SHFL.BFLY PT, R1, R0, 0x10, 0x1f ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/               @P0 STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0070*/               @P1 BRA `(.L_x_1) ;
+        /*0080*/                   NOP ;
+"""
+    counts = count(instructions(text))
+    assert counts == Counts(7, barriers=1, shuffles=1, loads={16: 1, 1: 1, 4: 1}, stores={8: 1})
+    assert count(instructions(innermost_loop_with_loads(text))).instructions == 6
