@@ -1,5 +1,5 @@
-"""The command line: `rlkernels sft|reward|dpo|ppo|grpo` trains, `rlkernels bench` times the kernels, `rlkernels info`
-says which backend serves each op here."""
+"""The command line: `rlkernels sft|reward|dpo|ppo|grpo` trains, `rlkernels bench` times the kernels, `rlkernels
+selftest` checks them on this machine, `rlkernels info` says which backend serves each op here."""
 
 import argparse
 import importlib
@@ -51,7 +51,8 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def info() -> None:
+def print_versions() -> list[str]:
+    """Print what `info` and `selftest` say of this machine. Returns the names of its GPUs."""
     print(f"rlkernels     {rlkernels.__version__}")
     print(f"python        {platform.python_version()}")
     for package in ("torch", "triton", "transformers", "trl"):
@@ -59,6 +60,11 @@ def info() -> None:
     print(f"CPU           {platform.machine()}, kernels for {instruction_set()}, {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     print(f"GPU           {', '.join(gpus) or 'none'}")
+    return gpus
+
+
+def info() -> None:
+    gpus = print_versions()
     for device_type in ("cuda", "cpu") if gpus else ("cpu",):
         rows = [("op", f"serves {device_type}", "why not a faster one")]
         for op, backend in serving_backends(device_type).items():
@@ -68,6 +74,46 @@ def info() -> None:
         print()
         for op, backend, reasons in rows:
             print(f"{op:{widths[0]}}  {backend:{widths[1]}}  {reasons}")
+
+
+# rlkernels selftest
+
+
+def selftest(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="rlkernels selftest",
+        description="Check every op, backend and dtype against float64 on this machine: forward and gradient. Exit "
+        "status 1 if any error is larger than allowed: twice PyTorch's in the same dtype, and a few units in the last "
+        "place.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--device", help="cuda or cpu; by default cuda if there is a GPU")
+    parser.add_argument("--quick", action="store_true", help="check fewer shapes")
+    parser.error = refuse  # type: ignore[method-assign]
+    options = parser.parse_args(arguments)
+    gpu = torch.cuda.is_available()
+    device_type = options.device or ("cuda" if gpu else "cpu")
+    if device_type not in ("cuda", "cpu"):
+        raise BadValue(f"--device must be cuda or cpu; got {device_type!r}")
+    if device_type == "cuda" and not gpu:
+        raise BadValue("--device cuda: PyTorch finds no GPU on this machine")
+    from rlkernels.selftest import checks
+
+    width = max(map(len, _backends.BACKENDS_OF))
+    print(f"{'op':{width}}  {'backend':9}  {'dtype':8}  worst error / allowed")
+    failed = count = 0
+    for check in checks(device_type, options.quick):
+        count += 1
+        failed += not check.passed
+        note = "" if check.passed else f"  FAILED: {check.why}"
+        print(f"{check.op:{width}}  {check.backend:9}  {check.dtype:8}  {check.worst:.2f}{note}", flush=True)
+    print()
+    print_versions()
+    for backend in _backends.KERNEL_BACKENDS:
+        if reason := _backends.status(backend, device_type):
+            print(f"{backend:13} not checked on {device_type}: {reason}")
+    print(f"\n{failed} of {count} checks failed" if failed else f"\nall {count} checks passed")
+    return 1 if failed else 0
 
 
 # rlkernels bench
@@ -114,6 +160,10 @@ def tell(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def refuse(message: str) -> NoReturn:
+    raise BadValue(message)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rlkernels", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"rlkernels {rlkernels.__version__}")
@@ -121,10 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, each in COMMANDS.items():
         commands.add_parser(name, add_help=False, help=each.help)
     commands.add_parser("bench", add_help=False, help="time the kernels against what people use today")
+    commands.add_parser("selftest", add_help=False, help="check every kernel against float64 on this machine")
     commands.add_parser("info", help="versions, instruction set, GPU, and which backend serves each op")
-
-    def refuse(message: str) -> NoReturn:
-        raise BadValue(message)
 
     for each_parser in (parser, *commands.choices.values()):
         each_parser.error = refuse  # type: ignore[method-assign]
@@ -136,6 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
             train(options.command, rest)
         elif options.command == "bench":
             return bench(rest)
+        elif options.command == "selftest":
+            return selftest(rest)
         elif rest:
             refuse(f"unrecognized arguments: {' '.join(rest)}")
         else:

@@ -25,6 +25,8 @@ OPS = sorted(path.stem for path in (ROOT / "rlkernels" / "ops").glob("[!_]*.py")
 MAY_IMPORT = {
     "rlkernels/_codes.py": set(),
     "rlkernels/_backends.py": set(),
+    "rlkernels/_accuracy.py": set(),
+    "rlkernels/selftest.py": {"rlkernels._accuracy", "rlkernels._backends"},
     "rlkernels/_registry.py": {"rlkernels._backends"},
     "rlkernels/reference/**/*.py": {"rlkernels.reference"},
     "rlkernels/triton/**/*.py": {"rlkernels.triton", "rlkernels._codes", "rlkernels._registry"},
@@ -40,7 +42,7 @@ MAY_IMPORT = {
     # `rlkernels info` reports on the backends and the extension themselves.
     "rlkernels/cli.py": {
         *("rlkernels.cli_commands", "rlkernels.cli_errors", "rlkernels.cli_train", "rlkernels.trainers"),
-        *("rlkernels._backends", "rlkernels._C"),
+        *("rlkernels._backends", "rlkernels._C", "rlkernels.selftest"),
     },
     "rlkernels/cli_*.py": {
         *("rlkernels.cli_commands", "rlkernels.cli_data", "rlkernels.cli_errors", "rlkernels.cli_options"),
@@ -91,7 +93,9 @@ def is_public(name: str) -> bool:
 def test_dependencies_point_one_way(pattern):
     files = sorted(ROOT.glob(pattern))
     assert files, f"no file matches {pattern}"
-    above_the_ops = pattern.startswith(("trainers", "rlkernels/integrations", "rlkernels/cli", "examples"))
+    above_the_ops = pattern.startswith(
+        ("trainers", "rlkernels/integrations", "rlkernels/cli", "rlkernels/selftest", "examples")
+    )
     wrong = []
     for path in files:
         for name in imported_from_rlkernels(path):
