@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "inputs.h"
 #include "launch.h"
 #include "rlkernels/aggregation.h"
 #include "rlkernels/sequences.h"
@@ -61,6 +62,33 @@ inline const float* floats(const Tensor& tensor) { return tensor.const_data_ptr<
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::BFloat16:
+      return Dtype::kBfloat16;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    default:
+      return Dtype::kDouble;
+  }
+}
+
+// Null where there is no tensor.
+inline Floats floats_of(const std::optional<Tensor>& tensor) {
+  return tensor ? Floats{tensor->const_data_ptr(), dtype_of(*tensor)} : Floats{};
+}
+
+inline Flags flags_of(const std::optional<Tensor>& tensor) {
+  if (!tensor) return {};
+  const int bytes = static_cast<int>(tensor->element_size());
+  const ScalarType dtype = tensor->scalar_type();
+  const bool number = dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+                      dtype == ScalarType::Double;
+  return {tensor->const_data_ptr(), bytes, number};
 }
 
 // The sequences of a padded [count, length] or packed [tokens] tensor.

@@ -15,6 +15,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 LEAST, MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """Magnitudes of options: those that float32, in which the kernels compute, holds in full."""
+ON_GPUS = ("triton", "cuda")
+"""The backends whose kernels take numbers and masks in the dtypes that the caller gave."""
 MOST_DIVISOR = 2.0**100
 """What logits may be divided by at most: beyond, quotients are too small for float32, and 0 in kernels on CPUs."""
 
@@ -121,13 +123,11 @@ def _shown(value: Any) -> str:
     return f"an integer of {int(value).bit_length()} bits" if large else str(value)
 
 
-def mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> torch.Tensor:
-    """`value` as a contiguous bool tensor: nonzero is scored."""
+def mask(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
     tensor(name, value, (torch.bool, *INTEGERS, *FLOATS))
     shape(name, value, tuple(like.shape), because=f"that of {like_name}")
     same_device(name, value, like_name, like)
     no_gradient(name, value, "gradients do not flow to a mask")
-    return (value if value.dtype == torch.bool else value != 0).contiguous()
 
 
 def sequences(name: str, value: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[int, torch.Tensor | None]:
@@ -171,6 +171,31 @@ def values_in_python(backend: str, value: torch.Tensor) -> bool:
     return CHECK_VALUES or (backend == "reference" and value.is_cpu)
 
 
+def arithmetic(value: torch.Tensor) -> torch.dtype:
+    """The dtype that is computed in: float64 for float64, float32 for everything else."""
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def numbers(value: torch.Tensor | None, backend: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """`value` as the kernels of `backend` take it, contiguous. Kernels for GPUs widen what they load, and a conversion
+    here would be a launch of its own; the others get `dtype`."""
+    if value is None:
+        return None
+    return (value if backend in ON_GPUS else value.to(dtype)).contiguous()
+
+
+def flags(value: torch.Tensor | None, backend: str) -> torch.Tensor | None:
+    """A mask as the kernels of `backend` take it, contiguous: those for GPUs compare with 0 what they load."""
+    if value is None:
+        return None
+    return (value if backend in ON_GPUS else scored(value)).contiguous()
+
+
+def scored(mask: torch.Tensor) -> torch.Tensor:
+    """bool: nonzero is scored."""
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
 def working(value: torch.Tensor) -> torch.Tensor:
-    """`value` in the dtype of the arithmetic: float64 stays, everything else becomes float32; contiguous."""
-    return (value if value.dtype == torch.float64 else value.float()).contiguous()
+    """`value` in the dtype of the arithmetic, contiguous."""
+    return value.to(arithmetic(value)).contiguous()

@@ -148,7 +148,8 @@ def shaped_rewards(
     _checks.same_device("scores", scores, "logprobs", logprobs)
     _checks.no_gradient("scores", scores, because)
     if mask is not None:
-        mask = _checks.mask("mask", mask, "logprobs", logprobs)
+        _checks.mask("mask", mask, "logprobs", logprobs)
+        mask = _checks.scored(mask).contiguous()
     kl_coef = _checks.number("kl_coef", kl_coef)
     _checks.choice("estimator", estimator, KL_ESTIMATORS)
     _checks.choice("score_at", score_at, SCORE_AT)

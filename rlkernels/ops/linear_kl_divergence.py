@@ -115,8 +115,8 @@ def linear_kl_divergence(
     beta = _checks.number("beta", beta, at_least=0.0, at_most=1.0)
     scored = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)
     if mask is not None:
-        mask = _checks.mask("mask", mask, "hidden without its last dimension", scored)
-        scored = scored.masked_fill(~mask, _NOT_SCORED)
+        _checks.mask("mask", mask, "hidden without its last dimension", scored)
+        scored = scored.masked_fill(~_checks.scored(mask), _NOT_SCORED)
     rest = (_NOT_SCORED, None, num_scored)
     inputs, options = check_head(hidden, weight, scored, bias, None, temperature, softcap, scale, *rest)
     _checks.tensor("teacher_weight", teacher_weight, _checks.FLOATS)

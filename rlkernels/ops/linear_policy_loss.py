@@ -92,7 +92,8 @@ def linear_policy_loss(
         _checks.cu_seqlens_values(cu_seqlens, len(token_ids))
     ignore_index = _checks.integer("ignore_index", ignore_index)
     if mask is not None:
-        token_ids = token_ids.long().masked_fill(~_checks.mask("mask", mask, "token_ids", token_ids), ignore_index)
+        _checks.mask("mask", mask, "token_ids", token_ids)
+        token_ids = token_ids.long().masked_fill(~_checks.scored(mask), ignore_index)
     inputs, head_options = check_head(
         hidden, weight, token_ids, bias, adapter, temperature, softcap, scale, ignore_index, group, num_scored
     )

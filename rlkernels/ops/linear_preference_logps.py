@@ -49,7 +49,8 @@ def linear_preference_logps(
     _checks.tensor("token_ids", token_ids, _checks.INTEGERS)
     _, cu_seqlens = _checks.sequences("token_ids", token_ids, cu_seqlens)
     if mask is not None:
-        token_ids = token_ids.long().masked_fill(~_checks.mask("mask", mask, "token_ids", token_ids), ignore_index)
+        _checks.mask("mask", mask, "token_ids", token_ids)
+        token_ids = token_ids.long().masked_fill(~_checks.scored(mask), ignore_index)
     logprobs = linear_token_logprobs(hidden, weight, token_ids, ignore_index=ignore_index, **options)
     assert isinstance(logprobs, Tensor)
     if cu_seqlens is None:

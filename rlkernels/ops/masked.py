@@ -125,7 +125,10 @@ def masked_whiten(
 
 def _checked(x: Tensor, mask: Tensor | None) -> Tensor | None:
     _checks.tensor("x", x, _checks.FLOATS)
-    return None if mask is None else _checks.mask("mask", mask, "x", x)
+    if mask is None:
+        return None
+    _checks.mask("mask", mask, "x", x)
+    return _checks.scored(mask).contiguous()
 
 
 def _mean_setup_context(ctx, inputs, output):

@@ -150,7 +150,8 @@ def policy_loss(
     _checks.no_gradient("advantages", advantages, "gradients do not flow to advantages")
     advantages = advantages.detach().to(work.dtype).contiguous()
     if mask is not None:
-        mask = _checks.mask("mask", mask, "logprobs", logprobs)
+        _checks.mask("mask", mask, "logprobs", logprobs)
+        mask = _checks.scored(mask).contiguous()
     _checks.choice("objective", objective, OBJECTIVES)
     _checks.choice("aggregation", aggregation, AGGREGATIONS)
     _checks.choice("kl_estimator", kl_estimator, (*KL_ESTIMATORS, *STRAIGHT_THROUGH))

@@ -479,7 +479,8 @@ def _lengths(name: str, value: Tensor | None, policy: Tensor, loss: str) -> Tens
 def _labels(value: Tensor | None, policy: Tensor) -> Tensor:
     if value is None:
         raise ValueError("labels must be given with loss 'kto': which completions are desirable; got None")
-    return _checks.mask("labels", value, "policy_chosen", policy)
+    _checks.mask("labels", value, "policy_chosen", policy)
+    return _checks.scored(value).contiguous()
 
 
 def _kl(value: Tensor | float | None, policy: Tensor) -> Tensor | float:

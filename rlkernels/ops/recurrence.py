@@ -182,9 +182,11 @@ def _recurrence(
         logprobs = _like_rewards("logprobs", logprobs, rewards, work)
         behavior_logprobs = _like_rewards("behavior_logprobs", behavior_logprobs, rewards, work)
     if mask is not None:
-        mask = _checks.mask("mask", mask, "rewards", rewards)
+        _checks.mask("mask", mask, "rewards", rewards)
+        mask = _checks.scored(mask).contiguous()
     if dones is not None:
-        dones = _checks.mask("dones", dones, "rewards", rewards)
+        _checks.mask("dones", dones, "rewards", rewards)
+        dones = _checks.scored(dones).contiguous()
     if bootstrap_values is not None:
         _checks.tensor("bootstrap_values", bootstrap_values, _checks.FLOATS)
         _checks.shape("bootstrap_values", bootstrap_values, (sequences,), because="one a sequence")

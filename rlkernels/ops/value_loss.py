@@ -65,7 +65,8 @@ def value_loss(
     old_values = optional_per_token("old_values", old_values, "values", values, work.dtype)
     returns = per_token("returns", returns, "values", values, work.dtype)
     if mask is not None:
-        mask = _checks.mask("mask", mask, "values", values)
+        _checks.mask("mask", mask, "values", values)
+        mask = _checks.scored(mask).contiguous()
     _checks.choice("aggregation", aggregation, AGGREGATIONS)
     clip = None if clip is None else _checks.number("clip", clip, at_least=0.0)
     if clip is None:

@@ -1,7 +1,9 @@
 """Where the sequences of a batch begin and end: padded [count, length], or packed with cu_seqlens."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -31,6 +33,29 @@ def sequence_of(position, cu_seqlens, sequences, steps):
         low = tl.where(here, middle + 1, low)
         high = tl.where(searching & ~here, middle, high)
     return low
+
+
+@triton.jit
+def _valid_kernel(cu_seqlens, valid, sequences, tokens: tl.int64, BLOCK: tl.constexpr):
+    """1 where cu_seqlens run from 0 to `tokens` without decreasing, else NaN."""
+    wrong = (tl.load(cu_seqlens) != 0) | (tl.load(cu_seqlens + sequences) != tokens)
+    wrong = tl.full((BLOCK,), 0, tl.int1) | wrong
+    for start in range(0, sequences, BLOCK):
+        sequence = start + tl.arange(0, BLOCK)
+        inside = sequence < sequences
+        begin = tl.load(cu_seqlens + sequence, mask=inside, other=0)
+        wrong |= begin > tl.load(cu_seqlens + sequence + 1, mask=inside, other=0)
+    tl.store(valid, tl.where(tl.max(wrong.to(tl.int32), 0) != 0, float("nan"), 1.0))
+
+
+def valid_sequences(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
+    """What results are multiplied by: float32 [], 1, or NaN where cu_seqlens are wrong. The device says so, since the
+    host does not look at values there. One launch; None without cu_seqlens."""
+    if cu_seqlens is None:
+        return None
+    valid = cu_seqlens.new_empty((), dtype=torch.float32)
+    _valid_kernel[(1,)](cu_seqlens, valid, cu_seqlens.shape[0] - 1, tokens, BLOCK=1024)
+    return valid
 
 
 @triton.jit
