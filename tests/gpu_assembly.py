@@ -85,6 +85,13 @@ def variants_for(target: GPUTarget, launch: Callable[[], None]) -> dict[str, set
     return variants
 
 
+def grids_for(target: GPUTarget, launch: Callable[[], None]) -> dict[str, tuple[int, ...]]:
+    """The programs that running `launch` starts, by the kernels' names."""
+    grids: dict[str, tuple[int, ...]] = {}
+    _launch_on(target, launch, lambda run, name, *args, **kwargs: grids.update({name: run.keywords["grid"]}))
+    return grids
+
+
 def _launch_on(target: GPUTarget, launch: Callable[[], None], instead: Callable) -> None:
     """Runs `launch` with `instead(compile, name of the kernel, *arguments)` in the place of each launch of a kernel."""
     run = jit.JITFunction.run

@@ -10,7 +10,7 @@ import pytest
 
 from build_tools.compile import build
 from build_tools.modules import CUDA_TARGETS, cuda_module
-from gpu_assembly import dump, resource_usage
+from gpu_assembly import count, dump, resource_usage
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
@@ -110,8 +110,22 @@ def test_rewards_are_read_and_written_16_bytes_at_a_time(code, architecture):
 @pytest.mark.parametrize(("kind", "inputs", "outputs"), [(0, 2, 2), (1, 1, 1), (2, 2, 1), (3, 4, 2)])
 def test_tokens_are_read_and_written_16_bytes_at_a_time(loops, architecture, kind, inputs, outputs):
     """In the loop of recurrence_kernel that goes through a sequence."""
-    for kernel, bodies in kernels_of(loops, architecture, f"recurrence_kernel<{kind}, true>").items():
+    kernels = {}
+    for dense in ("false", "true"):
+        kernels |= kernels_of(loops, architecture, f"recurrence_kernel<{kind}, true, {dense}, ")
+    for kernel, bodies in kernels.items():
         assert any(widest("LDG", body) >= inputs and widest("STG", body) >= outputs for body in bodies), kernel
+
+
+@pytest.mark.parametrize("architecture", [each for each in ARCHITECTURES if each.values != ("sm_80",)])
+def test_a_warp_scans_tokens_in_few_instructions_and_waits_for_no_other(loops, architecture):
+    """gae of sequences without a mask: four runs of four tokens for each thread."""
+    ((kernel, bodies),) = kernels_of(loops, architecture, "recurrence_kernel<0, true, true, false>").items()
+    counts = max((count(body) for body in bodies), key=lambda each: each.loads[16])
+    assert counts.loads == {16: 4 * 2} and counts.stores == {16: 4 * 2}, kernel
+    assert counts.instructions <= 4 * 140
+    assert counts.shuffles <= 4 * 22
+    assert counts.barriers == 0
 
 
 def widest(instruction, body):

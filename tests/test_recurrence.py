@@ -28,14 +28,20 @@ TENSORS = {
 PER_TOKEN = ("rewards", "values", "logprobs", "behavior_logprobs", "mask", "dones")
 
 
+FEW_SEQUENCES = 528
+"""Where there are fewer, a GPU does the blocks of long ones side by side."""
+FEW_SEQUENCES_ON_CPUS = 6
+
+
 @pytest.fixture(autouse=True)
 def short_blocks(request, monkeypatch):
-    """Where an interpreter runs the blocks, lengths that take a second pass several of them, and the long path, all the
-    same. The CUDA kernels' are compiled in."""
+    """Where an interpreter runs the blocks, lengths that take several of them, and the way of few long sequences, all
+    the same. The CUDA kernels' are compiled in."""
     if "backend" in request.fixturenames and request.node.callspec.params["backend"] == ("triton", "cpu"):
         monkeypatch.setattr("rlkernels.triton.recurrence.BLOCK", 256)
-        monkeypatch.setattr("rlkernels.triton.recurrence.SERIAL", 1000)
-        monkeypatch.setattr("rlkernels.triton.recurrence.GROUP", 4)
+        monkeypatch.setattr("rlkernels.triton.recurrence.FEW_SEQUENCES", FEW_SEQUENCES_ON_CPUS)
+        monkeypatch.setattr("rlkernels.triton.recurrence.LONGEST_OF_FEW", 1000)
+        monkeypatch.setattr("rlkernels.triton.recurrence.FOLD", 4)
 
 
 def run(name, inputs, **options):
@@ -280,6 +286,34 @@ def test_sequences_too_long_for_one_program(backend, device, name, packed):
         alone |= {key: inputs[key][: lengths[0]] for key in PER_TOKEN}
     for one, other in zip(run(name, alone, gamma=0.999, lam=1.0), got, strict=True):
         assert torch.equal(one, other[: lengths[0]] if packed else other[:1])
+
+
+@pytest.mark.only("triton", "cuda")
+@pytest.mark.parametrize("options", [{}, {"packed": True, "drop": 0.4, "done": 0.01}], ids=["dense", "packed"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_few_and_many_sequences_give_the_same_bits(backend, device, name, options):
+    """A warp goes through a sequence of many alone; the blocks of a long one of few are done side by side."""
+    few, length = (FEW_SEQUENCES, 2700) if device.type == "cuda" else (FEW_SEQUENCES_ON_CPUS, 1400)
+    lengths = [length] + [40] * (few - 1)
+    masked = bool(options)
+    many = make_inputs(lengths, length, device, masked=masked, **options)
+    alone = {key: value[:1] if key != "cu_seqlens" else value[:2] for key, value in many.items()}
+    if "packed" in options:
+        alone |= {key: many[key][:length] for key in PER_TOKEN if key in many}
+    one, other = (run(name, inputs, gamma=0.999, lam=0.97) for inputs in (alone, many))
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.flatten(), b.flatten()[:length])
+
+
+@pytest.mark.only("triton", "cuda")
+@pytest.mark.parametrize("gamma", [0.999, 0.99])
+def test_the_product_of_many_factors_keeps_its_digits(backend, device, gamma):
+    """Whose rounding, the same in each squaring, would be that of a hundred factors after seven of them."""
+    rewards = torch.zeros(1, 1300, device=device)
+    rewards[0, -1] = 1.0
+    exact = torch.tensor(gamma).double() ** torch.arange(1299, -1, -1).double()
+    got = discounted_returns(rewards, gamma=gamma).flatten().cpu().double()
+    assert (got / exact - 1).abs().max() < 4 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.only("cpu", "triton", "cuda")

@@ -25,8 +25,11 @@ from gpu_assembly import (
     WIDE_LOAD,
     WIDE_STORE,
     compile_for,
+    count,
     disassemble,
+    grids_for,
     innermost_loop_with_loads,
+    instructions,
     variants_for,
 )
 from rlkernels._codes import (
@@ -247,7 +250,7 @@ def masked_ops(
 
 def recur(
     kind: str,
-    shape: tuple[int, ...] = (16, 4096),
+    shape: tuple[int, ...] = (1024, 4096),
     *,
     masked: bool = True,
     dones: bool = False,
@@ -265,7 +268,6 @@ def recur(
         empty(*shape, dtype=torch.bool) if dones else None,
         empty(packed + 1, dtype=torch.int32) if packed else None,
         empty(packed or shape[0]) if bootstrap else None,
-        empty() if packed else None,
         *(RECURRENCES.index(kind), gamma, 0.95, 1.0, 1.0, whiten),
     )
 
@@ -368,7 +370,7 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
             ("dones", dict(dones=True), ("_sequence_kernel",)),
             ("long", dict(shape=(2, 65536), dones=True), ("_reduce_kernel", "_apply_kernel")),
             ("packed", dict(shape=(65536,), packed=7), ()),
-            ("odd", dict(shape=(16, 4095), dones=True), ()),
+            ("odd", dict(shape=(1024, 4095), dones=True), ()),
         )
     },
     "gae whiten": (
@@ -484,6 +486,23 @@ def test_capped_logits_are_rounded_before_they_are_subtracted(case, compile_laun
     for name, kernels in compile_launches(TARGETS["sm_90"], launch).items():
         for kernel in kernels:
             assert re.search(r"\bFFMA [^;]*, RZ\b", disassemble(kernel).text), name
+
+
+@pytest.mark.parametrize("target", ["sm_90", thorough("sm_100")])
+def test_a_warp_scans_tokens_in_few_instructions_and_waits_for_no_other(target, compile_launches):
+    """gae of sequences without a mask: four runs of four tokens for each thread."""
+    launch, _ = CASES["gae unmasked"]
+    ((kernel,),) = compile_launches(TARGETS[target], launch).values()
+    counts = count(instructions(innermost_loop_with_loads(disassemble(kernel).text)))
+    assert counts.loads == {16: 4 * 2, 4: 4} and counts.stores == {16: 4 * 2}
+    assert counts.instructions <= 4 * 140
+    assert counts.shuffles <= 4 * 22
+    assert counts.barriers == 0
+
+
+def test_few_long_sequences_keep_a_gpu_busy():
+    grids = grids_for(TARGETS["sm_90"], lambda: recur("gae", (8, 32768)))
+    assert all(programs >= 512 for (programs,) in grids.values()), grids
 
 
 def test_the_quick_cases_exist():

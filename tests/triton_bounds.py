@@ -172,14 +172,14 @@ def run_all(after: bool, whole: bool) -> None:
             value_loss.value_loss_forward(values, old, ref, mask, packed, None, 0.0, aggregation, 0.2, True)
 
     interpreter.ScanOps.generic_scan = scan_in_steps
-    recurrence.BLOCK, recurrence.SERIAL, recurrence.GROUP = 64, 70, 2
-    for starts, valid in (
-        (None, None),
-        ([0, 50, 50, 117], 1.0),
-        ([5, 3, -7, 2**31 - 1], math.nan),
-        ([-(2**31)] * 4, math.nan),
-        ([2**31 - 1] * 4, math.nan),
-        ([117, 117, 0, 0], math.nan),
+    recurrence.BLOCK, recurrence.LONGEST_OF_FEW, recurrence.FOLD = 64, 70, 2
+    for starts in (
+        None,
+        [0, 50, 50, 117],
+        [5, 3, -7, 2**31 - 1],
+        [-(2**31)] * 4,
+        [2**31 - 1] * 4,
+        [117, 117, 0, 0],
     ):
         print(f"recurrence cu_seqlens={starts}", flush=True)
         shape = (117,) if starts else (1, 117)
@@ -193,7 +193,6 @@ def run_all(after: bool, whole: bool) -> None:
                 guard(torch.rand(shape) > 0.9),
                 guard(torch.tensor(starts, dtype=torch.int32)) if starts else None,
                 guard(torch.randn(len(starts) - 1 if starts else 1)),
-                guard(torch.tensor(valid)) if starts else None,
                 *(RECURRENCES.index(kind), 0.9, 0.9, 1.0, 1.0, kind == "gae"),
             )
 

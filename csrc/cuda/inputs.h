@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace rlk {
 
@@ -26,5 +27,14 @@ struct Flags {
   int bytes = 1;
   bool floating = false;
 };
+
+// Whether numbers are floats, masks bytes, and all start at multiples of 16 bytes, of those that there are.
+inline bool all_plain(std::initializer_list<Floats> numbers, std::initializer_list<Flags> masks) {
+  const auto starts_at_16 = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+  bool plain = true;
+  for (const Floats& array : numbers) plain = plain && array.dtype == Dtype::kFloat && starts_at_16(array.data);
+  for (const Flags& array : masks) plain = plain && array.bytes == 1 && starts_at_16(array.data);
+  return plain;
+}
 
 }  // namespace rlk

@@ -2,55 +2,67 @@
 #include <type_traits>
 
 #include "recurrence.cuh"
+#include "sequences.cuh"
 
 namespace rlk {
 namespace {
 
 constexpr int kMomentsThreads = kWarp * kMaxWarps;
 
-template <int kKind, bool kVector>
-void launch_kind(Launcher& launch, const RecurrenceBatch& batch, bool whiten) {
+template <int kKind, bool kPlain, bool kDense, bool kSums>
+void launch_variant(Launcher& launch, const RecurrenceBatch& batch) {
   const Sequences& sequences = batch.sequences;
-  const int64_t longest_possible = sequences.cu_seqlens != nullptr ? sequences.tokens : sequences.length;
-  const bool short_ones = sequences.cu_seqlens != nullptr || sequences.length <= kLongestSerial;
-  const bool long_ones = longest_possible > kLongestSerial;
+  const int64_t longest = sequences.count < kFewSequences ? kLongestOfFew : kLongestOfMany;
+  const bool packed = sequences.cu_seqlens != nullptr;
+  const bool short_ones = packed || sequences.length <= longest;
+  const bool long_ones = (packed ? sequences.tokens : sequences.length) > longest;
   const int64_t slots = slots_of(sequences);
   const int64_t short_sums = short_ones ? sequences.count : 0, long_sums = long_ones ? slots : 0;
-  AdvantageSums* const sums = whiten ? launch.room_for<AdvantageSums>(short_sums + long_sums) : nullptr;
-  if (short_ones) launch(recurrence_kernel<kKind, kVector>, sequences.count, kScanThreads, batch, kLongestSerial, sums);
+  AdvantageSums* const sums = kSums ? launch.room_for<AdvantageSums>(short_sums + long_sums) : nullptr;
+  if (short_ones)
+    launch(recurrence_kernel<kKind, kPlain, kDense, kSums>, divide_up(sequences.count, kScanWarps), kScanThreads, batch,
+           longest, sums);
   if (long_ones) {
     BlockSummary* const summaries = launch.room_for<BlockSummary>(slots);
-    launch(recurrence_reduce_kernel<kKind, kVector>, slots, kScanThreads, batch, kLongestSerial, summaries);
-    launch(recurrence_apply_kernel<kKind, kVector>, slots, kScanThreads, batch, kLongestSerial, summaries,
-           whiten ? sums + short_sums : nullptr);
+    const int64_t blocks = divide_up(slots, kScanWarps);
+    launch(recurrence_reduce_kernel<kKind, kPlain, kDense>, blocks, kScanThreads, batch, longest, summaries);
+    launch(recurrence_apply_kernel<kKind, kPlain, kDense, kSums>, blocks, kScanThreads, batch, longest, summaries,
+           slots, kSums ? sums + short_sums : nullptr);
   }
-  if (!whiten) return;
+  if (!kSums) return;
   Moments* const moments = launch.room_for<Moments>(1);
   launch(advantage_moments_kernel, 1, kMomentsThreads, sums, short_sums + long_sums, moments);
-  launch(whiten_advantages_kernel<kVector>, divide_up(sequences.tokens, kScanBlock), kScanThreads, batch, moments);
+  launch(whiten_advantages_kernel<kPlain>, divide_up(sequences.tokens, kScanThreads * kRun), kScanThreads, batch,
+         moments);
+}
+
+// kPlain: sequences also begin and end at multiples of 16 bytes. kDense: every token is scored, and no episode ends but
+// with its sequence.
+template <int kKind, bool kSums>
+void launch_kind(Launcher& launch, const RecurrenceBatch& batch) {
+  const bool even = batch.sequences.cu_seqlens == nullptr && batch.sequences.length % kRun == 0;
+  const bool plain =
+      even && all_plain({batch.rewards, batch.values, batch.logprobs, batch.behavior_logprobs, batch.bootstrap_values},
+                        {batch.mask, batch.dones});
+  if (!plain) return launch_variant<kKind, false, false, kSums>(launch, batch);
+  if (batch.mask.data == nullptr && batch.dones.data == nullptr)
+    return launch_variant<kKind, true, true, kSums>(launch, batch);
+  launch_variant<kKind, true, false, kSums>(launch, batch);
 }
 
 }  // namespace
 
-void launch_recurrence(Launcher& launch, const RecurrenceBatch& batch, int kind, bool whiten) {
-  bool vector = batch.sequences.cu_seqlens == nullptr && batch.sequences.length % kScanTokens == 0;
-  for (const void* array :
-       std::initializer_list<const void*>{batch.rewards, batch.values, batch.logprobs, batch.behavior_logprobs,
-                                          batch.mask, batch.dones, batch.advantages, batch.returns})
-    vector = vector && reinterpret_cast<uintptr_t>(array) % 16 == 0;
-  const auto with_kind = [&](auto kind) {
-    constexpr int kKind = decltype(kind)::value;
-    vector ? launch_kind<kKind, true>(launch, batch, whiten) : launch_kind<kKind, false>(launch, batch, whiten);
-  };
+void launch_recurrence(Launcher& launch, RecurrenceBatch batch, int kind, bool whiten) {
+  batch.valid = launch_valid(launch, batch.sequences);
   switch (kind) {
     case kGae:
-      return with_kind(std::integral_constant<int, kGae>());
+      return whiten ? launch_kind<kGae, true>(launch, batch) : launch_kind<kGae, false>(launch, batch);
     case kDiscountedReturns:
-      return with_kind(std::integral_constant<int, kDiscountedReturns>());
+      return launch_kind<kDiscountedReturns, false>(launch, batch);
     case kTdLambda:
-      return with_kind(std::integral_constant<int, kTdLambda>());
+      return launch_kind<kTdLambda, false>(launch, batch);
     default:
-      return with_kind(std::integral_constant<int, kVtrace>());
+      return launch_kind<kVtrace, false>(launch, batch);
   }
 }
 

@@ -1,24 +1,28 @@
-// recurrence: a block of threads scans a block of tokens, from the end of a sequence to its beginning.
+// recurrence: a warp scans a block of tokens, from the end of a sequence to its beginning. No warp waits for another.
 #pragma once
 
-#include "block.cuh"
+#include "inputs.cuh"
 #include "recurrence.h"
 
-// The emulation of the tests has a shorter one, since it runs one block after another.
-#ifndef RLK_LONGEST_SERIAL
-#define RLK_LONGEST_SERIAL 32768
+// The emulation of the tests has smaller ones, since it runs one warp after another.
+#ifndef RLK_FEW_SEQUENCES
+#define RLK_FEW_SEQUENCES 528
+#define RLK_LONGEST_OF_FEW 2048
 #endif
 
 namespace rlk {
 
-constexpr int kScanThreads = 256;
-// A thread's tokens: as many as one read of 16 bytes brings.
-constexpr int kScanTokens = 4;
-constexpr int kScanBlock = kScanThreads * kScanTokens;
-// A block of threads goes through a sequence alone, and reads everything once. One that is longer than this would keep
-// a GPU waiting for a single block: its blocks are reduced side by side, and read again once each knows what lies
-// behind it. Which way a sequence goes depends on its length alone, and so do its bits.
-constexpr int64_t kLongestSerial = RLK_LONGEST_SERIAL;
+constexpr int kScanWarps = 4;
+constexpr int kScanThreads = kScanWarps * kWarp;
+// Runs of tokens that a thread has of a block: run r of lane l begins at token kWarpTokens * r + kRun * l.
+constexpr int kRuns = 4;
+constexpr int kWarpTokens = kRun * kWarp;
+constexpr int kScanBlock = kRuns * kWarpTokens;
+
+// A warp goes through a sequence block by block and reads everything once. Where sequences are few, that leaves most of
+// a GPU idle: those that are longer are done by a warp a block, and read twice. Both ways give the same bits.
+constexpr int64_t kFewSequences = RLK_FEW_SEQUENCES;  // four warps for each multiprocessor of an H100
+constexpr int64_t kLongestOfFew = RLK_LONGEST_OF_FEW, kLongestOfMany = 32768;
 
 // The slots of a sequence's blocks: those of no two sequences overlap, whatever their lengths.
 __device__ inline int64_t first_slot(const Sequences& sequences, int64_t s) {
@@ -26,27 +30,41 @@ __device__ inline int64_t first_slot(const Sequences& sequences, int64_t s) {
 }
 inline int64_t slots_of(const Sequences& sequences) { return sequences.tokens / kScanBlock + sequences.count; }
 
-// The value that a stretch of tokens passes back: its first, or that of the stretch behind it.
-struct PassedValue {
-  int known;
-  float value;
+// Where the first block of a sequence starts: at a multiple of 16 bytes of floats. Tokens of the sequence before it are
+// not of this one.
+__device__ inline int64_t first_block(int64_t begin) { return begin / kRun * kRun; }
+
+// y -> b + (high + low) y. The factor is a product of up to all tokens' factors, and must keep more digits than a float
+// has: they are often all the same, and then the rounding of each squaring would go in one direction and double with
+// the next. Dekker 1971, "A floating-point technique for extending the available precision".
+struct Composite {
+  float high, low, b;
+
+  __device__ float a() const { return high + low; }
 };
 
-__device__ inline PassedValue compose(PassedValue later, PassedValue earlier) {
-  return earlier.known ? earlier : later;
+// Where a is 0 an episode ends, and not even an infinity flows back; kDense says that there are no such tokens.
+template <bool kDense>
+__device__ float step(float a, float b, float y) {
+  const float result = fmaf(a, y, b);
+  return kDense || a != 0.0f ? result : b;
 }
 
-// y -> b + a y. A number y is {0, y}. Where a is 0 an episode ends, and not even an infinity flows back. a is a product
-// of up to all tokens' factors, in double: they are often all the same, and then the float rounding of each squaring
-// would go in one direction and double with the next.
-struct Composite {
-  double a;
-  float b;
-};
+template <bool kDense>
+__device__ Composite compose(const Composite& later, const Composite& earlier) {
+  const float high = product(earlier.high, later.high);
+  const float error = fmaf(earlier.high, later.high, -high);
+  const float low = fmaf(earlier.high, later.low, fmaf(earlier.low, later.high, error));
+  const bool ends = !kDense && earlier.high == 0.0f;
+  return {ends ? 0.0f : high, ends ? 0.0f : low, step<kDense>(earlier.a(), earlier.b, later.b)};
+}
 
-__device__ inline Composite compose(Composite later, Composite earlier) {
-  if (earlier.a == 0.0) return earlier;
-  return {earlier.a * later.a, earlier.b + static_cast<float>(earlier.a) * later.b};
+// The composite of one token and of those behind it.
+template <bool kDense>
+__device__ Composite compose(const Composite& later, float a, float b) {
+  const float high = product(a, later.high), low = fmaf(a, later.low, fmaf(a, later.high, -high));
+  const bool ends = !kDense && a == 0.0f;
+  return {ends ? 0.0f : high, ends ? 0.0f : low, step<kDense>(a, b, later.b)};
 }
 
 template <typename T>
@@ -60,128 +78,109 @@ __device__ T shuffle_down(T value, int lanes) {
   return value;
 }
 
-// What lies behind this thread's `mine`: that of all threads after it, and then `behind`, to which all are then added.
-template <typename T>
-__device__ T scan_back(T mine, T& behind) {
-  __shared__ T warps[kScanThreads / kWarp];
-  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-#pragma unroll
-  for (unsigned lanes = 1; lanes < kWarp; lanes *= 2) {
-    const T later = shuffle_down(mine, lanes);
-    if (lane + lanes < kWarp) mine = compose(later, mine);
-  }
-  if (lane == 0) warps[warp] = mine;
-  __syncthreads();
-  T before = behind;
-#pragma unroll
-  for (int w = kScanThreads / kWarp - 1; w >= 0; --w) {
-    if (w == static_cast<int>(warp)) before = behind;
-    behind = compose(behind, warps[w]);
-  }
-  // The next scan writes where slower warps still read.
-  __syncthreads();
-  const T later = shuffle_down(mine, 1);
-  return lane + 1 < kWarp ? compose(before, later) : before;
-}
+__device__ inline int run_start(int r) { return r * kWarpTokens + threadIdx.x % kWarp * kRun; }
 
-// A thread's tokens of a block.
-struct Tokens {
-  float reward[kScanTokens], value[kScanTokens], logprob[kScanTokens], behavior_logprob[kScanTokens];
-  bool scored[kScanTokens], done[kScanTokens];
+__device__ inline float of_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+
+// A thread's runs of a block: which tokens are scored or end an episode, their values, what each adds to the
+// recurrence, and what all tokens from the run to the block's end do to what lies behind the block.
+struct Runs {
+  FlagRun scored[kRuns], done[kRuns];
+  float value[kRuns][kRun];
+  RecurrenceTerm<float> term[kRuns][kRun];
+  float a[kRuns], b[kRuns];
 };
 
-// Where kVector, sequences begin and end at multiples of 16 bytes: a thread's tokens are all within one, or none is.
-template <bool kVector, typename T>
-__device__ void load_tokens(const T* array, int64_t first, int64_t end, T (&values)[kScanTokens]) {
-  if constexpr (kVector) {
-    struct alignas(sizeof values) Vector {
-      T values[kScanTokens];
-    };
-    if (first >= end) return;
-    const Vector loaded = *reinterpret_cast<const Vector*>(array + first);
-    memcpy(values, &loaded, sizeof values);
-  } else {
+// Behind a block, or of all its tokens: y -> b + a y.
+struct BlockSummary {
+  float a, b, next_value;
+};
+
+template <bool kPlain>
+__device__ void load_runs(Floats array, const Range& range, float (&values)[kRuns][kRun]) {
 #pragma unroll
-    for (int i = 0; i < kScanTokens; ++i)
-      if (first + i < end) values[i] = array[first + i];
-  }
+  for (int r = 0; r < kRuns; ++r) load_run<kPlain>(array, range, run_start(r), values[r]);
 }
 
-template <bool kVector>
-__device__ void store_tokens(float* array, int64_t first, int64_t end, const float (&values)[kScanTokens]) {
-  if constexpr (kVector) {
-    // nvcc would turn an assignment into four stores for sm_80 and sm_90.
-    if (first < end)
-      __stcg(reinterpret_cast<float4*>(array + first), make_float4(values[0], values[1], values[2], values[3]));
-  } else {
-#pragma unroll
-    for (int i = 0; i < kScanTokens; ++i)
-      if (first + i < end) array[first + i] = values[i];
-  }
+// The tokens of [begin, end) in the block from `start`.
+__device__ inline Range block_range(int64_t start, int64_t begin, int64_t end) {
+  return {start, begin > start ? static_cast<int>(begin - start) : 0,
+          end - start < kScanBlock ? static_cast<int>(end - start) : kScanBlock};
 }
 
-template <int kKind, bool kVector>
-__device__ Tokens load_tokens(const RecurrenceBatch& batch, int64_t start, int64_t end) {
-  const int64_t first = start + threadIdx.x * kScanTokens;
-  Tokens tokens = {};
-  load_tokens<kVector>(batch.rewards, first, end, tokens.reward);
-  if (kKind != kDiscountedReturns) load_tokens<kVector>(batch.values, first, end, tokens.value);
+// Scans the block from `start`. `next_value` is that behind the block and becomes the one that the block passes back;
+// `bootstrap` is that behind the sequence.
+template <int kKind, bool kPlain, bool kDense>
+__device__ Runs scan_block(const RecurrenceBatch& batch, const Range& range, float bootstrap, BlockSummary& block) {
+  const int lane = threadIdx.x % kWarp;
+  Runs runs;
+  float reward[kRuns][kRun], logprob[kRuns][kRun] = {}, behavior[kRuns][kRun] = {};
+  load_runs<kPlain>(batch.rewards, range, reward);
+  if (kKind != kDiscountedReturns) load_runs<kPlain>(batch.values, range, runs.value);
   if (kKind == kVtrace) {
-    load_tokens<kVector>(batch.logprobs, first, end, tokens.logprob);
-    load_tokens<kVector>(batch.behavior_logprobs, first, end, tokens.behavior_logprob);
+    load_runs<kPlain>(batch.logprobs, range, logprob);
+    load_runs<kPlain>(batch.behavior_logprobs, range, behavior);
   }
-  if (batch.mask != nullptr) load_tokens<kVector>(batch.mask, first, end, tokens.scored);
-  if (batch.dones != nullptr) load_tokens<kVector>(batch.dones, first, end, tokens.done);
 #pragma unroll
-  for (int i = 0; i < kScanTokens; ++i)
-    tokens.scored[i] = first + i < end && (batch.mask == nullptr || tokens.scored[i]);
-  return tokens;
-}
-
-// What lies behind a block of tokens.
-struct Behind {
-  PassedValue value;
-  Composite y;
-};
-
-template <int kKind>
-__device__ Behind behind_sequence(float bootstrap) {
-  return {{1, bootstrap}, {0.0, starts_with_bootstrap(kKind) ? bootstrap : 0.0f}};
-}
-
-// A thread's tokens: what each adds to the recurrence, and what all of them do to what lies behind them.
-struct Terms {
-  RecurrenceTerm<float> term[kScanTokens];
-  Composite all;
-};
-
-template <int kKind>
-__device__ Terms scan_values(const RecurrenceBatch& batch, const Tokens& tokens, PassedValue& behind) {
-  float next_value = 0.0f;
-  if (kKind != kDiscountedReturns) {
-    PassedValue mine = {0, 0.0f};
+  for (int r = 0; r < kRuns; ++r) {
+    runs.scored[r] = load_run<kPlain>(kDense ? Flags{} : batch.mask, range, run_start(r));
+    runs.done[r] = {};
+    if (!kDense && batch.dones.data != nullptr) runs.done[r] = load_run<kPlain>(batch.dones, range, run_start(r));
+  }
+  Composite behind = {1.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int i = kScanTokens - 1; i >= 0; --i) {
-      if (tokens.done[i]) mine = {1, 0.0f};
-      if (tokens.scored[i]) mine = {1, tokens.value[i]};
+  for (int r = kRuns - 1; r >= 0; --r) {
+    float (&value)[kRun] = runs.value[r];
+    const FlagRun scored = runs.scored[r], done = runs.done[r];
+    const bool inside = run_start(r) < range.end;
+    float next = 0.0f;
+    if (kKind != kDiscountedReturns && kDense) {
+      if (!inside) value[0] = bootstrap;
+      next = shuffle_down(value[0], 1);
+      if (lane + 1 == kWarp) next = block.next_value;
+      block.next_value = of_lane(value[0], 0);
+    } else if (kKind != kDiscountedReturns) {
+      bool known = false;
+      float passed = 0.0f;
+#pragma unroll
+      for (int i = kRun - 1; i >= 0; --i) {
+        if (!scored[i] && !done[i]) continue;
+        known = true;
+        passed = scored[i] ? value[i] : 0.0f;
+      }
+      const unsigned lanes = __ballot_sync(0xffffffffu, known), later = lanes >> lane >> 1;
+      next = of_lane(passed, later != 0 ? lane + __ffs(later) : 0);
+      if (later == 0) next = block.next_value;
+      if (lanes != 0) block.next_value = of_lane(passed, __ffs(lanes) - 1);
     }
-    next_value = scan_back(mine, behind).value;
-  }
-  Terms terms = {};
-  terms.all = {1.0, 0.0f};
+    Composite all = {};
 #pragma unroll
-  for (int i = kScanTokens - 1; i >= 0; --i) {
-    if (tokens.done[i]) {
-      next_value = 0.0f;
-      terms.all = {0.0, 0.0f};
+    for (int i = kRun - 1; i >= 0; --i) {
+      const bool is_scored = kDense ? inside : scored[i], ends = !kDense && done[i];
+      if (ends) next = 0.0f;
+      RecurrenceTerm<float>& term = runs.term[r][i];
+      term = recurrence_term(batch.options, kKind, reward[r][i], kKind == kDiscountedReturns ? 0.0f : value[i], next,
+                             logprob[r][i], behavior[r][i]);
+      term.a = ends ? 0.0f : is_scored ? term.a : 1.0f;
+      term.b = is_scored ? term.b : 0.0f;
+      all = i + 1 < kRun ? compose<kDense>(all, term.a, term.b) : Composite{term.a, 0.0f, term.b};
+      if (kKind != kDiscountedReturns && (kDense || is_scored)) next = value[i];
     }
-    if (!tokens.scored[i]) continue;
-    terms.term[i] = recurrence_term(batch.options, kKind, tokens.reward[i], tokens.value[i], next_value,
-                                    tokens.logprob[i], tokens.behavior_logprob[i]);
-    terms.all = compose(terms.all, {terms.term[i].a, terms.term[i].b});
-    next_value = tokens.value[i];
+#pragma unroll
+    for (int lanes = 1; lanes < static_cast<int>(kWarp); lanes *= 2) {
+      const Composite later = shuffle_down(all, lanes);
+      // Selected, not branched on: nvcc would copy the three floats.
+      const bool there = lane + lanes < static_cast<int>(kWarp);
+      all = compose<kDense>({there ? later.high : 1.0f, there ? later.low : 0.0f, there ? later.b : 0.0f}, all);
+    }
+    if (r + 1 < kRuns) all = compose<kDense>(behind, all);
+    behind = {of_lane(all.high, 0), of_lane(all.low, 0), of_lane(all.b, 0)};
+    runs.a[r] = all.a();
+    runs.b[r] = all.b;
   }
-  return terms;
+  block.a = behind.a();
+  block.b = behind.b;
+  return runs;
 }
 
 // Sums over advantages. They are in double, in which a float's square is exact.
@@ -189,72 +188,89 @@ struct AdvantageSums {
   double count, sum, squares;
 };
 
-__device__ inline AdvantageSums operator+(AdvantageSums a, AdvantageSums b) {
+__device__ inline AdvantageSums operator+(const AdvantageSums& a, const AdvantageSums& b) {
   return {a.count + b.count, a.sum + b.sum, a.squares + b.squares};
 }
 
-// Writes the results of a block; returns the sums of this thread's advantages.
-template <int kKind, bool kVector>
-__device__ AdvantageSums scan_block(const RecurrenceBatch& batch, const Tokens& tokens, int64_t start, int64_t end,
-                                    Behind& behind) {
-  const Terms terms = scan_values<kKind>(batch, tokens, behind.value);
-  float y = scan_back(terms.all, behind.y).b;
-  float advantages[kScanTokens], returns[kScanTokens];
-  AdvantageSums sums = {};
+// Writes the results of a block, behind which y is; adds this thread's advantages to `sums`.
+template <int kKind, bool kPlain, bool kDense, bool kSums>
+__device__ void finish_block(const RecurrenceBatch& batch, const Runs& runs, const Range& range, float y,
+                             AdvantageSums& sums) {
+  const int lane = threadIdx.x % kWarp;
+  float behind = y;  // the next run's y, for the last lane
 #pragma unroll
-  for (int i = kScanTokens - 1; i >= 0; --i) {
-    advantages[i] = returns[i] = 0.0f;
-    if (tokens.done[i]) y = 0.0f;
-    if (!tokens.scored[i]) continue;
-    const RecurrenceTerm<float>& term = terms.term[i];
-    const float y_next = y;
-    y = compose(Composite{0.0, y_next}, Composite{term.a, term.b}).b;
-    returns[i] = recurrence_return(kKind, tokens.value[i], y);
-    if (!has_advantages(kKind)) continue;
-    const float advantage = advantages[i] = recurrence_advantage(batch.options, kKind, term, y, y_next);
-    sums = sums + AdvantageSums{1.0, advantage, double{advantage} * advantage};
+  for (int r = kRuns - 1; r >= 0; --r) {
+    const float of_run = step<kDense>(runs.a[r], runs.b[r], y);
+    float y_next = shuffle_down(of_run, 1);
+    if (lane + 1 == kWarp) y_next = behind;
+    behind = of_lane(of_run, 0);
+    float advantages[kRun], returns[kRun];
+#pragma unroll
+    for (int i = kRun - 1; i >= 0; --i) {
+      const RecurrenceTerm<float>& term = runs.term[r][i];
+      const float y_here = step<kDense>(term.a, term.b, y_next);
+      if (!kDense && runs.done[r][i]) y_next = 0.0f;
+      const float value = has_advantages(kKind) ? runs.value[r][i] : 0.0f;
+      const float advantage = recurrence_advantage(batch.options, kKind, term, y_here, y_next);
+      // Nothing is written where dense runs are not inside.
+      const bool is_scored = kDense || runs.scored[r][i];
+      advantages[i] = is_scored ? advantage : 0.0f;
+      returns[i] = is_scored ? recurrence_return(kKind, value, y_here) : 0.0f;
+      if (kSums && runs.scored[r][i]) sums = sums + AdvantageSums{1.0, advantage, double{advantage} * advantage};
+      y_next = y_here;
+    }
+    if (has_advantages(kKind)) store_run<kPlain>(batch.advantages, range, run_start(r), advantages);
+    store_run<kPlain>(batch.returns, range, run_start(r), returns);
   }
-  const int64_t first = start + threadIdx.x * kScanTokens;
-  if (has_advantages(kKind)) store_tokens<kVector>(batch.advantages, first, end, advantages);
-  store_tokens<kVector>(batch.returns, first, end, returns);
-  return sums;
 }
 
 __device__ inline void store_sums(AdvantageSums sums, AdvantageSums* at) {
-  if (at == nullptr) return;
-  sums = block_reduce(sums, [](const AdvantageSums& a, const AdvantageSums& b) { return a + b; });
-  if (threadIdx.x == 0) *at = sums;
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) sums = sums + shuffle_xor(sums, lanes);
+  if (threadIdx.x % kWarp == 0) *at = sums;
 }
 
-// Block s: sequence s, unless it is longer than `longest`. sums [sequences] may be null.
-template <int kKind, bool kVector>
+template <bool kPlain>
+__device__ float bootstrap_of(const RecurrenceBatch& batch, int64_t s) {
+  return batch.bootstrap_values.data != nullptr ? element<kPlain>(batch.bootstrap_values, s) : 0.0f;
+}
+
+// The value behind a block: where nothing is masked that of the very next token.
+template <bool kPlain>
+__device__ float value_behind(const RecurrenceBatch& batch, int64_t token, int64_t end, float bootstrap) {
+  return token < end ? element<kPlain>(batch.values, token) : bootstrap;
+}
+
+// Warp s: sequence s, unless it is longer than `longest`. sums [sequences] are for kSums.
+template <int kKind, bool kPlain, bool kDense, bool kSums>
 __global__ void __launch_bounds__(kScanThreads)
     recurrence_kernel(RecurrenceBatch batch, int64_t longest, AdvantageSums* sums) {
-  const int64_t s = blockIdx.x;
-  AdvantageSums* const sequence_sums = sums != nullptr ? sums + s : nullptr;
+  const Sequences& sequences = batch.sequences;
+  const int64_t s = int64_t{blockIdx.x} * kScanWarps + threadIdx.x / kWarp;
   if (!batch.usable()) {
     // Nobody knows where sequences are: every token is reached, and made NaN, by an equal share each.
-    for (int64_t token = s * kScanThreads + threadIdx.x; token < batch.sequences.tokens;
+    for (int64_t token = int64_t{blockIdx.x} * kScanThreads + threadIdx.x; token < sequences.tokens;
          token += int64_t{gridDim.x} * kScanThreads) {
       if (has_advantages(kKind)) batch.advantages[token] = kNan;
       batch.returns[token] = kNan;
     }
-    return store_sums({}, sequence_sums);
   }
-  const int64_t begin = batch.sequences.start(s), end = batch.sequences.start(s + 1);
-  if (end - begin > longest) return store_sums({}, sequence_sums);
-  Behind behind = behind_sequence<kKind>(batch.bootstrap(s));
+  if (s >= sequences.count) return;
+  const int64_t begin = sequences.start(s), end = sequences.start(s + 1);
   AdvantageSums thread_sums = {};
-  int64_t start = begin + (end - begin - 1) / kScanBlock * kScanBlock;
-  Tokens tokens = load_tokens<kKind, kVector>(batch, start, end);
-  for (; start >= begin; start -= kScanBlock) {
-    // Read while this block is scanned.
-    Tokens next = {};
-    if (start > begin) next = load_tokens<kKind, kVector>(batch, start - kScanBlock, end);
-    thread_sums = thread_sums + scan_block<kKind, kVector>(batch, tokens, start, end, behind);
-    tokens = next;
+  if (batch.usable() && end - begin <= longest) {
+    const float bootstrap = bootstrap_of<kPlain>(batch, s);
+    BlockSummary block = {1.0f, 0.0f, bootstrap};
+    float y = starts_with_bootstrap(kKind) ? bootstrap : 0.0f;
+    const int64_t first = first_block(begin);
+    for (int64_t start = first + (end - first - 1) / kScanBlock * kScanBlock; start >= first; start -= kScanBlock) {
+      const Range range = block_range(start, begin, end);
+      const Runs runs = scan_block<kKind, kPlain, kDense>(batch, range, bootstrap, block);
+      finish_block<kKind, kPlain, kDense, kSums>(batch, runs, range, y, thread_sums);
+      y = step<kDense>(block.a, block.b, y);
+    }
   }
-  store_sums(thread_sums, sequence_sums);
+  if (kSums) store_sums(thread_sums, sums + s);
 }
 
 // A block of a long sequence.
@@ -264,79 +280,84 @@ struct LongBlock {
 };
 
 __device__ inline LongBlock long_block(const RecurrenceBatch& batch, int64_t longest) {
+  LongBlock block = {};
+  block.slot = int64_t{blockIdx.x} * kScanWarps + threadIdx.x / kWarp;
   // The last sequence whose slots do not begin after this one.
   int64_t low = 0, high = batch.sequences.count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (first_slot(batch.sequences, middle) <= blockIdx.x)
+    if (first_slot(batch.sequences, middle) <= block.slot)
       low = middle + 1;
     else
       high = middle;
   }
-  LongBlock block = {};
   if (low == 0 || !batch.usable()) return block;
-  block.slot = blockIdx.x;
   block.sequence = low - 1;
   block.begin = batch.sequences.start(block.sequence);
   block.end = batch.sequences.start(block.sequence + 1);
   block.index = block.slot - first_slot(batch.sequences, block.sequence);
-  block.start = block.begin + block.index * kScanBlock;
+  block.start = first_block(block.begin) + block.index * kScanBlock;
   block.exists = block.end - block.begin > longest && block.start < block.end;
   return block;
 }
 
-// Behind a block: the value passed to it; and what its tokens do to a y behind them.
-struct BlockSummary {
-  PassedValue value;
-  Composite all;
-};
-
-// Block i: slot i.
-template <int kKind, bool kVector>
+// Warp i: slot i.
+template <int kKind, bool kPlain, bool kDense>
 __global__ void __launch_bounds__(kScanThreads)
     recurrence_reduce_kernel(RecurrenceBatch batch, int64_t longest, BlockSummary* summaries) {
   const LongBlock block = long_block(batch, longest);
   if (!block.exists) return;
-  Behind behind = behind_sequence<kKind>(batch.bootstrap(block.sequence));
-  if (kKind != kDiscountedReturns) {
+  const float bootstrap = bootstrap_of<kPlain>(batch, block.sequence);
+  BlockSummary summary = {1.0f, 0.0f, bootstrap};
+  if (kKind != kDiscountedReturns && kDense)
+    summary.next_value = value_behind<kPlain>(batch, block.start + kScanBlock, block.end, bootstrap);
+  if (kKind != kDiscountedReturns && !kDense) {
     // The first token behind the block that is scored or ends an episode; most often among the very next.
-    int64_t first = block.end;
-    for (int64_t next = block.start + kScanBlock; next < block.end && first == block.end; next += kScanThreads) {
-      const int64_t token = next + threadIdx.x;
-      const bool known = token < block.end &&
-                         (batch.mask == nullptr || batch.mask[token] || (batch.dones != nullptr && batch.dones[token]));
-      first = block_reduce(known ? token : block.end, [](int64_t a, int64_t b) { return a < b ? a : b; });
+    const int lane = threadIdx.x % kWarp;
+    unsigned lanes = 0;
+    for (int64_t next = block.start + kScanBlock; next < block.end && lanes == 0; next += kWarp) {
+      const int64_t token = next + lane;
+      const bool inside = token < block.end;
+      const bool scored = inside && (batch.mask.data == nullptr || element<kPlain>(batch.mask, token));
+      const bool done = inside && batch.dones.data != nullptr && element<kPlain>(batch.dones, token);
+      lanes = __ballot_sync(0xffffffffu, scored || done);
+      const float value = scored ? element<kPlain>(batch.values, token) : 0.0f;
+      if (lanes != 0) summary.next_value = of_lane(value, __ffs(lanes) - 1);
     }
-    if (first < block.end) behind.value.value = batch.mask == nullptr || batch.mask[first] ? batch.values[first] : 0.0f;
   }
-  const PassedValue passed = behind.value;
-  const Terms terms =
-      scan_values<kKind>(batch, load_tokens<kKind, kVector>(batch, block.start, block.end), behind.value);
-  Composite all = {1.0, 0.0f};
-  scan_back(terms.all, all);
-  if (threadIdx.x == 0) summaries[block.slot] = {passed, all};
+  const float next_value = summary.next_value;
+  scan_block<kKind, kPlain, kDense>(batch, block_range(block.start, block.begin, block.end), bootstrap, summary);
+  summary.next_value = next_value;
+  if (threadIdx.x % kWarp == 0) summaries[block.slot] = summary;
 }
 
-// Block i: slot i. sums [slots] may be null.
-template <int kKind, bool kVector>
+// Warp i: slot i. sums [slots] are for kSums.
+template <int kKind, bool kPlain, bool kDense, bool kSums>
 __global__ void __launch_bounds__(kScanThreads)
-    recurrence_apply_kernel(RecurrenceBatch batch, int64_t longest, const BlockSummary* summaries,
+    recurrence_apply_kernel(RecurrenceBatch batch, int64_t longest, const BlockSummary* summaries, int64_t slots,
                             AdvantageSums* sums) {
   const LongBlock block = long_block(batch, longest);
-  AdvantageSums* const block_sums = sums != nullptr ? sums + blockIdx.x : nullptr;
-  if (!block.exists) return store_sums({}, block_sums);
-  Behind behind = behind_sequence<kKind>(batch.bootstrap(block.sequence));
-  // The blocks behind this one, from the end of the sequence, as many at once as there are threads.
-  const int64_t blocks = (block.end - block.begin + kScanBlock - 1) / kScanBlock;
-  for (int64_t group = (blocks - 1) / kScanThreads; group >= (block.index + 1) / kScanThreads; --group) {
-    const int64_t other = group * kScanThreads + threadIdx.x;
-    const bool follows = other > block.index && other < blocks;
-    scan_back(follows ? summaries[block.slot - block.index + other].all : Composite{1.0, 0.0f}, behind.y);
+  AdvantageSums thread_sums = {};
+  if (block.exists) {
+    const int lane = threadIdx.x % kWarp;
+    const float bootstrap = bootstrap_of<kPlain>(batch, block.sequence);
+    float y = starts_with_bootstrap(kKind) ? bootstrap : 0.0f;
+    // The blocks behind this one, from the last to the first, as recurrence_kernel goes through them.
+    const int64_t blocks = (block.end - first_block(block.begin) + kScanBlock - 1) / kScanBlock;
+    for (int64_t last = blocks - 1; last > block.index; last -= kWarp) {
+      const int64_t other = last - lane;
+      BlockSummary summary = {};
+      if (other > block.index) summary = summaries[block.slot - block.index + other];
+      for (int l = 0; l < static_cast<int>(kWarp) && last - l > block.index; ++l)
+        y = step<kDense>(of_lane(summary.a, l), of_lane(summary.b, l), y);
+    }
+    BlockSummary summary = summaries[block.slot];
+    const Runs runs =
+        scan_block<kKind, kPlain, kDense>(batch, block_range(block.start, block.begin, block.end), bootstrap, summary);
+    finish_block<kKind, kPlain, kDense, kSums>(batch, runs, block_range(block.start, block.begin, block.end), y,
+                                               thread_sums);
   }
-  behind.value = summaries[block.slot].value;
-  store_sums(scan_block<kKind, kVector>(batch, load_tokens<kKind, kVector>(batch, block.start, block.end), block.start,
-                                        block.end, behind),
-             block_sums);
+  if (kSums && block.slot < slots) store_sums(thread_sums, sums + block.slot);
 }
 
 // What whitens advantages, unless fewer than two are scored.
@@ -355,22 +376,25 @@ __global__ void advantage_moments_kernel(const AdvantageSums* sums, int64_t coun
   *moments = {advantage_whitening(several ? total.count : 2.0, total.sum, total.squares), several};
 }
 
-// A thread per kScanTokens tokens.
-template <bool kVector>
-__global__ void whiten_advantages_kernel(RecurrenceBatch batch, const Moments* moments) {
-  const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kScanTokens, end = batch.sequences.tokens;
-  float advantages[kScanTokens] = {};
-  bool scored[kScanTokens] = {};
-  load_tokens<kVector, float>(batch.advantages, first, end, advantages);
-  if (batch.mask != nullptr) load_tokens<kVector>(batch.mask, first, end, scored);
+// A thread per run of tokens.
+template <bool kPlain>
+__global__ void __launch_bounds__(kScanThreads)
+    whiten_advantages_kernel(RecurrenceBatch batch, const Moments* moments) {
+  const int64_t start = int64_t{blockIdx.x} * kScanThreads * kRun;
+  const int64_t left = batch.sequences.tokens - start;
+  const Range range = {start, 0, left < kScanThreads * kRun ? static_cast<int>(left) : kScanThreads * kRun};
+  const int first = threadIdx.x * kRun;
+  float advantages[kRun];
+  load_run<kPlain>(Floats{batch.advantages, Dtype::kFloat}, range, first, advantages);
+  const FlagRun scored = load_run<kPlain>(batch.mask, range, first);
   const Moments m = *moments;
   const float invalid = batch.usable() ? 0.0f : kNan;
 #pragma unroll
-  for (int i = 0; i < kScanTokens; ++i) {
-    const bool counts = m.several != 0 && (batch.mask == nullptr || scored[i]);
+  for (int i = 0; i < kRun; ++i) {
+    const bool counts = m.several != 0 && scored[i];
     advantages[i] = (counts ? whiten_advantage(m.whitening, advantages[i]) : 0.0f) + invalid;
   }
-  store_tokens<kVector>(batch.advantages, first, end, advantages);
+  store_run<kPlain>(batch.advantages, range, first, advantages);
 }
 
 }  // namespace rlk

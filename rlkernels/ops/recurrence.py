@@ -52,9 +52,10 @@ def gae(
     Raises: TypeError, ValueError for wrong dtypes, shapes, devices and options, and, on a CPU, for cu_seqlens that do
     not run from 0 to N without decreasing. On a GPU they make the results NaN, or raise with RLKERNELS_CHECK=1.
 
-    Traffic: reads each input once and writes each output once; on a GPU the inputs of a sequence longer than 32,768
-    tokens are read twice. Whitening reads and writes the advantages, and reads the mask, once more. bfloat16 and
-    float16 inputs are widened to float32 first. No host synchronisation.
+    Traffic: reads each input once and writes each output once; on a GPU the inputs of sequences longer than 32,768
+    tokens are read twice, and where there are fewer than 528 sequences of those longer than 2,048. Whitening reads and
+    writes the advantages, and reads the mask, once more. On a CPU bfloat16 and float16 inputs are widened to float32
+    first. No host synchronisation.
 
     References: Schulman et al. 2016 (arXiv 1506.02438).
     """
@@ -175,68 +176,71 @@ def _recurrence(
     _checks.tensor("rewards", rewards, _checks.FLOATS)
     _checks.no_gradient("rewards", rewards, NOT_DIFFERENTIABLE)
     sequences, cu_seqlens = _checks.sequences("rewards", rewards, cu_seqlens)
-    work = _checks.working(rewards)
     if kind != "discounted_returns":
-        values = _like_rewards("values", values, rewards, work)
+        _like_rewards("values", values, rewards)
     if kind == "vtrace":
-        logprobs = _like_rewards("logprobs", logprobs, rewards, work)
-        behavior_logprobs = _like_rewards("behavior_logprobs", behavior_logprobs, rewards, work)
+        _like_rewards("logprobs", logprobs, rewards)
+        _like_rewards("behavior_logprobs", behavior_logprobs, rewards)
     if mask is not None:
         _checks.mask("mask", mask, "rewards", rewards)
-        mask = _checks.scored(mask).contiguous()
     if dones is not None:
         _checks.mask("dones", dones, "rewards", rewards)
-        dones = _checks.scored(dones).contiguous()
     if bootstrap_values is not None:
         _checks.tensor("bootstrap_values", bootstrap_values, _checks.FLOATS)
         _checks.shape("bootstrap_values", bootstrap_values, (sequences,), because="one a sequence")
         _checks.same_device("bootstrap_values", bootstrap_values, "rewards", rewards)
         _checks.no_gradient("bootstrap_values", bootstrap_values, NOT_DIFFERENTIABLE)
-        bootstrap_values = bootstrap_values.to(work.dtype).contiguous()
     gamma = _checks.number("gamma", gamma, at_least=0.0, at_most=1.0)
     lam = _checks.number("lam", lam, at_least=0.0, at_most=1.0)
 
-    backend = _backends.select(work, kind)
-    valid = None
+    backend = _backends.select(rewards, kind)
     if cu_seqlens is not None:
         if sequences == 0 and rewards.shape[0] > 0:
             raise ValueError(f"cu_seqlens must end with {rewards.shape[0]}, the number of tokens; got no sequence")
         if _checks.values_in_python(backend, cu_seqlens):
             _checks.cu_seqlens_values(cu_seqlens, rewards.shape[0])
-        if backend != "cpu":
-            valid = _checks.nan_unless_valid(cu_seqlens, rewards.shape[0], work)
-    inputs = (work, values, logprobs, behavior_logprobs, mask, dones, cu_seqlens, bootstrap_values)
+    dtype = _checks.arithmetic(rewards)
+    inputs: tuple = (
+        *(_checks.numbers(value, backend, dtype) for value in (rewards, values, logprobs, behavior_logprobs)),
+        *(_checks.flags(value, backend) for value in (mask, dones)),
+        *(cu_seqlens, _checks.numbers(bootstrap_values, backend, dtype)),
+    )
     if backend != "reference":
         options = (RECURRENCES.index(kind), gamma, lam, rho_clip, c_clip, whiten)
-        return _registry.op("recurrence", backend)(*inputs, valid, *options)
+        return _registry.op("recurrence", backend)(*inputs, *options)
     with torch.no_grad():
         advantages, returns = reference.recurrence(
             *inputs, kind=kind, gamma=gamma, lam=lam, rho_clip=rho_clip, c_clip=c_clip, whiten=whiten
         )
-        return (advantages, returns) if valid is None else (advantages * valid, returns * valid)
+        if cu_seqlens is None:
+            return advantages, returns
+        valid = _checks.nan_unless_valid(cu_seqlens, rewards.shape[0], returns)
+        return advantages * valid, returns * valid
 
 
 NOT_DIFFERENTIABLE = "advantages and returns are data: gradients do not flow through them"
 
 
-def _like_rewards(name: str, value: Tensor | None, rewards: Tensor, work: Tensor) -> Tensor:
+def _like_rewards(name: str, value: Tensor | None, rewards: Tensor) -> None:
     _checks.tensor(name, value, _checks.FLOATS)
     assert value is not None
     _checks.shape(name, value, tuple(rewards.shape), because="that of rewards")
     _checks.same_device(name, value, "rewards", rewards)
     _checks.no_gradient(name, value, NOT_DIFFERENTIABLE)
-    return value.to(work.dtype).contiguous()
 
 
-def _fake(rewards, values, logprobs, behavior_logprobs, mask, dones, cu_seqlens, bootstrap_values, valid, kind, *rest):
+def _fake(rewards, values, logprobs, behavior_logprobs, mask, dones, cu_seqlens, bootstrap_values, kind, *rest):
     has_advantages = RECURRENCES[kind] in ("gae", "vtrace")
-    return rewards.new_empty(rewards.shape if has_advantages else 0), rewards.new_empty(rewards.shape)
+    return (
+        rewards.new_empty(rewards.shape if has_advantages else 0, dtype=torch.float32),
+        rewards.new_empty(rewards.shape, dtype=torch.float32),
+    )
 
 
 _registry.define(
     "recurrence",
     "(Tensor rewards, Tensor? values, Tensor? logprobs, Tensor? behavior_logprobs, Tensor? mask, Tensor? dones, "
-    "Tensor? cu_seqlens, Tensor? bootstrap_values, Tensor? valid, int kind, float gamma, float lam, float rho_clip, "
+    "Tensor? cu_seqlens, Tensor? bootstrap_values, int kind, float gamma, float lam, float rho_clip, "
     "float c_clip, bool whiten) -> (Tensor advantages, Tensor returns)",
     _fake,
     part_of="gae",

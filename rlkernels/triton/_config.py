@@ -11,7 +11,7 @@ PLATFORM = "hip" if torch.version.hip else "cuda"
 WARP = {"cuda": 32, "hip": 64}
 THREADS = {
     "rows": {"cuda": 128, "hip": 128},  # of logits
-    "scan": {"cuda": 256, "hip": 256},
+    "scan": {"cuda": 32, "hip": 64},  # one warp
     "tokens": {"cuda": 128, "hip": 256},
     "group": {"cuda": 32, "hip": 64},
 }

@@ -33,6 +33,12 @@ def current(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device)
 
 
+def aligned(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or, where it is a view that does not start at a multiple of 16 bytes, a copy that does. Kernels that
+    say so of their pointers read 16 bytes at a time."""
+    return tensor.clone() if tensor is not None and tensor.data_ptr() % 16 else tensor
+
+
 @triton.jit
 def multiple_of_16(count, ALIGNED: tl.constexpr):
     """`count`, in a form that shows the compiler a multiple of 16 where it is one: elements are then read 16 bytes at a

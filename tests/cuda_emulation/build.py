@@ -26,7 +26,7 @@ def kernels() -> Path:
     root = Path(torch.__file__).parent
     torch_flags = ["-isystem", str(root / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DRLK_CUDA_KEY=CPU"]
     cuda = ROOT / "csrc" / "cuda"
-    steps = [_step(path, "-DRLK_LONGEST_SERIAL=3000") for path in sorted(cuda.glob("*.cu"))]
+    steps = [_step(path, "-DRLK_FEW_SEQUENCES=6", "-DRLK_LONGEST_OF_FEW=1000") for path in sorted(cuda.glob("*.cu"))]
     ops = [path for path in sorted(cuda.glob("*.cpp")) if path.stem != "module"]
     steps += [_step(path, *torch_flags) for path in (*ops, HERE / "torch_stubs.cpp")]
     return _library("kernels.so", steps, ["-shared"], [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"])

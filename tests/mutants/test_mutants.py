@@ -15,8 +15,8 @@ def sources():
     return source_files(ROOT)
 
 
-def test_there_are_eighty_three():
-    assert len(MUTATIONS) == 83
+def test_there_are_eighty_five():
+    assert len(MUTATIONS) == 85
     assert [name for name, count in Counter(each.name for each in MUTATIONS).items() if count > 1] == []
     assert [text for text, count in Counter(each.text for each in MUTATIONS).items() if count > 1] == []
 

@@ -19,8 +19,8 @@ AdvantageSums total(const std::vector<AdvantageSums>& sums) {
 std::tuple<Tensor, Tensor> recurrence(Tensor rewards, std::optional<Tensor> values, std::optional<Tensor> logprobs,
                                       std::optional<Tensor> behavior_logprobs, std::optional<Tensor> mask,
                                       std::optional<Tensor> dones, std::optional<Tensor> cu_seqlens,
-                                      std::optional<Tensor> bootstrap_values, std::optional<Tensor>, int64_t kind,
-                                      double gamma, double lam, double rho_clip, double c_clip, bool whiten) {
+                                      std::optional<Tensor> bootstrap_values, int64_t kind, double gamma, double lam,
+                                      double rho_clip, double c_clip, bool whiten) {
   Recurrence problem = {};
   problem.rewards = floats(rewards);
   problem.values = data_or_null<float>(values);
