@@ -13,7 +13,7 @@ def test_every_check_passes_on_this_machine(capsys):
     assert cli.main(["selftest", "--device", "cpu"]) == 0
     table, versions, last = capsys.readouterr().out.strip().split("\n\n")
     _, *rows = table.splitlines()
-    assert {row.split()[0] for row in rows} == set(_backends.BACKENDS_OF)
+    assert {row.split()[0] for row in rows} == {op for op in _backends.BACKENDS_OF if selftest.serving(op, "cpu")}
     for op in _backends.BACKENDS_OF:
         found = {tuple(row.split()[1:3]) for row in rows if row.split()[0] == op}
         dtypes = ("float32", "bfloat16", "float16")
@@ -25,7 +25,7 @@ def test_every_check_passes_on_this_machine(capsys):
 def test_cases_cover_every_op_and_layout():
     (sizes,) = selftest.QUICK_SIZES
     layouts = {(case.op, case.layout) for case in selftest.cases(sizes)}
-    assert {op for op, _ in layouts} == set(_backends.BACKENDS_OF)
+    assert {op for op, _ in layouts} == {op for op, backends in _backends.BACKENDS_OF.items() if backends}
     assert {op for op, layout in layouts if layout == "packed"} >= {"gae", "policy_loss", "linear_policy_loss"}
 
 
@@ -49,7 +49,7 @@ def few(monkeypatch):
     names = ("kl_penalty", "masked_mean")
     monkeypatch.setattr(_backends, "BACKENDS_OF", dict.fromkeys(names, ("cpu",)))
     cases = selftest.cases
-    monkeypatch.setattr(selftest, "cases", lambda sizes: (case for case in cases(sizes) if case.op in names))
+    monkeypatch.setattr(selftest, "cases", lambda *drawn: (case for case in cases(*drawn) if case.op in names))
 
 
 class _WrongGradient(torch.autograd.Function):
