@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from rlkernels._backends import BACKENDS_OF, triton_devices
+from rlkernels._backends import BACKENDS_OF, KERNEL_BACKENDS, triton_devices
 
 LIBRARY = torch.library.Library("rlkernels", "DEF")
 _functions: dict[tuple[str, str], Any] = {}
@@ -24,12 +24,15 @@ def define(
     fake: Callable,
     *,
     part_of: str,
+    backends: tuple[str, ...] = KERNEL_BACKENDS,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> None:
-    """Define `name` for the backends of the public op that it is part of: its schema, its shapes (`fake`), and its
-    gradient if it has one. `backward(backend)` gives the function that autograd calls."""
+    """Define `name` for those of `backends` that serve the public op that it is part of: its schema, its shapes
+    (`fake`), and its gradient if it has one. `backward(backend)` gives the function that autograd calls."""
     for backend in BACKENDS_OF[part_of]:
+        if backend not in backends:
+            continue
         LIBRARY.define(f"{name}.{backend}{schema}")
         qualified = f"rlkernels::{name}.{backend}"
         torch.library.register_fake(qualified, fake, lib=LIBRARY)

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "rlkernels/_accuracy.py": set(),
     "rlkernels/selftest.py": {"rlkernels._accuracy", "rlkernels._backends"},
     "rlkernels/_registry.py": {"rlkernels._backends"},
-    "rlkernels/reference/**/*.py": {"rlkernels.reference"},
+    "rlkernels/reference/**/*.py": {"rlkernels.reference", "rlkernels._codes"},
     "rlkernels/triton/**/*.py": {"rlkernels.triton", "rlkernels._codes", "rlkernels._registry"},
     "rlkernels/ops/**/*.py": {
         *("rlkernels.ops", "rlkernels.reference"),

@@ -10,7 +10,7 @@ from cases import COMPILERS_AND_LAYOUTS, thorough_emulated
 from op_calls import check_ops
 from rlkernels import policy_loss
 from rlkernels._codes import AGGREGATIONS, KL_ESTIMATORS, STRAIGHT_THROUGH
-from token_losses import DTYPES, INF, NAN, assert_matches_oracles, make_inputs, run
+from token_losses import DTYPES, GRADIENT_OPS, INF, NAN, assert_matches_oracles, make_inputs, run
 
 OBJECTIVES = ("ppo", "reinforce")
 ESTIMATORS = (*KL_ESTIMATORS, *STRAIGHT_THROUGH)
@@ -418,6 +418,7 @@ def test_opcheck(backend, device, packed):
         lambda: run(policy_loss, inputs, aggregation="seq_mean_token_mean", kl_coef=0.1),
         backend,
         "policy_loss_forward",
+        *GRADIENT_OPS[backend],
         differentiable=("policy_loss_forward",),
     )
 

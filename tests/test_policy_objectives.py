@@ -15,6 +15,7 @@ from rlkernels import policy_loss
 from rlkernels._codes import AGGREGATIONS, OBJECTIVES, SAMPLER_CORRECTIONS
 from token_losses import (
     DTYPES,
+    GRADIENT_OPS,
     INF,
     NAN,
     assert_matches_oracles,
@@ -534,6 +535,7 @@ def test_opcheck(backend, device, objective):
         lambda: run(policy_loss, inputs, objective=objective, kl_coef=0.1, entropy_coef=0.1),
         backend,
         "policy_loss_forward",
+        *GRADIENT_OPS[backend],
         differentiable=("policy_loss_forward",),
     )
 

@@ -11,6 +11,7 @@ from rlkernels import value_loss
 from rlkernels._codes import AGGREGATIONS
 from token_losses import (
     DTYPES,
+    GRADIENT_OPS,
     INF,
     NAN,
     aggregate_by_loops,
@@ -284,6 +285,7 @@ def test_opcheck(backend, device, packed):
         lambda: run(value_loss, inputs, aggregation="seq_mean_token_mean"),
         backend,
         "value_loss_forward",
+        *GRADIENT_OPS[backend],
         differentiable=("value_loss_forward",),
     )
 

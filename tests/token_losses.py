@@ -13,6 +13,8 @@ from tolerance import assert_as_accurate_as_torch
 NAN = float("nan")
 INF = float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The op that a backward pass calls, by backend; on CPUs PyTorch multiplies.
+GRADIENT_OPS = {"cpu": (), "cuda": ("token_loss_backward",), "triton": ("token_loss_backward",)}
 
 
 def spans_of(tokens, cu_seqlens):

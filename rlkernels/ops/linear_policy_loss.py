@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rlkernels._codes import SAMPLER_CORRECTIONS
 from rlkernels.ops import _checks
 from rlkernels.ops._first_order import first_order_only, leads_to_inputs
-from rlkernels.ops._token_losses import optional_per_token
+from rlkernels.ops._token_losses import check_per_token
 from rlkernels.ops.linear_logprobs import evaluate
 from rlkernels.ops.lm_head.head import Head, forward_backward
 from rlkernels.ops.lm_head.inputs import (
@@ -100,8 +100,8 @@ def linear_policy_loss(
     budget = budget_bytes(logits_budget_mb)
     scored = token_ids.long() != ignore_index
     head_options = replace(head_options, return_entropy=True, budget=budget, differentiated=torch.is_grad_enabled())
-    dtype = working_dtype(inputs.hidden)
-    old_logprobs = optional_per_token("old_logprobs", old_logprobs, "token_ids", token_ids, dtype)
+    if old_logprobs is not None:
+        check_per_token("old_logprobs", old_logprobs, "token_ids", token_ids)
     loss = Loss(old_logprobs, advantages, scored, options)
     tensors = inputs.tensors()[:5]
     differentiated = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)

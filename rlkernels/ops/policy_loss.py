@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,10 @@ from rlkernels._codes import (
     POLICY_METRICS,
     SAMPLER_CORRECTIONS,
     STRAIGHT_THROUGH,
+    PolicyOptions,
 )
 from rlkernels.ops import _checks
-from rlkernels.ops._token_losses import gradient, normalizer_parts, optional_per_token
+from rlkernels.ops._token_losses import check_per_token, gradients, normalizer_parts
 from rlkernels.ops.kl import clamp_limit
 from rlkernels.reference import policy_loss as reference
 
@@ -139,19 +142,20 @@ def policy_loss(
     shape = tuple(logprobs.shape)
     sequences, cu_seqlens = _checks.sequences("logprobs", logprobs, cu_seqlens)
 
-    work = _checks.working(logprobs)
-    old_logprobs = optional_per_token("old_logprobs", old_logprobs, "logprobs", logprobs, work.dtype)
-    ref_logprobs = optional_per_token("ref_logprobs", ref_logprobs, "logprobs", logprobs, work.dtype)
-    sampler_logprobs = optional_per_token("sampler_logprobs", sampler_logprobs, "logprobs", logprobs, work.dtype)
-    entropy = optional_per_token("entropy", entropy, "logprobs", logprobs, work.dtype, differentiable=True)
+    for name, value in (
+        ("old_logprobs", old_logprobs),
+        ("ref_logprobs", ref_logprobs),
+        ("sampler_logprobs", sampler_logprobs),
+        ("entropy", entropy),
+    ):
+        if value is not None:
+            check_per_token(name, value, "logprobs", logprobs, differentiable=name == "entropy")
     _checks.tensor("advantages", advantages, _checks.FLOATS)
     _checks.shape("advantages", advantages, shape, (sequences,), because="one a token or one a sequence")
     _checks.same_device("advantages", advantages, "logprobs", logprobs)
     _checks.no_gradient("advantages", advantages, "gradients do not flow to advantages")
-    advantages = advantages.detach().to(work.dtype).contiguous()
     if mask is not None:
         _checks.mask("mask", mask, "logprobs", logprobs)
-        mask = _checks.scored(mask).contiguous()
     _checks.choice("objective", objective, OBJECTIVES)
     _checks.choice("aggregation", aggregation, AGGREGATIONS)
     _checks.choice("kl_estimator", kl_estimator, (*KL_ESTIMATORS, *STRAIGHT_THROUGH))
@@ -182,66 +186,59 @@ def policy_loss(
             f"entropy must be given when entropy_coef is not 0; got None with entropy_coef={entropy_coef:g}"
         )
     sampler_cap = _checks.number("sampler_cap", sampler_cap, above=0.0)
-    normalizer, normalizer_value = normalizer_parts(normalizer, "logprobs", logprobs, work.dtype)
-    straight_through = kl_estimator.endswith("+")
-    kl_estimator = kl_estimator.removesuffix("+")
+    normalizer, normalizer_value = normalizer_parts(normalizer, "logprobs", logprobs)
+    options = PolicyOptions(
+        aggregation=AGGREGATIONS.index(aggregation),
+        objective=OBJECTIVES.index(objective),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_limit,
+        delta=ratio_limit,
+        log_ratio_clamp=log_ratio_limit,
+        k_pos=k_pos,
+        k_neg=k_neg,
+        rate_pos=rate_pos,
+        rate_neg=rate_neg,
+        kl_coef=kl_coef,
+        kl_estimator=KL_ESTIMATORS.index(kl_estimator.removesuffix("+")),
+        kl_straight_through=kl_estimator.endswith("+"),
+        entropy_coef=entropy_coef,
+        sampler_correction=SAMPLER_CORRECTIONS.index(sampler_correction),
+        sampler_cap=sampler_cap,
+    )
 
-    backend = _backends.select(work, "policy_loss")
+    backend = _backends.select(logprobs, "policy_loss")
     if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
         _checks.cu_seqlens_values(cu_seqlens, shape[0])
-    tensors = (work, old_logprobs, advantages, mask, cu_seqlens, ref_logprobs, sampler_logprobs, entropy)
+    dtype = _checks.arithmetic(logprobs)
+    differentiated = torch.is_grad_enabled()
+    tensors = (
+        _checks.numbers(logprobs, backend, dtype),
+        _checks.numbers(old_logprobs, backend, dtype),
+        _checks.numbers(advantages, backend, dtype),
+        _checks.flags(mask, backend),
+        cu_seqlens,
+        _checks.numbers(ref_logprobs, backend, dtype),
+        _checks.numbers(sampler_logprobs, backend, dtype),
+        _checks.numbers(entropy, backend, dtype),
+    )
+    divisor = _checks.numbers(normalizer, backend, dtype)
     if backend == "reference":
-        loss, metrics = reference.policy_loss(
-            *tensors,
-            normalizer if normalizer is not None else normalizer_value or None,
-            aggregation=aggregation,
-            objective=objective,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_limit,
-            delta=ratio_limit,
-            log_ratio_clamp=log_ratio_limit,
-            k_pos=k_pos,
-            k_neg=k_neg,
-            rate_pos=rate_pos,
-            rate_neg=rate_neg,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            kl_straight_through=straight_through,
-            entropy_coef=entropy_coef,
-            sampler_correction=sampler_correction,
-            sampler_cap=sampler_cap,
-        )
-    else:
-        differentiated = torch.is_grad_enabled()
-        loss, metrics, *_ = _registry.call(
-            "policy_loss_forward",
-            backend,
-            *tensors,
-            normalizer,
-            normalizer_value,
-            AGGREGATIONS.index(aggregation),
-            OBJECTIVES.index(objective),
-            clip_low,
-            clip_high,
-            dual_limit,
-            ratio_limit,
-            log_ratio_limit,
-            k_pos,
-            k_neg,
-            rate_pos,
-            rate_neg,
-            kl_coef,
-            KL_ESTIMATORS.index(kl_estimator),
-            straight_through,
-            entropy_coef,
-            SAMPLER_CORRECTIONS.index(sampler_correction),
-            sampler_cap,
-            differentiated and work.requires_grad,
-            differentiated and entropy is not None and entropy.requires_grad and entropy_coef != 0.0,
-        )
-    if cu_seqlens is not None and backend != "cpu":
-        loss = loss * _checks.nan_unless_valid(cu_seqlens, shape[0], loss)
+        arguments: Any = (*tensors, normalizer_value or divisor, options)
+        loss, metrics = reference.policy_loss(*arguments)
+        if cu_seqlens is not None:
+            loss = loss * _checks.nan_unless_valid(cu_seqlens, shape[0], loss)
+        return loss, metrics
+    loss, metrics, *_ = _registry.call(
+        "policy_loss_forward",
+        backend,
+        *tensors,
+        divisor,
+        normalizer_value,
+        *options,
+        differentiated and logprobs.requires_grad,
+        differentiated and entropy is not None and entropy.requires_grad and entropy_coef != 0.0,
+    )
     return loss, metrics
 
 
@@ -250,13 +247,9 @@ policy_loss.metrics = POLICY_METRICS  # type: ignore[attr-defined]
 
 def _forward_fake(logprobs, *rest):
     *_, need_grad, need_entropy_grad = rest
-    return (
-        logprobs.new_empty(()),
-        logprobs.new_empty(len(POLICY_METRICS)),
-        logprobs.new_empty(logprobs.shape if need_grad else (0,)),
-        logprobs.new_empty(logprobs.shape if need_entropy_grad else (0,)),
-        logprobs.new_empty(()),
-    )
+    grads = [logprobs.shape if needed else (0,) for needed in (need_grad, need_entropy_grad)]
+    shapes = ((), (len(POLICY_METRICS),), *grads, ())
+    return tuple(logprobs.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _setup_context(ctx, inputs, output):
@@ -266,32 +259,28 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(grad, entropy_grad, scale)
     ctx.nothing = (None,) * (len(inputs) - 8)
     ctx.needed = inputs[-2:]
+    ctx.dtypes = [_checks.FLOATS.index(torch.float32 if x is None else x.dtype) for x in (inputs[0], inputs[7])]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loss, *others):
-    grad, entropy_grad, scale = ctx.saved_tensors
-    need_grad, need_entropy_grad = ctx.needed
-    factor = scale * grad_loss
-    return (
-        gradient(grad, factor) if need_grad else None,
-        *(None,) * 6,
-        gradient(entropy_grad, factor) if need_entropy_grad else None,
-        *ctx.nothing,
-    )
+def _make_backward(backend):
+    def backward(ctx, grad_loss, *others):
+        grad, entropy_grad = gradients(backend, *ctx.saved_tensors, grad_loss, *ctx.dtypes)
+        need_grad, need_entropy_grad = ctx.needed
+        return grad if need_grad else None, *(None,) * 6, entropy_grad if need_entropy_grad else None, *ctx.nothing
+
+    return backward
 
 
 _registry.define(
     "policy_loss_forward",
     "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, "
     "Tensor? ref_logprobs, Tensor? sampler_logprobs, Tensor? entropy, Tensor? normalizer, float normalizer_value, "
-    "int aggregation, int objective, float clip_low, float clip_high, float dual_clip, float delta, "
-    "float log_ratio_clamp, float k_pos, float k_neg, float rate_pos, float rate_neg, float kl_coef, "
-    "int kl_estimator, bool kl_straight_through, float entropy_coef, int sampler_correction, float sampler_cap, "
-    "bool need_grad, bool need_entropy_grad) "
+    + ", ".join(f"{kind.__name__} {name}" for name, kind in PolicyOptions.__annotations__.items())
+    + ", bool need_grad, bool need_entropy_grad) "
     "-> (Tensor loss, Tensor metrics, Tensor grad, Tensor entropy_grad, Tensor scale)",
     _forward_fake,
     part_of="policy_loss",
     setup_context=_setup_context,
-    backward=lambda backend: _backward,
+    backward=_make_backward,
 )

@@ -1,10 +1,12 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rlkernels import _backends, _registry
 from rlkernels._codes import AGGREGATIONS, VALUE_METRICS
 from rlkernels.ops import _checks
-from rlkernels.ops._token_losses import gradient, normalizer_parts, optional_per_token, per_token
+from rlkernels.ops._token_losses import check_per_token, gradients, normalizer_parts
 from rlkernels.reference import value_loss as reference
 
 
@@ -61,42 +63,40 @@ def value_loss(
     """
     _checks.tensor("values", values, _checks.FLOATS)
     _, cu_seqlens = _checks.sequences("values", values, cu_seqlens)
-    work = _checks.working(values)
-    old_values = optional_per_token("old_values", old_values, "values", values, work.dtype)
-    returns = per_token("returns", returns, "values", values, work.dtype)
+    if old_values is not None:
+        check_per_token("old_values", old_values, "values", values)
+    check_per_token("returns", returns, "values", values)
     if mask is not None:
         _checks.mask("mask", mask, "values", values)
-        mask = _checks.scored(mask).contiguous()
     _checks.choice("aggregation", aggregation, AGGREGATIONS)
     clip = None if clip is None else _checks.number("clip", clip, at_least=0.0)
     if clip is None:
         clip, old_values = 0.0, None
-    normalizer, normalizer_value = normalizer_parts(normalizer, "values", values, work.dtype)
+    normalizer, normalizer_value = normalizer_parts(normalizer, "values", values)
 
-    backend = _backends.select(work, "value_loss")
+    backend = _backends.select(values, "value_loss")
     if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
         _checks.cu_seqlens_values(cu_seqlens, values.shape[0])
-    tensors = (work, old_values, returns, mask, cu_seqlens)
+    dtype = _checks.arithmetic(values)
+    tensors = (
+        _checks.numbers(values, backend, dtype),
+        _checks.numbers(old_values, backend, dtype),
+        _checks.numbers(returns, backend, dtype),
+        _checks.flags(mask, backend),
+        cu_seqlens,
+    )
+    divisor = _checks.numbers(normalizer, backend, dtype)
+    options = (AGGREGATIONS.index(aggregation), clip)
     if backend == "reference":
-        loss, metrics = reference.value_loss(
-            *tensors,
-            normalizer if normalizer is not None else normalizer_value or None,
-            aggregation=aggregation,
-            clip=clip,
-        )
-    else:
-        loss, metrics, *_ = _registry.call(
-            "value_loss_forward",
-            backend,
-            *tensors,
-            normalizer,
-            normalizer_value,
-            AGGREGATIONS.index(aggregation),
-            clip,
-            torch.is_grad_enabled() and work.requires_grad,
-        )
-    if cu_seqlens is not None and backend != "cpu":
-        loss = loss * _checks.nan_unless_valid(cu_seqlens, values.shape[0], loss)
+        arguments: Any = (*tensors, normalizer_value or divisor, *options)
+        loss, metrics = reference.value_loss(*arguments)
+        if cu_seqlens is not None:
+            loss = loss * _checks.nan_unless_valid(cu_seqlens, values.shape[0], loss)
+        return loss, metrics
+    need_grad = torch.is_grad_enabled() and values.requires_grad
+    loss, metrics, *_ = _registry.call(
+        "value_loss_forward", backend, *tensors, divisor, normalizer_value, *options, need_grad
+    )
     return loss, metrics
 
 
@@ -104,12 +104,8 @@ value_loss.metrics = VALUE_METRICS  # type: ignore[attr-defined]
 
 
 def _forward_fake(values, *rest):
-    return (
-        values.new_empty(()),
-        values.new_empty(len(VALUE_METRICS)),
-        values.new_empty(values.shape if rest[-1] else (0,)),
-        values.new_empty(()),
-    )
+    shapes = ((), (len(VALUE_METRICS),), values.shape if rest[-1] else (0,), ())
+    return tuple(values.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _setup_context(ctx, inputs, output):
@@ -118,12 +114,16 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(metrics, scale)
     ctx.save_for_backward(grad, scale)
     ctx.nothing = (None,) * (len(inputs) - 1)
+    ctx.dtype = _checks.FLOATS.index(inputs[0].dtype)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loss, *others):
-    grad, scale = ctx.saved_tensors
-    return gradient(grad, scale * grad_loss), *ctx.nothing
+def _make_backward(backend):
+    def backward(ctx, grad_loss, *others):
+        grad, scale = ctx.saved_tensors
+        return gradients(backend, grad, grad.new_empty(0), scale, grad_loss, ctx.dtype, 0)[0], *ctx.nothing
+
+    return backward
 
 
 _registry.define(
@@ -134,5 +134,5 @@ _registry.define(
     _forward_fake,
     part_of="value_loss",
     setup_context=_setup_context,
-    backward=lambda backend: _backward,
+    backward=_make_backward,
 )

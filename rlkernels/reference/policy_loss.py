@@ -3,6 +3,7 @@ import math
 import torch
 from torch import Tensor
 
+from rlkernels._codes import AGGREGATIONS, KL_ESTIMATORS, OBJECTIVES, SAMPLER_CORRECTIONS, PolicyOptions
 from rlkernels.reference._aggregation import aggregate, token_mean
 from rlkernels.reference._sequences import sequence_of_token, sum_by_sequence
 from rlkernels.reference.kl import kl_penalty
@@ -22,26 +23,11 @@ def policy_loss(
     sampler_logprobs: Tensor | None,
     entropy: Tensor | None,
     normalizer: Tensor | float | None,
-    *,
-    aggregation: str,
-    objective: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    delta: float,
-    log_ratio_clamp: float,
-    k_pos: float,
-    k_neg: float,
-    rate_pos: float,
-    rate_neg: float,
-    kl_coef: float,
-    kl_estimator: str,
-    kl_straight_through: bool,
-    entropy_coef: float,
-    sampler_correction: str,
-    sampler_cap: float,
+    options: PolicyOptions,
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-d) and metrics [9] of padded [B, T] or, with cu_seqlens, packed [N] log-probabilities."""
+    o = options
+    objective, correction = OBJECTIVES[o.objective], SAMPLER_CORRECTIONS[o.sampler_correction]
     scored = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     sequence, count = sequence_of_token(logprobs, cu_seqlens)
     if advantages.shape != logprobs.shape:
@@ -64,14 +50,14 @@ def policy_loss(
     # The sampler's weight of each token, whether it was capped, and the logarithms that a sequence's product takes.
     weight, capped = torch.ones_like(logprobs), torch.zeros_like(scored)
     log_weights = torch.zeros_like(logprobs)
-    by_sequence = sampler_correction.startswith("sequence")
+    by_sequence = correction.startswith("sequence")
     if sampler_logprobs is not None:
         log_weight = (old - scored_only(sampler_logprobs)).detach()
         log_weight = log_weight.masked_fill(log_weight.isnan(), 0.0)
         if by_sequence:
             log_weight = sequence_sum(log_weight)
-        capped = log_weight > math.log(sampler_cap)
-        weight = torch.where(capped, 0.0 if sampler_correction.endswith("mask") else sampler_cap, log_weight.exp())
+        capped = log_weight > math.log(o.sampler_cap)
+        weight = torch.where(capped, 0.0 if correction.endswith("mask") else o.sampler_cap, log_weight.exp())
         log_weights = scored_only(weight.clamp(min=LEAST_WEIGHT).log().clamp(max=LARGEST_LOG))
         if by_sequence:
             log_weights = log_weights / lengths[sequence]
@@ -83,7 +69,7 @@ def policy_loss(
     dropped = applied == 0
 
     raw = logprobs - old
-    log_ratio = raw.detach().clamp(-log_ratio_clamp, log_ratio_clamp)
+    log_ratio = raw.detach().clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
     ratio = log_ratio.exp()
     clipped_low = clipped_high = torch.zeros_like(scored)
     # Everywhere below, what is constant is kept out of the differentiation, where it may overflow: 0 * inf is NaN.
@@ -91,49 +77,49 @@ def policy_loss(
         if objective == "gspo":
             # The value is the sequence's, the gradient that of the token's own ratio.
             raw = sequence_mean(raw.detach()) + (logprobs - logprobs.detach()).nan_to_num(nan=0.0)
-            ratio = raw.detach().clamp(-log_ratio_clamp, log_ratio_clamp).exp()
-        free, bound = ratio.clamp(max=delta) * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+            ratio = raw.detach().clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
+        free, bound = ratio.clamp(max=o.delta) * advantages, ratio.clamp(1 - o.clip_low, 1 + o.clip_high) * advantages
         gain = torch.minimum(free, bound)
-        outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-        constant = torch.where(bound < free, outside, ratio > delta) | (raw.abs() > log_ratio_clamp) | dropped
-        if dual_clip < float("inf"):
-            least = dual_clip * advantages
+        outside = (ratio < 1 - o.clip_low) | (ratio > 1 + o.clip_high)
+        constant = torch.where(bound < free, outside, ratio > o.delta) | (raw.abs() > o.log_ratio_clamp) | dropped
+        if o.dual_clip < float("inf"):
+            least = o.dual_clip * advantages
             bounded = (advantages < 0) & (gain < least)
             gain, constant = torch.where(bounded, least, gain), constant | bounded
         gain = torch.where(constant, gain, raw.masked_fill(constant, 0.0).exp() * advantages)
-        clipped_low = (ratio < 1 - clip_low) & (advantages < 0)
-        clipped_high = (ratio > 1 + clip_high) & (advantages > 0)
+        clipped_low = (ratio < 1 - o.clip_low) & (advantages < 0)
+        clipped_high = (ratio > 1 + o.clip_high) & (advantages > 0)
     elif objective == "sapo":
-        temperature = torch.full_like(ratio, rate_neg).masked_fill(advantages > 0, rate_pos)
+        temperature = torch.full_like(ratio, o.rate_neg).masked_fill(advantages > 0, o.rate_pos)
         exponent = temperature * (ratio - 1)
-        constant = (exponent > 1000) | (raw.abs() > log_ratio_clamp) | dropped
+        constant = (exponent > 1000) | (raw.abs() > o.log_ratio_clamp) | dropped
         moving = temperature * torch.expm1(raw.masked_fill(constant, 0.0))
         # Either has a derivative that is exact where it is near 0, for there the function itself is.
         moving = torch.where(moving > 0, 1 - torch.sigmoid(-moving), torch.sigmoid(moving))
         gain = torch.where(constant, torch.sigmoid(exponent), moving) * (4 / temperature) * advantages
     elif objective == "gmpo":
-        clipped_low = (raw < -clip_low) & (advantages < 0)
-        clipped_high = (raw > clip_high) & (advantages > 0)
+        clipped_low = (raw < -o.clip_low) & (advantages < 0)
+        clipped_high = (raw > o.clip_high) & (advantages > 0)
         bounded = raw.masked_fill(advantages == 0, 0.0)
-        bounded = bounded.masked_fill(clipped_low, -clip_low).masked_fill(clipped_high, clip_high)
-        mean = sequence_mean(bounded).clamp(-log_ratio_clamp, log_ratio_clamp)
+        bounded = bounded.masked_fill(clipped_low, -o.clip_low).masked_fill(clipped_high, o.clip_high)
+        mean = sequence_mean(bounded).clamp(-o.log_ratio_clamp, o.log_ratio_clamp)
         ratio = mean.detach().exp()
         gain = mean.masked_fill(dropped, 0.0).exp() * sequence_mean(advantages)
     else:
         factor = torch.ones_like(ratio)
         if objective == "cispo":
-            factor = ratio.clamp(1 - clip_low, 1 + clip_high)
-            clipped_low, clipped_high = ratio < 1 - clip_low, ratio > 1 + clip_high
+            factor = ratio.clamp(1 - o.clip_low, 1 + o.clip_high)
+            clipped_low, clipped_high = ratio < 1 - o.clip_low, ratio > 1 + o.clip_high
         elif objective in ("dppo_tv", "dppo_kl"):
             up, down = _divergences(objective, logprobs.detach(), old)
-            clipped_high = (advantages > 0) & ~(up <= clip_high)
-            clipped_low = (advantages < 0) & ~(down <= clip_low)
-            factor = ratio.clamp(max=delta).masked_fill(clipped_low | clipped_high, 0.0)
+            clipped_high = (advantages > 0) & ~(up <= o.clip_high)
+            clipped_low = (advantages < 0) & ~(down <= o.clip_low)
+            factor = ratio.clamp(max=o.delta).masked_fill(clipped_low | clipped_high, 0.0)
         elif objective == "vespo":
             log_w = sequence_sum(raw.detach().clamp(-LARGEST_LOG, LARGEST_LOG)) + sequence_sum(log_weights)
             log_w = log_w.clamp(math.log(LEAST_WEIGHT), LARGEST_LOG)
-            k = torch.full_like(ratio, k_pos).masked_fill(advantages < 0, k_neg)
-            rate = torch.full_like(ratio, rate_pos).masked_fill(advantages < 0, rate_neg)
+            k = torch.full_like(ratio, o.k_pos).masked_fill(advantages < 0, o.k_neg)
+            rate = torch.full_like(ratio, o.rate_pos).masked_fill(advantages < 0, o.rate_neg)
             factor = ratio = torch.exp(rate + k * log_w - rate * log_w.exp())
         gain = factor.masked_fill(dropped, 0.0) * advantages * logprobs
     loss = -(applied * gain).masked_fill(dropped, 0.0)
@@ -143,20 +129,20 @@ def policy_loss(
         kl = kl_penalty(
             logprobs,
             scored_only(ref_logprobs),
-            estimator=kl_estimator,
-            straight_through=kl_straight_through,
+            estimator=KL_ESTIMATORS[o.kl_estimator],
+            straight_through=o.kl_straight_through,
             log_ratio_clamp=float("inf"),
             value_clamp=float("inf"),
         )
-        if kl_coef != 0.0:
-            loss = loss + kl_coef * kl
+        if o.kl_coef != 0.0:
+            loss = loss + o.kl_coef * kl
     entropy = torch.zeros_like(loss) if entropy is None else scored_only(entropy)
-    if entropy_coef != 0.0:
-        loss = loss - entropy_coef * entropy
+    if o.entropy_coef != 0.0:
+        loss = loss - o.entropy_coef * entropy
 
     means = (ratio, clipped_low, clipped_high, torch.expm1(log_ratio) - log_ratio, kl, entropy, weight, capped)
     metrics = torch.stack([*(token_mean(value, scored, loss.dtype) for value in means), scored.sum().to(loss.dtype)])
-    return aggregate(loss, scored, sequence, count, aggregation, normalizer), metrics.detach()
+    return aggregate(loss, scored, sequence, count, AGGREGATIONS[o.aggregation], normalizer), metrics.detach()
 
 
 def _divergences(objective: str, logprobs: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 import torch
 from torch import Tensor
 
+from rlkernels._codes import AGGREGATIONS
 from rlkernels.reference._aggregation import aggregate, token_mean
 from rlkernels.reference._sequences import sequence_of_token
 
@@ -12,8 +13,7 @@ def value_loss(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     normalizer: Tensor | float | None,
-    *,
-    aggregation: str,
+    aggregation: int,
     clip: float,
 ) -> tuple[Tensor, Tensor]:
     """Loss (0-d) and metrics [6] of padded [B, T] or, with cu_seqlens, packed [N] values."""
@@ -43,4 +43,5 @@ def value_loss(
     num_tokens = scored.sum().double()
     explained = explained.masked_fill(num_tokens == 0, 0.0)
     metrics = torch.stack([mean(clipped), mean(values), mean(returns), mean(error.square()), explained, num_tokens])
-    return aggregate(0.5 * loss, scored, sequence, count, aggregation, normalizer), metrics.to(values.dtype)
+    loss = aggregate(0.5 * loss, scored, sequence, count, AGGREGATIONS[aggregation], normalizer)
+    return loss, metrics.to(values.dtype)

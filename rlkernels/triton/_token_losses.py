@@ -1,11 +1,12 @@
 """What the losses over tokens share: the numbers of scored tokens of sequences, and the division of a sum of losses."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rlkernels._codes import AGGREGATIONS
-from rlkernels.triton._launch import multiple_of_16
+from rlkernels.triton._launch import implements, multiple_of_16
 from rlkernels.triton._sequences import aligned_bounds, bounds, sequence_of
 
 SEQ_MEAN_TOKEN_MEAN = AGGREGATIONS.index("seq_mean_token_mean")
@@ -38,7 +39,7 @@ def _lengths_kernel(
 def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The number of scored tokens of each sequence of a padded [B, T] or packed [N] tensor, in float32."""
     sequences, sequence_length = shape_of(like, cu_seqlens)
-    lengths = like.new_empty(sequences)
+    lengths = like.new_empty(sequences, dtype=torch.float32)
     if sequences:
         count = like.numel()
         _lengths_kernel[(sequences,)](
@@ -92,7 +93,7 @@ def sum_of(values, count, BLOCK: tl.constexpr):
 def one_over_denominator(tokens, lengths, normalizer, normalizer_value, sequences, BLOCK: tl.constexpr):
     """What the loss and the gradients are multiplied by, 0 where nothing is scored."""
     if normalizer is not None:
-        denominator = tl.load(normalizer)
+        denominator = tl.load(normalizer).to(tl.float32)
     elif normalizer_value is not None:
         denominator = normalizer_value
     elif lengths is not None:
@@ -105,3 +106,40 @@ def one_over_denominator(tokens, lengths, normalizer, normalizer_value, sequence
     else:
         denominator = tokens
     return tl.where(tokens > 0.0, 1.0 / denominator, 0.0)
+
+
+@triton.jit
+def _scale_kernel(grads, outputs, scale, grad_loss, count: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of each token times scale and grad_loss, in the dtype of its input."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < multiple_of_16(count, ALIGNED)
+    factor = tl.load(scale) * tl.load(grad_loss)
+    for number in tl.static_range(len(grads)):
+        value = tl.load(grads[number] + token, mask=inside, other=0.0) * factor
+        tl.store(outputs[number] + token, value.to(outputs[number].dtype.element_ty), mask=inside)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@implements("token_loss_backward")
+def token_loss_backward(
+    grad: Tensor, entropy_grad: Tensor, scale: Tensor, grad_loss: Tensor, dtype: int, entropy_dtype: int
+) -> tuple[Tensor, Tensor]:
+    grads = (grad, entropy_grad)
+    outputs = tuple(
+        value.new_empty(value.shape, dtype=DTYPES[number])
+        for value, number in zip(grads, (dtype, entropy_dtype), strict=True)
+    )
+    count = max(grad.numel(), entropy_grad.numel())
+    if count:
+        _scale_kernel[(triton.cdiv(count, BLOCK),)](
+            tuple(value for value in grads if value.numel()),
+            tuple(value for value in outputs if value.numel()),
+            scale,
+            grad_loss,
+            count,
+            ALIGNED=count % 16 == 0,
+            BLOCK=BLOCK,
+        )
+    return outputs[0], outputs[1]

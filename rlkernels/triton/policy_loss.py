@@ -8,7 +8,7 @@ from torch import Tensor
 from rlkernels._codes import OBJECTIVES, POLICY_METRICS, SAMPLER_CORRECTIONS
 from rlkernels.triton._launch import implements, multiple_of_16
 from rlkernels.triton._math import clamp, exp_of_double, expm1, expm1_minus_x
-from rlkernels.triton._sequences import aligned_bounds, bounds
+from rlkernels.triton._sequences import aligned_bounds, bounds, valid_sequences
 from rlkernels.triton._token_losses import (
     BLOCK,
     SEQ_MEAN_TOKEN_MEAN,
@@ -63,7 +63,7 @@ def _clamp_log(x):
 @triton.jit
 def _load_scored(values, token, scored, inside):
     """Unscored tokens may hold anything: they are replaced before any arithmetic."""
-    return tl.where(scored, tl.load(values + token, mask=inside, other=0.0), 0.0)
+    return tl.where(scored, tl.load(values + token, mask=inside, other=0.0).to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def _sequences_kernel(
             log_ratios += clamp(raw, 20.0).to(tl.float64)
         elif OBJECTIVE == GMPO:
             if PER_SEQUENCE:
-                advantage = tl.load(advantages + sequence) + tl.zeros((BLOCK,), tl.float32)
+                advantage = tl.load(advantages + sequence).to(tl.float32) + tl.zeros((BLOCK,), tl.float32)
                 advantage = tl.where(scored, advantage, 0.0)
             else:
                 advantage = _load_scored(advantages, token, scored, inside)
@@ -231,7 +231,7 @@ def _token_kernel(
         known = scored & (sequence < sequences)
         wide = sequences.to(tl.int64)
     if PER_SEQUENCE:
-        advantage = tl.load(advantages + sequence, mask=known, other=float("nan"))
+        advantage = tl.load(advantages + sequence, mask=known, other=float("nan")).to(tl.float32)
         advantage = tl.where(scored, advantage, 0.0)
     else:
         advantage = _load_scored(advantages, token, scored, inside)
@@ -371,6 +371,7 @@ def _finish_kernel(
     lengths,
     normalizer,
     normalizer_value,
+    valid,
     loss,
     metrics,
     scale,
@@ -381,6 +382,8 @@ def _finish_kernel(
     """Adds up all blocks, in a fixed order, and divides by the denominator."""
     tokens = sum_of(sums + NUM_TOKENS * blocks, blocks, BLOCK)
     factor = one_over_denominator(tokens, lengths, normalizer, normalizer_value, sequences, BLOCK)
+    if valid is not None:
+        factor *= tl.load(valid)
     tl.store(scale, factor)
     tl.store(loss, sum_of(sums + LOSS * blocks, blocks, BLOCK) * factor)
     for metric in tl.static_range(NUM_TOKENS):
@@ -423,10 +426,14 @@ def policy_loss_forward(
     count = logprobs.numel()
     sequences, sequence_length = shape_of(logprobs, cu_seqlens)
     blocks = triton.cdiv(count, BLOCK)
-    grad = torch.empty_like(logprobs) if need_grad else logprobs.new_empty(0)
-    entropy_grad = torch.empty_like(logprobs) if need_entropy_grad else logprobs.new_empty(0)
-    sums = logprobs.new_empty(SUMS, blocks)
-    loss, metrics, scale = logprobs.new_empty(()), logprobs.new_empty(NUM_TOKENS.value + 1), logprobs.new_empty(())
+    grad, entropy_grad = (
+        logprobs.new_empty(logprobs.shape if needed else (0,), dtype=torch.float32)
+        for needed in (need_grad, need_entropy_grad)
+    )
+    sums, loss, metrics, scale = (
+        logprobs.new_empty(shape, dtype=torch.float32) for shape in ((SUMS, blocks), (), (NUM_TOKENS.value + 1,), ())
+    )
+    valid = valid_sequences(cu_seqlens, count)
 
     denominator = Denominator(normalizer, normalizer_value, aggregation)
     per_sequence = advantages.shape != logprobs.shape
@@ -434,7 +441,7 @@ def policy_loss_forward(
     by_sequence = sampler_logprobs is not None and sampler_correction >= SEQUENCE_TRUNCATE.value
     factors, used = None, None
     if by_sequence or objective in (GSPO.value, GMPO.value, VESPO.value):
-        used = factors = logprobs.new_empty(FACTORS, sequences)
+        used = factors = logprobs.new_empty((FACTORS, sequences), dtype=torch.float32)
         if sequences:
             _sequences_kernel[(sequences,)](
                 logprobs,
@@ -510,6 +517,7 @@ def policy_loss_forward(
         factors if denominator.counts_sequences else None,
         denominator.tensor,
         denominator.value,
+        valid,
         loss,
         metrics,
         scale,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rlkernels._codes import VALUE_METRICS
 from rlkernels.triton._launch import implements, multiple_of_16
+from rlkernels.triton._sequences import valid_sequences
 from rlkernels.triton._token_losses import (
     BLOCK,
     SEQ_MEAN_TOKEN_MEAN,
@@ -58,14 +59,14 @@ def _token_kernel(
     if mask is not None:
         scored = scored & (tl.load(mask + token, mask=inside, other=0) != 0)
     # Unscored tokens may hold anything: they are replaced before any arithmetic.
-    value = tl.where(scored, tl.load(values + token, mask=inside, other=0.0), 0.0)
-    target = tl.where(scored, tl.load(returns + token, mask=inside, other=0.0), 0.0)
+    value = tl.where(scored, tl.load(values + token, mask=inside, other=0.0).to(tl.float32), 0.0)
+    target = tl.where(scored, tl.load(returns + token, mask=inside, other=0.0).to(tl.float32), 0.0)
     error = value - target
     loss = 0.5 * error * error
     derivative = error
     clipped = tl.zeros((BLOCK,), tl.float32)
     if old_values is not None:
-        old = tl.where(scored, tl.load(old_values + token, mask=inside, other=0.0), 0.0)
+        old = tl.where(scored, tl.load(old_values + token, mask=inside, other=0.0).to(tl.float32), 0.0)
         low = old - clip
         high = old + clip
         bounded = tl.where(value < low, low, tl.where(value > high, high, value)) - target
@@ -101,6 +102,7 @@ def _finish_kernel(
     lengths,
     normalizer,
     normalizer_value,
+    valid,
     loss,
     metrics,
     scale,
@@ -111,6 +113,8 @@ def _finish_kernel(
     """Adds up all blocks, in a fixed order, and divides by the denominator."""
     tokens = sum_of(sums + TOKENS * blocks, blocks, BLOCK)
     factor = one_over_denominator(tokens.to(tl.float32), lengths, normalizer, normalizer_value, sequences, BLOCK)
+    if valid is not None:
+        factor *= tl.load(valid)
     tl.store(scale, factor)
     tl.store(loss, (sum_of(sums + LOSS * blocks, blocks, BLOCK) * factor).to(tl.float32))
     n = tl.where(tokens > 0.0, tokens, 1.0)
@@ -146,9 +150,10 @@ def value_loss_forward(
     count = values.numel()
     sequences, sequence_length = shape_of(values, cu_seqlens)
     blocks = triton.cdiv(count, BLOCK)
-    grad = torch.empty_like(values) if need_grad else values.new_empty(0)
+    grad = torch.empty_like(values, dtype=torch.float32) if need_grad else values.new_empty(0, dtype=torch.float32)
     sums = values.new_empty(SUMS, blocks, dtype=torch.float64)
-    loss, metrics, scale = values.new_empty(()), values.new_empty(len(VALUE_METRICS)), values.new_empty(())
+    loss, metrics, scale = (values.new_empty(shape, dtype=torch.float32) for shape in ((), (len(VALUE_METRICS),), ()))
+    valid = valid_sequences(cu_seqlens, count)
 
     denominator = Denominator(normalizer, normalizer_value, aggregation)
     lengths = sequence_lengths(values, mask, cu_seqlens) if denominator.needs_lengths else None
@@ -175,6 +180,7 @@ def value_loss_forward(
         lengths if denominator.counts_sequences else None,
         denominator.tensor,
         denominator.value,
+        valid,
         loss,
         metrics,
         scale,
