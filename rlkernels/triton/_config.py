@@ -13,6 +13,7 @@ THREADS = {
     "rows": {"cuda": 128, "hip": 128},  # of logits
     "scan": {"cuda": 32, "hip": 64},  # one warp
     "tokens": {"cuda": 128, "hip": 256},
+    "losses": {"cuda": 256, "hip": 256},  # four tokens a thread
     "group": {"cuda": 32, "hip": 64},
 }
 

@@ -1,4 +1,5 @@
-"""What the losses over tokens share: the numbers of scored tokens of sequences, and the division of a sum of losses."""
+"""What the losses over tokens share. At most PROGRAMS programs go through the tokens, each BLOCK of them at a time,
+four per thread. Every program leaves its sums, which one more program adds up and divides."""
 
 import torch
 import triton
@@ -7,12 +8,96 @@ from torch import Tensor
 
 from rlkernels._codes import AGGREGATIONS
 from rlkernels.triton._launch import implements, multiple_of_16
-from rlkernels.triton._sequences import aligned_bounds, bounds, sequence_of
+from rlkernels.triton._sequences import aligned_bounds, bounds
 
 SEQ_MEAN_TOKEN_MEAN = AGGREGATIONS.index("seq_mean_token_mean")
 SEQ_MEAN_TOKEN_SUM = AGGREGATIONS.index("seq_mean_token_sum")
 TOKEN_SUM = AGGREGATIONS.index("token_sum")
+
 BLOCK = 1024
+PROGRAMS = 1024
+LENGTHS_BLOCK = 2048  # bytes of a mask: 16 a thread
+FINISH_WARPS = 16
+
+
+def programs_for(count: int) -> int:
+    return min(PROGRAMS, triton.cdiv(count, BLOCK))
+
+
+@triton.jit
+def four_tokens(start, BLOCK: tl.constexpr):
+    """The first token of each thread, [BLOCK / 4], and all of its tokens, [BLOCK / 4, 4], from `start` on."""
+    first = start + 4 * tl.arange(0, BLOCK // 4).to(tl.int64)
+    return first, first[:, None] + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
+def load_scored(values, token, scored, inside):
+    """Unscored tokens may hold anything: they are replaced before any arithmetic."""
+    return tl.where(scored, tl.load(values + token, mask=inside, other=0.0).to(tl.float32), 0.0)
+
+
+@triton.jit
+def padded_sequence(first, sequence_length):
+    """The sequence of each token, and its place there."""
+    sequence = first // sequence_length
+    return sequence.to(tl.int32), (first - sequence * sequence_length).to(tl.int32)
+
+
+@triton.jit
+def step_on(sequence, within, stride, sequence_length):
+    """padded_sequence of tokens that are `stride` further, without a division per token."""
+    rows = stride // sequence_length
+    within += (stride - rows * sequence_length).to(tl.int32)
+    beyond = within >= sequence_length
+    return sequence + rows.to(tl.int32) + beyond.to(tl.int32), tl.where(beyond, within - sequence_length, within)
+
+
+@triton.jit
+def four_padded(sequence, within, sequence_length):
+    """The sequences of four tokens in a row, given the place of the first one."""
+    beyond = within - sequence_length  # reaches 0 with the next sequence
+    second = sequence + (beyond + 1 >= 0)
+    third = sequence + (beyond + 2 >= 0) + (beyond + 2 >= sequence_length)
+    fourth = sequence + (beyond + 3 >= 0) + (beyond + 3 >= sequence_length)
+    fourth += beyond + 3 - sequence_length >= sequence_length
+    return sequence, second, third, fourth
+
+
+@triton.jit
+def _search(position, cu_seqlens, low, high, span):
+    """The last s with cu_seqlens[s] <= position, by bisection between low and high, which are at most `span` apart."""
+    while span > 0:
+        middle = (low + high) // 2
+        searching = low < high
+        here = searching & (tl.load(cu_seqlens + 1 + middle, mask=searching, other=0) <= position)
+        low = tl.where(here, middle + 1, low)
+        high = tl.where(searching & (here == 0), middle, high)
+        span = span // 2
+    return low
+
+
+@triton.jit
+def four_packed(first, start, end, cu_seqlens, sequences):
+    """The same where sequences are packed, for the tokens from `start` to before `end`. Each is sought among the
+    sequences of these alone, which mostly are few. Stays within [0, sequences], whatever cu_seqlens holds."""
+    low = _search(start, cu_seqlens, sequences * 0, sequences, sequences)
+    high = _search(end - 1, cu_seqlens, low, sequences, sequences - low)
+    none = (first * 0).to(tl.int32)
+    one = _search(first, cu_seqlens, low + none, high + none, high - low)
+    two = _search(first + 1, cu_seqlens, one, high + none, high - low)
+    three = _search(first + 2, cu_seqlens, two, high + none, high - low)
+    return one, two, three, _search(first + 3, cu_seqlens, three, high + none, high - low)
+
+
+@triton.jit
+def of_four(values, places, sequences):
+    """What `values` hold for the sequences of four tokens, NaN where a token lies in none."""
+    a = tl.load(values + places[0], mask=places[0] < sequences, other=float("nan")).to(tl.float32)
+    b = tl.load(values + places[1], mask=places[1] < sequences, other=float("nan")).to(tl.float32)
+    c = tl.load(values + places[2], mask=places[2] < sequences, other=float("nan")).to(tl.float32)
+    d = tl.load(values + places[3], mask=places[3] < sequences, other=float("nan")).to(tl.float32)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], 4))
 
 
 @triton.jit(do_not_specialize=["count", "sequence_length"])
@@ -43,7 +128,7 @@ def sequence_lengths(like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | Non
     if sequences:
         count = like.numel()
         _lengths_kernel[(sequences,)](
-            mask, cu_seqlens, lengths, count, sequence_length, ALIGNED=count % 16 == 0, BLOCK=BLOCK
+            mask, cu_seqlens, lengths, count, sequence_length, ALIGNED=count % 16 == 0, BLOCK=LENGTHS_BLOCK
         )
     return lengths
 
@@ -54,18 +139,6 @@ def shape_of(tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
         sequences, sequence_length = tokens.shape
         return sequences, sequence_length
     return cu_seqlens.shape[0] - 1, 0
-
-
-@triton.jit
-def sequence_of_block(block, cu_seqlens, sequences, steps, sequence_length, BLOCK: tl.constexpr):
-    """The sequence of each token of a block."""
-    if cu_seqlens is not None:
-        return sequence_of(block * BLOCK + tl.arange(0, BLOCK), cu_seqlens, sequences, steps)
-    else:
-        # 64-bit division once a block, 32-bit division once a token.
-        first = block * BLOCK
-        within = (first % sequence_length).to(tl.int32) + tl.arange(0, BLOCK)
-        return first // sequence_length + within // sequence_length
 
 
 class Denominator:
@@ -80,18 +153,29 @@ class Denominator:
 
 
 @triton.jit
-def sum_of(values, count, BLOCK: tl.constexpr):
-    """In the dtype of the values, in a fixed order."""
-    total = tl.zeros((BLOCK,), values.dtype.element_ty)
-    for start in range(0, count, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        total += tl.load(values + index, mask=index < count, other=0.0)
-    return tl.sum(total, 0)
+def store_sum(sums, row, values):
+    """Adds up what the threads of a program hold, in a fixed order; as sums[row, program]."""
+    programs = tl.num_programs(0)
+    tl.store(sums + row * programs + tl.program_id(0), tl.sum(values, 0))
 
 
 @triton.jit
-def one_over_denominator(tokens, lengths, normalizer, normalizer_value, sequences, BLOCK: tl.constexpr):
-    """What the loss and the gradients are multiplied by, 0 where nothing is scored."""
+def sums_of_all(sums, programs, ROWS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """The sum of each row of `sums`, [ROWS, programs], as the first numbers of a power of two."""
+    row = tl.arange(0, triton.next_power_of_2(ROWS))
+    program = tl.arange(0, PROGRAMS)
+    inside = (row < ROWS)[:, None] & (program < programs)[None, :]
+    return row, tl.sum(tl.load(sums + row[:, None] * programs + program[None, :], mask=inside, other=0.0), 1)
+
+
+@triton.jit
+def pick(totals, row, number):
+    return tl.sum(tl.where(row == number, totals, 0.0), 0)
+
+
+@triton.jit
+def one_over_denominator(tokens, lengths, normalizer, normalizer_value, valid, sequences, BLOCK: tl.constexpr):
+    """What the loss and the gradients are multiplied by: 0 where nothing is scored, NaN where cu_seqlens are wrong."""
     if normalizer is not None:
         denominator = tl.load(normalizer).to(tl.float32)
     elif normalizer_value is not None:
@@ -105,41 +189,43 @@ def one_over_denominator(tokens, lengths, normalizer, normalizer_value, sequence
         denominator = tl.sum(scored, 0).to(tl.float32)
     else:
         denominator = tokens
-    return tl.where(tokens > 0.0, 1.0 / denominator, 0.0)
+    factor = tl.where(tokens > 0.0, 1.0 / denominator, 0.0)
+    if valid is not None:
+        factor *= tl.load(valid)
+    return factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _scale_kernel(grads, outputs, scale, grad_loss, count: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of each token times scale and grad_loss, in the dtype of its input."""
+    """The gradients of each token times scale and grad_loss, in the dtypes of their inputs."""
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = token < multiple_of_16(count, ALIGNED)
     factor = tl.load(scale) * tl.load(grad_loss)
     for number in tl.static_range(len(grads)):
-        value = tl.load(grads[number] + token, mask=inside, other=0.0) * factor
-        tl.store(outputs[number] + token, value.to(outputs[number].dtype.element_ty), mask=inside)
+        gradient = tl.load(grads[number] + token, mask=inside, other=0.0) * factor
+        tl.store(outputs[number] + token, gradient.to(outputs[number].dtype.element_ty), mask=inside)
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""By the numbers that the op is given."""
 
 
 @implements("token_loss_backward")
 def token_loss_backward(
     grad: Tensor, entropy_grad: Tensor, scale: Tensor, grad_loss: Tensor, dtype: int, entropy_dtype: int
 ) -> tuple[Tensor, Tensor]:
-    grads = (grad, entropy_grad)
-    outputs = tuple(
-        value.new_empty(value.shape, dtype=DTYPES[number])
-        for value, number in zip(grads, (dtype, entropy_dtype), strict=True)
-    )
-    count = max(grad.numel(), entropy_grad.numel())
-    if count:
+    result = grad.new_empty(grad.shape, dtype=DTYPES[dtype])
+    entropy_result = entropy_grad.new_empty(entropy_grad.shape, dtype=DTYPES[entropy_dtype])
+    wanted = [pair for pair in ((grad, result), (entropy_grad, entropy_result)) if pair[0].numel()]
+    if wanted:
+        count = wanted[0][0].numel()
         _scale_kernel[(triton.cdiv(count, BLOCK),)](
-            tuple(value for value in grads if value.numel()),
-            tuple(value for value in outputs if value.numel()),
+            tuple(gradient for gradient, _ in wanted),
+            tuple(output for _, output in wanted),
             scale,
             grad_loss,
             count,
             ALIGNED=count % 16 == 0,
             BLOCK=BLOCK,
         )
-    return outputs[0], outputs[1]
+    return result, entropy_result

@@ -1,23 +1,36 @@
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkernels._codes import OBJECTIVES, POLICY_METRICS, SAMPLER_CORRECTIONS
+from rlkernels._codes import OBJECTIVES, POLICY_METRICS, SAMPLER_CORRECTIONS, PolicyOptions
+from rlkernels.triton import _config
 from rlkernels.triton._launch import implements, multiple_of_16
 from rlkernels.triton._math import clamp, exp_of_double, expm1, expm1_minus_x
 from rlkernels.triton._sequences import aligned_bounds, bounds, valid_sequences
 from rlkernels.triton._token_losses import (
     BLOCK,
+    FINISH_WARPS,
+    PROGRAMS,
     SEQ_MEAN_TOKEN_MEAN,
     Denominator,
+    four_packed,
+    four_padded,
+    four_tokens,
+    load_scored,
+    of_four,
     one_over_denominator,
+    padded_sequence,
+    pick,
+    programs_for,
     sequence_lengths,
-    sequence_of_block,
     shape_of,
-    sum_of,
+    step_on,
+    store_sum,
+    sums_of_all,
 )
 from rlkernels.triton.kl import kl_estimate, kl_estimate_derivative
 
@@ -30,15 +43,16 @@ GMPO = tl.constexpr(OBJECTIVES.index("gmpo"))
 DPPO_TV = tl.constexpr(OBJECTIVES.index("dppo_tv"))
 DPPO_KL = tl.constexpr(OBJECTIVES.index("dppo_kl"))
 VESPO = tl.constexpr(OBJECTIVES.index("vespo"))
+BY_SEQUENCE = (GSPO.value, GMPO.value, VESPO.value)
 
 TOKEN_MASK = tl.constexpr(SAMPLER_CORRECTIONS.index("token_mask"))
 SEQUENCE_TRUNCATE = tl.constexpr(SAMPLER_CORRECTIONS.index("sequence_truncate"))
 SEQUENCE_MASK = tl.constexpr(SAMPLER_CORRECTIONS.index("sequence_mask"))
 
-# Sums over a block of tokens, in the order of policy_loss.metrics, then the loss.
+# Sums over tokens, in the order of policy_loss.metrics, then the loss.
 NUM_TOKENS = tl.constexpr(POLICY_METRICS.index("num_tokens"))
 LOSS = tl.constexpr(len(POLICY_METRICS))
-SUMS = len(POLICY_METRICS) + 1
+SUMS = tl.constexpr(len(POLICY_METRICS) + 1)
 
 # What each token of a sequence takes of the whole of it.
 LENGTH = tl.constexpr(0)  # the number of scored tokens
@@ -55,15 +69,150 @@ LEAST_LOG = tl.constexpr(math.log(1e-8))
 LARGEST_LOG = tl.constexpr(20.0)
 
 
+class Tokens(NamedTuple):
+    """What the kernels read, one number per token (advantages may be one per sequence); None where not given."""
+
+    logprobs: Any
+    old_logprobs: Any
+    advantages: Any
+    mask: Any
+    ref_logprobs: Any
+    sampler_logprobs: Any
+    entropy: Any
+
+
+class Numbers(NamedTuple):
+    """The options that are numbers. None where one has no effect: its arithmetic is left out of the kernels."""
+
+    clip_low: float
+    clip_high: float
+    ratio_min: float
+    ratio_max: float
+    dual_clip: float | None
+    delta: float | None
+    log_ratio_clamp: float | None
+    k_pos: float
+    k_neg: float
+    rate_pos: float
+    rate_neg: float
+    kl_coef: float | None
+    entropy_coef: float | None
+    sampler_cap: float
+    log_sampler_cap: float
+
+
+def numbers_of(o: PolicyOptions) -> Numbers:
+    def finite(bound: float) -> float | None:
+        return bound if bound < math.inf else None
+
+    return Numbers(
+        clip_low=o.clip_low,
+        clip_high=o.clip_high,
+        ratio_min=1.0 - o.clip_low,
+        ratio_max=1.0 + o.clip_high,
+        dual_clip=finite(o.dual_clip),
+        delta=finite(o.delta),
+        log_ratio_clamp=finite(o.log_ratio_clamp),
+        k_pos=o.k_pos,
+        k_neg=o.k_neg,
+        rate_pos=o.rate_pos,
+        rate_neg=o.rate_neg,
+        kl_coef=o.kl_coef or None,
+        entropy_coef=o.entropy_coef or None,
+        sampler_cap=o.sampler_cap,
+        log_sampler_cap=math.log(o.sampler_cap),
+    )
+
+
+# ---- the formulas: each gives the gain, -l, and its slope by the token's log-probability
+
+
+@triton.jit
+def _within(x, low, high):
+    """A NaN stays a NaN."""
+    return tl.minimum(tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _within_size(x, limit):
+    if limit is None:
+        return x
+    else:
+        return clamp(x, limit)
+
+
+@triton.jit
+def _zero_where_clamped(slope, raw, limit):
+    if limit is None:
+        return slope
+    else:
+        return tl.where(tl.abs(raw) > limit, 0.0, slope)
+
+
+@triton.jit
+def _clipped_surrogate(ratio, advantage, o):
+    """ppo, gspo"""
+    clipped_ratio = _within(ratio, o.ratio_min, o.ratio_max)
+    clipped = clipped_ratio * advantage
+    free = ratio * advantage
+    slope = free
+    clipped_slope = tl.zeros(ratio.shape, tl.float32)
+    if o.delta is not None:
+        # Above delta the clipped term can be the smaller within the clips, too.
+        clipped_slope = tl.where(clipped_ratio == ratio, free, 0.0)
+        slope = tl.where(ratio > o.delta, 0.0, free)
+        free = tl.where(ratio > o.delta, o.delta * advantage, free)
+    gain = tl.where(clipped < free, clipped, free)
+    slope = tl.where(clipped < free, clipped_slope, slope)
+    if o.dual_clip is not None:
+        least = o.dual_clip * advantage
+        bounded = (advantage < 0.0) & (gain < least)
+        gain = tl.where(bounded, least, gain)
+        slope = tl.where(bounded, 0.0, slope)
+    return gain, slope
+
+
+@triton.jit
+def _sapo(ratio, advantage, o):
+    temperature = tl.where(advantage > 0.0, o.rate_pos, o.rate_neg)
+    z = temperature * (ratio - 1.0)
+    e = tl.exp(-tl.abs(z))
+    larger = 1.0 / (1.0 + e)
+    gain = tl.where(z < 0.0, e * larger, larger) * (4.0 / temperature) * advantage
+    # Where exp(-z) is 0 in float32, the ratio may be infinite.
+    return gain, tl.where(z <= 110.0, 4.0 * e * larger * larger * ratio * advantage, 0.0)
+
+
+@triton.jit
+def _gmpo(ratio, advantage, mean_advantage, unclamped, clipped):
+    gain = ratio * mean_advantage
+    return gain, tl.where(clipped | (advantage == 0.0), 0.0, gain * unclamped)
+
+
+@triton.jit
+def _policy_gradient(factor, advantage, logprob):
+    """reinforce, cispo, dppo, vespo: the factor is not differentiated."""
+    slope = factor * advantage
+    return slope * logprob, slope
+
+
+@triton.jit
+def _dppo_divergences(logprob, old_logprob, raw, OBJECTIVE: tl.constexpr):
+    """How far the probability has gone up, and down; trusted while <= its clip."""
+    p = tl.exp(logprob)
+    q = tl.exp(old_logprob)
+    if OBJECTIVE == DPPO_TV:
+        return p - q, q - p
+    else:
+        not_p = 1e-8 - expm1(logprob)
+        not_q = 1e-8 - expm1(old_logprob)
+        divergence = (1.0 - q) * tl.log(not_q / not_p) - q * raw
+        return tl.where(p <= q, 0.0, divergence), tl.where(p >= q, 0.0, divergence)
+
+
 @triton.jit
 def _clamp_log(x):
     return tl.where(x < LEAST_LOG, LEAST_LOG, tl.where(x > LARGEST_LOG, LARGEST_LOG, x))
-
-
-@triton.jit
-def _load_scored(values, token, scored, inside):
-    """Unscored tokens may hold anything: they are replaced before any arithmetic."""
-    return tl.where(scored, tl.load(values + token, mask=inside, other=0.0).to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -74,27 +223,18 @@ def _log_weight(old_logprob, sampler_logprob):
     )  # without a number of the sampler's a token counts as it is
 
 
+# ---- the kernels
+
+
 @triton.jit(do_not_specialize=["count", "sequence_length", "sequences"])
 def _sequences_kernel(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask,
+    x,
+    o,
     cu_seqlens,
-    sampler_logprobs,
     factors,
     count: tl.int64,
     sequence_length: tl.int64,
     sequences: tl.int64,
-    clip_low,
-    clip_high,
-    log_ratio_clamp,
-    k_pos,
-    k_neg,
-    rate_pos,
-    rate_neg,
-    sampler_cap,
-    log_sampler_cap,
     OBJECTIVE: tl.constexpr,
     CORRECTION: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
@@ -113,15 +253,15 @@ def _sequences_kernel(
         token = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = (token < last) & (token < multiple_of_16(count, ALIGNED))
         scored = inside & (token >= begin) & (token < end)
-        if mask is not None:
-            scored = scored & (tl.load(mask + token, mask=inside, other=0) != 0)
+        if x.mask is not None:
+            scored = scored & (tl.load(x.mask + token, mask=inside, other=0) != 0)
         lengths += scored.to(tl.int32)
         logprob = tl.zeros((BLOCK,), tl.float32)
-        if OBJECTIVE == GSPO or OBJECTIVE == GMPO or OBJECTIVE == VESPO or old_logprobs is None:
-            logprob = _load_scored(logprobs, token, scored, inside)
+        if OBJECTIVE == GSPO or OBJECTIVE == GMPO or OBJECTIVE == VESPO or x.old_logprobs is None:
+            logprob = load_scored(x.logprobs, token, scored, inside)
         old_logprob = logprob
-        if old_logprobs is not None:
-            old_logprob = _load_scored(old_logprobs, token, scored, inside)
+        if x.old_logprobs is not None:
+            old_logprob = load_scored(x.old_logprobs, token, scored, inside)
         raw = logprob - old_logprob
         if OBJECTIVE == GSPO:
             log_ratios += raw.to(tl.float64)
@@ -129,19 +269,19 @@ def _sequences_kernel(
             log_ratios += clamp(raw, 20.0).to(tl.float64)
         elif OBJECTIVE == GMPO:
             if PER_SEQUENCE:
-                advantage = tl.load(advantages + sequence).to(tl.float32) + tl.zeros((BLOCK,), tl.float32)
+                advantage = tl.load(x.advantages + sequence).to(tl.float32) + tl.zeros((BLOCK,), tl.float32)
                 advantage = tl.where(scored, advantage, 0.0)
             else:
-                advantage = _load_scored(advantages, token, scored, inside)
+                advantage = load_scored(x.advantages, token, scored, inside)
             advantage_sums += advantage.to(tl.float64)
-            bounded = tl.where(advantage > 0.0, tl.where(raw > clip_high, clip_high, raw), 0.0)
-            bounded = tl.where(advantage < 0.0, tl.where(raw < -clip_low, -clip_low, raw), bounded)
+            bounded = tl.where(advantage > 0.0, tl.where(raw > o.clip_high, o.clip_high, raw), 0.0)
+            bounded = tl.where(advantage < 0.0, tl.where(raw < -o.clip_low, -o.clip_low, raw), bounded)
             log_ratios += bounded.to(tl.float64)
-        if sampler_logprobs is not None:
-            log_weight = _log_weight(old_logprob, _load_scored(sampler_logprobs, token, scored, inside))
+        if x.sampler_logprobs is not None:
+            log_weight = _log_weight(old_logprob, load_scored(x.sampler_logprobs, token, scored, inside))
             if CORRECTION < SEQUENCE_TRUNCATE:
-                beyond = LEAST_LOG if CORRECTION == TOKEN_MASK else log_sampler_cap
-                log_weight = _clamp_log(tl.where(log_weight > log_sampler_cap, beyond, log_weight))
+                beyond = LEAST_LOG if CORRECTION == TOKEN_MASK else o.log_sampler_cap
+                log_weight = _clamp_log(tl.where(log_weight > o.log_sampler_cap, beyond, log_weight))
             log_weights += tl.where(scored, log_weight, 0.0).to(tl.float64)
 
     length = tl.sum(lengths, 0).to(tl.float64)
@@ -150,16 +290,16 @@ def _sequences_kernel(
     log_total = tl.sum(log_weights, 0)  # of all the weights of the sequence, as they are applied
     factors += sequence
     tl.store(factors + LENGTH * sequences, length.to(tl.float32))
-    if sampler_logprobs is not None:
+    if x.sampler_logprobs is not None:
         if CORRECTION >= SEQUENCE_TRUNCATE:
-            capped = log_total > log_sampler_cap
+            capped = log_total > o.log_sampler_cap
             weight = exp_of_double(log_total)
             if CORRECTION == SEQUENCE_MASK:
                 weight = tl.where(capped, 0.0, weight)
                 log_total = tl.where(capped, LEAST_LOG, _clamp_log(log_total))
             else:
-                weight = tl.where(capped, sampler_cap, weight)
-                log_total = _clamp_log(tl.where(capped, log_sampler_cap, log_total))
+                weight = tl.where(capped, o.sampler_cap, weight)
+                log_total = _clamp_log(tl.where(capped, o.log_sampler_cap, log_total))
             tl.store(factors + WEIGHT * sequences, weight)
             tl.store(factors + CAPPED * sequences, capped.to(tl.float32))
         elif OBJECTIVE == GMPO:
@@ -167,27 +307,22 @@ def _sequences_kernel(
     if OBJECTIVE == VESPO:
         log_w = _clamp_log(log_ratio + log_total)
         w = exp_of_double(log_w).to(tl.float64)
-        tl.store(factors + RATIO_POS * sequences, exp_of_double(rate_pos + k_pos * log_w - rate_pos * w))
-        tl.store(factors + RATIO_NEG * sequences, exp_of_double(rate_neg + k_neg * log_w - rate_neg * w))
+        tl.store(factors + RATIO_POS * sequences, exp_of_double(o.rate_pos + o.k_pos * log_w - o.rate_pos * w))
+        tl.store(factors + RATIO_NEG * sequences, exp_of_double(o.rate_neg + o.k_neg * log_w - o.rate_neg * w))
     elif OBJECTIVE == GSPO or OBJECTIVE == GMPO:
         mean = log_ratio / n
-        bounded = clamp(mean, log_ratio_clamp)
+        bounded = _within_size(mean, o.log_ratio_clamp)
         tl.store(factors + RATIO_POS * sequences, exp_of_double(bounded))
         tl.store(factors + UNCLAMPED * sequences, (mean == bounded).to(tl.float32))
         if OBJECTIVE == GMPO:
             tl.store(factors + ADVANTAGE * sequences, (tl.sum(advantage_sums, 0) / n).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["count", "sequence_length", "sequences", "steps"])
+@triton.jit(do_not_specialize=["count", "sequence_length", "sequences"])
 def _token_kernel(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask,
+    x,
+    o,
     cu_seqlens,
-    ref_logprobs,
-    sampler_logprobs,
-    entropy,
     factors,
     grad,
     entropy_grad,
@@ -195,20 +330,6 @@ def _token_kernel(
     count: tl.int64,
     sequence_length: tl.int32,
     sequences: tl.int32,
-    steps: tl.int32,
-    clip_low,
-    clip_high,
-    ratio_min,
-    ratio_max,
-    dual_clip,
-    delta,
-    log_ratio_clamp,
-    rate_pos,
-    rate_neg,
-    kl_coef,
-    entropy_coef,
-    sampler_cap,
-    log_sampler_cap,
     OBJECTIVE: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
@@ -218,154 +339,148 @@ def _token_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss and gradients of each token, before the division by the denominator, and their sums over a block."""
-    block = tl.program_id(0).to(tl.int64)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    inside = token < multiple_of_16(count, ALIGNED)
-    scored = inside
-    if mask is not None:
-        scored = scored & (tl.load(mask + token, mask=inside, other=0) != 0)
-
-    if PER_SEQUENCE or factors is not None:
-        sequence = sequence_of_block(block, cu_seqlens, sequences, steps, sequence_length, BLOCK)
-        known = scored & (sequence < sequences)
-        wide = sequences.to(tl.int64)
-    if PER_SEQUENCE:
-        advantage = tl.load(advantages + sequence, mask=known, other=float("nan")).to(tl.float32)
-        advantage = tl.where(scored, advantage, 0.0)
-    else:
-        advantage = _load_scored(advantages, token, scored, inside)
-
-    logprob = _load_scored(logprobs, token, scored, inside)
-    old_logprob = logprob
-    if old_logprobs is not None:
-        old_logprob = _load_scored(old_logprobs, token, scored, inside)
-    raw = logprob - old_logprob
-    d = clamp(raw, log_ratio_clamp)
-    ratio = tl.exp(d)
-    clip_fraction_low = token < 0
-    clip_fraction_high = token < 0
-    if OBJECTIVE == GSPO or OBJECTIVE == GMPO:
-        ratio = tl.load(factors + RATIO_POS * wide + sequence, mask=known, other=float("nan"))
-        unclamped = tl.load(factors + UNCLAMPED * wide + sequence, mask=known, other=float("nan"))
-    if OBJECTIVE == PPO or OBJECTIVE == GSPO:
-        clipped_ratio = tl.where(ratio < ratio_min, ratio_min, tl.where(ratio > ratio_max, ratio_max, ratio))
-        clipped = clipped_ratio * advantage
-        free = tl.where(ratio > delta, delta * advantage, ratio * advantage)
-        gain = tl.where(clipped < free, clipped, free)
-        # Above delta the clipped term can be the smaller within the clips, too.
-        constant = tl.where(clipped < free, clipped_ratio != ratio, ratio > delta)
-        bounded = (advantage < 0.0) & (gain < dual_clip * advantage)
-        gain = tl.where(bounded, dual_clip * advantage, gain)
-        slope = tl.where(constant | bounded, 0.0, ratio * advantage)
-        if OBJECTIVE == GSPO:
-            slope *= unclamped
+    """Loss and gradients of each token, before the division by the denominator, and their sums over a program."""
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    none = tl.zeros((BLOCK // 4,), tl.float32)
+    ratios, lows, highs, approx_kls, ref_kls = none, none, none, none, none
+    bonuses, weights, cappeds, tokens, losses = none, none, none, none, none
+    if (PER_SEQUENCE or factors is not None) and cu_seqlens is None:
+        sequence, within = padded_sequence(four_tokens(begin, BLOCK)[0], sequence_length)
+    for start in range(begin, count, stride):
+        first, token = four_tokens(start, BLOCK)
+        inside = token < multiple_of_16(count, ALIGNED)
+        scored = inside
+        if x.mask is not None:
+            scored = scored & (tl.load(x.mask + token, mask=inside, other=0) != 0)
+        if PER_SEQUENCE or factors is not None:
+            if cu_seqlens is not None:
+                places = four_packed(first, start, tl.minimum(start + BLOCK, count), cu_seqlens, sequences)
+            else:
+                places = four_padded(sequence, within, sequence_length)
+                sequence, within = step_on(sequence, within, stride, sequence_length)
+        if PER_SEQUENCE:
+            advantage = tl.where(scored, of_four(x.advantages, places, sequences), 0.0)
         else:
-            slope = tl.where(tl.abs(raw) > log_ratio_clamp, 0.0, slope)
-        clip_fraction_low = (ratio < ratio_min) & (advantage < 0.0)
-        clip_fraction_high = (ratio > ratio_max) & (advantage > 0.0)
-    elif OBJECTIVE == SAPO:
-        temperature = tl.where(advantage > 0.0, rate_pos, rate_neg)
-        z = temperature * (ratio - 1.0)
-        e = tl.exp(-tl.abs(z))
-        larger = 1.0 / (1.0 + e)
-        gain = tl.where(z < 0.0, e * larger, larger) * (4.0 / temperature) * advantage
-        # Where exp(-z) is 0 in float32, the ratio may be infinite.
-        moves = (z <= 110.0) & (tl.abs(raw) <= log_ratio_clamp)
-        slope = tl.where(moves, 4.0 * e * larger * larger * ratio * advantage, 0.0)
-    elif OBJECTIVE == GMPO:
-        gain = ratio * tl.load(factors + ADVANTAGE * wide + sequence, mask=known, other=float("nan"))
-        clip_fraction_low = (raw < -clip_low) & (advantage < 0.0)
-        clip_fraction_high = (raw > clip_high) & (advantage > 0.0)
-        slope = tl.where(clip_fraction_low | clip_fraction_high | (advantage == 0.0), 0.0, gain * unclamped)
-    else:
-        factor = tl.full((BLOCK,), 1.0, tl.float32)  # of a plain policy gradient
-        if OBJECTIVE == CISPO:
-            factor = tl.where(ratio < ratio_min, ratio_min, tl.where(ratio > ratio_max, ratio_max, ratio))
-            clip_fraction_low = scored & (ratio < ratio_min)
-            clip_fraction_high = scored & (ratio > ratio_max)
-        elif OBJECTIVE == DPPO_TV or OBJECTIVE == DPPO_KL:
-            p = tl.exp(logprob)
-            q = tl.exp(old_logprob)
-            up = p - q  # how far the probability has gone up, or down; trusted while <= its clip
-            down = q - p
-            if OBJECTIVE == DPPO_KL:
-                not_p = 1e-8 - expm1(logprob)
-                not_q = 1e-8 - expm1(old_logprob)
-                divergence = (1.0 - q) * tl.log(not_q / not_p) - q * raw
-                up = tl.where(p <= q, 0.0, divergence)
-                down = tl.where(p >= q, 0.0, divergence)
-            clip_fraction_high = (advantage > 0.0) & ((up <= clip_high) == 0)
-            clip_fraction_low = (advantage < 0.0) & ((down <= clip_low) == 0)
-            factor = tl.where(ratio > delta, delta, ratio)
-            factor = tl.where(clip_fraction_low | clip_fraction_high, 0.0, factor)
-        elif OBJECTIVE == VESPO:
-            positive = tl.load(factors + RATIO_POS * wide + sequence, mask=known, other=float("nan"))
-            negative = tl.load(factors + RATIO_NEG * wide + sequence, mask=known, other=float("nan"))
-            ratio = tl.where(advantage < 0.0, negative, positive)
-            factor = ratio
-        slope = factor * advantage
-        gain = slope * logprob
+            advantage = load_scored(x.advantages, token, scored, inside)
+        logprob = load_scored(x.logprobs, token, scored, inside)
+        old_logprob = logprob
+        if x.old_logprobs is not None:
+            old_logprob = load_scored(x.old_logprobs, token, scored, inside)
 
-    weight = tl.full((BLOCK,), 1.0, tl.float32)
-    capped = tl.zeros((BLOCK,), tl.float32)
-    if sampler_logprobs is not None:
-        if CORRECTION >= SEQUENCE_TRUNCATE:
-            weight = tl.load(factors + WEIGHT * wide + sequence, mask=known, other=float("nan"))
-            capped = tl.load(factors + CAPPED * wide + sequence, mask=known, other=float("nan"))
+        raw = logprob - old_logprob
+        d = _within_size(raw, o.log_ratio_clamp)
+        ratio = tl.exp(d)
+        low = token < 0
+        high = token < 0
+        if OBJECTIVE == PPO:
+            gain, slope = _clipped_surrogate(ratio, advantage, o)
+            slope = _zero_where_clamped(slope, raw, o.log_ratio_clamp)
+        elif OBJECTIVE == SAPO:
+            gain, slope = _sapo(ratio, advantage, o)
+            slope = _zero_where_clamped(slope, raw, o.log_ratio_clamp)
+        elif OBJECTIVE == GSPO or OBJECTIVE == GMPO:
+            ratio = of_four(factors + RATIO_POS * sequences.to(tl.int64), places, sequences)
+            unclamped = of_four(factors + UNCLAMPED * sequences.to(tl.int64), places, sequences)
+            if OBJECTIVE == GSPO:
+                gain, slope = _clipped_surrogate(ratio, advantage, o)
+                slope *= unclamped
+            else:
+                low = (raw < -o.clip_low) & (advantage < 0.0)
+                high = (raw > o.clip_high) & (advantage > 0.0)
+                mean_advantage = of_four(factors + ADVANTAGE * sequences.to(tl.int64), places, sequences)
+                gain, slope = _gmpo(ratio, advantage, mean_advantage, unclamped, low | high)
         else:
-            log_weight = _log_weight(old_logprob, _load_scored(sampler_logprobs, token, scored, inside))
-            beyond = 0.0 if CORRECTION == TOKEN_MASK else sampler_cap
-            capped = (log_weight > log_sampler_cap).to(tl.float32)
-            weight = tl.where(log_weight > log_sampler_cap, beyond, tl.exp(log_weight))
-        if OBJECTIVE != VESPO:
-            applied = weight
+            factor = tl.full(token.shape, 1.0, tl.float32)
+            if OBJECTIVE == CISPO:
+                factor = _within(ratio, o.ratio_min, o.ratio_max)
+                low = ratio < o.ratio_min
+                high = ratio > o.ratio_max
+            elif OBJECTIVE == DPPO_TV or OBJECTIVE == DPPO_KL:
+                up, down = _dppo_divergences(logprob, old_logprob, raw, OBJECTIVE)
+                high = (advantage > 0.0) & ((up <= o.clip_high) == 0)
+                low = (advantage < 0.0) & ((down <= o.clip_low) == 0)
+                factor = ratio
+                if o.delta is not None:
+                    factor = tl.where(ratio > o.delta, o.delta, ratio)
+                factor = tl.where(low | high, 0.0, factor)
+            elif OBJECTIVE == VESPO:
+                positive = of_four(factors + RATIO_POS * sequences.to(tl.int64), places, sequences)
+                negative = of_four(factors + RATIO_NEG * sequences.to(tl.int64), places, sequences)
+                ratio = tl.where(advantage < 0.0, negative, positive)
+                factor = ratio
+            gain, slope = _policy_gradient(factor, advantage, logprob)
+        if OBJECTIVE == PPO or OBJECTIVE == GSPO:
+            low = (ratio < o.ratio_min) & (advantage < 0.0)
+            high = (ratio > o.ratio_max) & (advantage > 0.0)
+
+        if x.sampler_logprobs is not None:
+            if CORRECTION >= SEQUENCE_TRUNCATE:
+                weight = of_four(factors + WEIGHT * sequences.to(tl.int64), places, sequences)
+                capped = of_four(factors + CAPPED * sequences.to(tl.int64), places, sequences)
+            else:
+                log_weight = _log_weight(old_logprob, load_scored(x.sampler_logprobs, token, scored, inside))
+                beyond = 0.0 if CORRECTION == TOKEN_MASK else o.sampler_cap
+                capped = (log_weight > o.log_sampler_cap).to(tl.float32)
+                weight = tl.where(log_weight > o.log_sampler_cap, beyond, tl.exp(log_weight))
+            weights += tl.sum(tl.where(scored, weight, 0.0), 1)
+            cappeds += tl.sum(tl.where(scored, capped, 0.0), 1)
             if OBJECTIVE == GMPO:
-                applied = tl.load(factors + WEIGHT * wide + sequence, mask=known, other=float("nan"))
-            # What is dropped leaves no trace, also where it is infinite.
-            gain = tl.where(applied == 0.0, 0.0, applied * gain)
-            slope = tl.where(applied == 0.0, 0.0, applied * slope)
+                weight = of_four(factors + WEIGHT * sequences.to(tl.int64), places, sequences)
+            if OBJECTIVE != VESPO:
+                # What is dropped leaves no trace, also where it is infinite.
+                gain = tl.where(weight == 0.0, 0.0, weight * gain)
+                slope = tl.where(weight == 0.0, 0.0, weight * slope)
 
-    loss = -gain
-    derivative = -slope
-    kl = tl.zeros((BLOCK,), tl.float32)
-    if ref_logprobs is not None:
-        d_ref = logprob - _load_scored(ref_logprobs, token, scored, inside)
-        kl = kl_estimate(d_ref, KL_ESTIMATOR)
-        # A coefficient of 0 leaves the loss alone, also where the estimate overflows.
-        loss += tl.where(kl_coef != 0.0, kl_coef * kl, 0.0)
-        kl_slope = kl_estimate_derivative(d_ref, KL_ESTIMATOR, STRAIGHT_THROUGH)
-        derivative += tl.where(kl_coef != 0.0, kl_coef * kl_slope, 0.0)
-    bonus = tl.zeros((BLOCK,), tl.float32)
-    if entropy is not None:
-        bonus = _load_scored(entropy, token, scored, inside)
-        loss -= tl.where(entropy_coef != 0.0, entropy_coef * bonus, 0.0)
-    entropy_derivative = tl.zeros((BLOCK,), tl.float32) - entropy_coef
-    if MEAN_OVER_SEQUENCE:
-        length = tl.load(factors + LENGTH * wide + sequence, mask=known, other=float("nan"))
-        loss /= length
-        derivative /= length
-        entropy_derivative /= length
+        loss = -gain
+        derivative = -slope
+        if x.ref_logprobs is not None:
+            d_ref = logprob - load_scored(x.ref_logprobs, token, scored, inside)
+            kl = kl_estimate(d_ref, KL_ESTIMATOR)
+            ref_kls += tl.sum(kl, 1)
+            if o.kl_coef is not None:
+                loss += o.kl_coef * kl
+                derivative += o.kl_coef * kl_estimate_derivative(d_ref, KL_ESTIMATOR, STRAIGHT_THROUGH)
+        if x.entropy is not None:
+            bonus = load_scored(x.entropy, token, scored, inside)
+            bonuses += tl.sum(bonus, 1)
+            if o.entropy_coef is not None:
+                loss -= o.entropy_coef * bonus
+        if MEAN_OVER_SEQUENCE:
+            length = of_four(factors + LENGTH * sequences.to(tl.int64), places, sequences)
+            loss /= length
+            derivative /= length
+        if grad is not None:
+            tl.store(grad + token, tl.where(scored, derivative, 0.0), mask=inside)
+        if entropy_grad is not None:
+            entropy_derivative = tl.zeros(token.shape, tl.float32) - o.entropy_coef
+            if MEAN_OVER_SEQUENCE:
+                entropy_derivative /= length
+            tl.store(entropy_grad + token, tl.where(scored, entropy_derivative, 0.0), mask=inside)
 
-    if grad is not None:
-        tl.store(grad + token, tl.where(scored, derivative, 0.0), mask=inside)
-    if entropy_grad is not None:
-        tl.store(entropy_grad + token, tl.where(scored, entropy_derivative, 0.0), mask=inside)
-    sums += block
-    blocks = tl.num_programs(0).to(tl.int64)
-    tl.store(sums, tl.sum(tl.where(scored, ratio, 0.0), 0))
-    tl.store(sums + blocks, tl.sum(tl.where(clip_fraction_low, 1.0, 0.0), 0))
-    tl.store(sums + 2 * blocks, tl.sum(tl.where(clip_fraction_high, 1.0, 0.0), 0))
-    tl.store(sums + 3 * blocks, tl.sum(tl.where(scored, expm1_minus_x(d), 0.0), 0))
-    tl.store(sums + 4 * blocks, tl.sum(tl.where(scored, kl, 0.0), 0))
-    tl.store(sums + 5 * blocks, tl.sum(bonus, 0))
-    tl.store(sums + 6 * blocks, tl.sum(tl.where(scored, weight, 0.0), 0))
-    tl.store(sums + 7 * blocks, tl.sum(tl.where(scored, capped, 0.0), 0))
-    tl.store(sums + NUM_TOKENS * blocks, tl.sum(tl.where(scored, 1.0, 0.0), 0))
-    tl.store(sums + LOSS * blocks, tl.sum(tl.where(scored, loss, 0.0), 0))
+        # Where nothing is scored, both log-probabilities and the advantage count as 0.
+        ratios += tl.sum(tl.where(scored, ratio, 0.0), 1)
+        lows += tl.sum(tl.where(low, 1.0, 0.0), 1)
+        highs += tl.sum(tl.where(high, 1.0, 0.0), 1)
+        approx_kls += tl.sum(expm1_minus_x(d), 1)
+        tokens += tl.sum(tl.where(scored, 1.0, 0.0), 1)
+        losses += tl.sum(tl.where(scored, loss, 0.0), 1)
+
+    if x.sampler_logprobs is None:
+        weights = tokens
+    store_sum(sums, 0, ratios)
+    store_sum(sums, 1, lows)
+    store_sum(sums, 2, highs)
+    store_sum(sums, 3, approx_kls)
+    store_sum(sums, 4, ref_kls)
+    store_sum(sums, 5, bonuses)
+    store_sum(sums, 6, weights)
+    store_sum(sums, 7, cappeds)
+    store_sum(sums, NUM_TOKENS, tokens)
+    store_sum(sums, LOSS, losses)
 
 
-@triton.jit(do_not_specialize=["blocks", "sequences"])
+@triton.jit(do_not_specialize=["programs", "sequences"])
 def _finish_kernel(
     sums,
     lengths,
@@ -375,20 +490,18 @@ def _finish_kernel(
     loss,
     metrics,
     scale,
-    blocks: tl.int64,
+    programs: tl.int32,
     sequences: tl.int32,
-    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
-    """Adds up all blocks, in a fixed order, and divides by the denominator."""
-    tokens = sum_of(sums + NUM_TOKENS * blocks, blocks, BLOCK)
-    factor = one_over_denominator(tokens, lengths, normalizer, normalizer_value, sequences, BLOCK)
-    if valid is not None:
-        factor *= tl.load(valid)
+    """Adds up what the programs left, in a fixed order, and divides by the denominator."""
+    row, totals = sums_of_all(sums, programs, SUMS, PROGRAMS)
+    tokens = pick(totals, row, NUM_TOKENS)
+    factor = one_over_denominator(tokens, lengths, normalizer, normalizer_value, valid, sequences, PROGRAMS)
     tl.store(scale, factor)
-    tl.store(loss, sum_of(sums + LOSS * blocks, blocks, BLOCK) * factor)
-    for metric in tl.static_range(NUM_TOKENS):
-        tl.store(metrics + metric, sum_of(sums + metric * blocks, blocks, BLOCK) / tl.maximum(tokens, 1.0))
-    tl.store(metrics + NUM_TOKENS, tokens)
+    tl.store(loss, pick(totals, row, LOSS) * factor)
+    means = tl.where(row == NUM_TOKENS, totals, totals / tl.maximum(tokens, 1.0))
+    tl.store(metrics + row, means, mask=row <= NUM_TOKENS)
 
 
 @implements("policy_loss_forward")
@@ -403,126 +516,70 @@ def policy_loss_forward(
     entropy: Tensor | None,
     normalizer: Tensor | None,
     normalizer_value: float,
-    aggregation: int,
-    objective: int,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    delta: float,
-    log_ratio_clamp: float,
-    k_pos: float,
-    k_neg: float,
-    rate_pos: float,
-    rate_neg: float,
-    kl_coef: float,
-    kl_estimator: int,
-    kl_straight_through: bool,
-    entropy_coef: float,
-    sampler_correction: int,
-    sampler_cap: float,
-    need_grad: bool,
-    need_entropy_grad: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *numbers, need_grad, need_entropy_grad = rest
+    options = PolicyOptions(*numbers)
+    tokens = Tokens(logprobs, old_logprobs, advantages, mask, ref_logprobs, sampler_logprobs, entropy)
     count = logprobs.numel()
+    programs = programs_for(count)
     sequences, sequence_length = shape_of(logprobs, cu_seqlens)
-    blocks = triton.cdiv(count, BLOCK)
     grad, entropy_grad = (
         logprobs.new_empty(logprobs.shape if needed else (0,), dtype=torch.float32)
         for needed in (need_grad, need_entropy_grad)
     )
     sums, loss, metrics, scale = (
-        logprobs.new_empty(shape, dtype=torch.float32) for shape in ((SUMS, blocks), (), (NUM_TOKENS.value + 1,), ())
+        logprobs.new_empty(shape, dtype=torch.float32)
+        for shape in ((SUMS.value, programs), (), (len(POLICY_METRICS),), ())
     )
-    valid = valid_sequences(cu_seqlens, count)
 
-    denominator = Denominator(normalizer, normalizer_value, aggregation)
-    per_sequence = advantages.shape != logprobs.shape
-    log_sampler_cap = math.log(sampler_cap)
-    by_sequence = sampler_logprobs is not None and sampler_correction >= SEQUENCE_TRUNCATE.value
+    denominator = Denominator(normalizer, normalizer_value, options.aggregation)
+    shape = (count, sequence_length, sequences)
+    choices: dict[str, Any] = dict(
+        OBJECTIVE=options.objective,
+        CORRECTION=options.sampler_correction,
+        PER_SEQUENCE=advantages.shape != logprobs.shape,
+        ALIGNED=count % 16 == 0,
+        BLOCK=BLOCK,
+    )
+    weight_of_sequence = sampler_logprobs is not None and options.sampler_correction >= SEQUENCE_TRUNCATE.value
+    mean_over_sequence = options.aggregation == SEQ_MEAN_TOKEN_MEAN
     factors, used = None, None
-    if by_sequence or objective in (GSPO.value, GMPO.value, VESPO.value):
+    if weight_of_sequence or options.objective in BY_SEQUENCE:
         used = factors = logprobs.new_empty((FACTORS, sequences), dtype=torch.float32)
         if sequences:
-            _sequences_kernel[(sequences,)](
-                logprobs,
-                old_logprobs,
-                advantages,
-                mask,
-                cu_seqlens,
-                sampler_logprobs,
-                factors,
-                count,
-                sequence_length,
-                sequences,
-                clip_low,
-                clip_high,
-                log_ratio_clamp,
-                k_pos,
-                k_neg,
-                rate_pos,
-                rate_neg,
-                sampler_cap,
-                log_sampler_cap,
-                OBJECTIVE=objective,
-                CORRECTION=sampler_correction,
-                PER_SEQUENCE=per_sequence,
-                ALIGNED=count % 16 == 0,
-                BLOCK=BLOCK,
-            )
+            _sequences_kernel[(sequences,)](tokens, numbers_of(options), cu_seqlens, factors, *shape, **choices)
     elif denominator.needs_lengths:
         factors = sequence_lengths(logprobs, mask, cu_seqlens)
-        used = factors if aggregation == SEQ_MEAN_TOKEN_MEAN else None
+        used = factors if mean_over_sequence else None
     if count:
-        _token_kernel[(blocks,)](
-            logprobs,
-            old_logprobs,
-            advantages,
-            mask,
+        _token_kernel[(programs,)](
+            tokens,
+            numbers_of(options),
             cu_seqlens,
-            ref_logprobs,
-            sampler_logprobs,
-            entropy,
             used,
             grad if need_grad else None,
             entropy_grad if need_entropy_grad else None,
             sums,
-            count,
-            sequence_length,
-            sequences,
-            sequences.bit_length(),
-            clip_low,
-            clip_high,
-            1.0 - clip_low,
-            1.0 + clip_high,
-            dual_clip,
-            delta,
-            log_ratio_clamp,
-            rate_pos,
-            rate_neg,
-            kl_coef,
-            entropy_coef,
-            sampler_cap,
-            log_sampler_cap,
-            OBJECTIVE=objective,
-            KL_ESTIMATOR=kl_estimator,
-            STRAIGHT_THROUGH=kl_straight_through,
-            CORRECTION=sampler_correction,
-            PER_SEQUENCE=per_sequence,
-            MEAN_OVER_SEQUENCE=aggregation == SEQ_MEAN_TOKEN_MEAN,
-            ALIGNED=count % 16 == 0,
-            BLOCK=BLOCK,
+            *shape,
+            KL_ESTIMATOR=options.kl_estimator,
+            STRAIGHT_THROUGH=options.kl_straight_through,
+            MEAN_OVER_SEQUENCE=mean_over_sequence,
+            **choices,
+            num_warps=_config.num_warps("losses"),
         )
     _finish_kernel[(1,)](
         sums,
         factors if denominator.counts_sequences else None,
         denominator.tensor,
         denominator.value,
-        valid,
+        valid_sequences(cu_seqlens, count),
         loss,
         metrics,
         scale,
-        blocks,
+        programs,
         sequences,
-        BLOCK=BLOCK,
+        PROGRAMS=PROGRAMS,
+        num_warps=FINISH_WARPS,
     )
     return loss, metrics, grad, entropy_grad, scale

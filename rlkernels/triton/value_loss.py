@@ -4,20 +4,32 @@ import triton.language as tl
 from torch import Tensor
 
 from rlkernels._codes import VALUE_METRICS
+from rlkernels.triton import _config
 from rlkernels.triton._launch import implements, multiple_of_16
 from rlkernels.triton._sequences import valid_sequences
 from rlkernels.triton._token_losses import (
     BLOCK,
+    FINISH_WARPS,
+    PROGRAMS,
     SEQ_MEAN_TOKEN_MEAN,
     Denominator,
+    four_packed,
+    four_padded,
+    four_tokens,
+    load_scored,
+    of_four,
     one_over_denominator,
+    padded_sequence,
+    pick,
+    programs_for,
     sequence_lengths,
-    sequence_of_block,
     shape_of,
-    sum_of,
+    step_on,
+    store_sum,
+    sums_of_all,
 )
 
-# Sums over a block of tokens.
+# Sums over tokens.
 CLIPPED = tl.constexpr(0)
 VALUES = tl.constexpr(1)
 RETURNS = tl.constexpr(2)
@@ -26,13 +38,13 @@ ERROR_SQUARES = tl.constexpr(4)
 RETURN_SQUARES = tl.constexpr(5)
 TOKENS = tl.constexpr(6)
 LOSS = tl.constexpr(7)
-SUMS = 8
+SUMS = tl.constexpr(8)
 
 # The spread, relative to their mean, that rounding alone can make of returns that are all the same.
 NOISE = tl.constexpr(4 * 2.0**-23)
 
 
-@triton.jit(do_not_specialize=["count", "sequence_length", "sequences", "steps"])
+@triton.jit(do_not_specialize=["count", "sequence_length", "sequences"])
 def _token_kernel(
     values,
     old_values,
@@ -45,58 +57,75 @@ def _token_kernel(
     count: tl.int64,
     sequence_length: tl.int32,
     sequences: tl.int32,
-    steps: tl.int32,
     clip,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss and gradient of each token, before the division by the denominator, and their sums over a block: in double,
-    where the squares of floats are exact, so that a variance is the mean of squares less the square of the mean."""
-    block = tl.program_id(0).to(tl.int64)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    inside = token < multiple_of_16(count, ALIGNED)
-    scored = inside
-    if mask is not None:
-        scored = scored & (tl.load(mask + token, mask=inside, other=0) != 0)
-    # Unscored tokens may hold anything: they are replaced before any arithmetic.
-    value = tl.where(scored, tl.load(values + token, mask=inside, other=0.0).to(tl.float32), 0.0)
-    target = tl.where(scored, tl.load(returns + token, mask=inside, other=0.0).to(tl.float32), 0.0)
-    error = value - target
-    loss = 0.5 * error * error
-    derivative = error
-    clipped = tl.zeros((BLOCK,), tl.float32)
-    if old_values is not None:
-        old = tl.where(scored, tl.load(old_values + token, mask=inside, other=0.0).to(tl.float32), 0.0)
-        low = old - clip
-        high = old + clip
-        bounded = tl.where(value < low, low, tl.where(value > high, high, value)) - target
-        bounded_loss = 0.5 * bounded * bounded
-        clipped = tl.where(bounded_loss > loss, 1.0, 0.0)
-        derivative = tl.where(bounded_loss > loss, 0.0, error)
-        loss = tl.where(bounded_loss > loss, bounded_loss, loss)
-    if lengths is not None:
-        sequence = sequence_of_block(block, cu_seqlens, sequences, steps, sequence_length, BLOCK)
-        length = tl.load(lengths + sequence, mask=scored & (sequence < sequences), other=float("nan"))
-        loss = tl.where(scored, loss / length, 0.0)
-        derivative = tl.where(scored, derivative / length, 0.0)
+    """Loss and gradient of each token, before the division by the denominator, and their sums over a program. The sums
+    for variances are in double, where the squares of floats are exact: a variance is the mean of squares less the
+    square of the mean."""
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    none = tl.zeros((BLOCK // 4,), tl.float32)
+    wide_none = tl.zeros((BLOCK // 4,), tl.float64)
+    clips, value_sums, tokens, losses = none, none, none, none
+    return_sums, errors, error_squares, return_squares = wide_none, wide_none, wide_none, wide_none
+    if lengths is not None and cu_seqlens is None:
+        sequence, within = padded_sequence(four_tokens(begin, BLOCK)[0], sequence_length)
+    for start in range(begin, count, stride):
+        first, token = four_tokens(start, BLOCK)
+        inside = token < multiple_of_16(count, ALIGNED)
+        scored = inside
+        if mask is not None:
+            scored = scored & (tl.load(mask + token, mask=inside, other=0) != 0)
+        value = load_scored(values, token, scored, inside)
+        target = load_scored(returns, token, scored, inside)
+        error = value - target
+        loss = 0.5 * error * error
+        derivative = error
+        if old_values is not None:
+            old = load_scored(old_values, token, scored, inside)
+            low = old - clip
+            high = old + clip
+            bounded = tl.where(value < low, low, tl.where(value > high, high, value)) - target
+            bounded_loss = 0.5 * bounded * bounded
+            clipped = bounded_loss > loss
+            clips += tl.sum(tl.where(clipped, 1.0, 0.0), 1)
+            derivative = tl.where(clipped, 0.0, error)
+            loss = tl.where(clipped, bounded_loss, loss)
+        if lengths is not None:
+            if cu_seqlens is not None:
+                places = four_packed(first, start, tl.minimum(start + BLOCK, count), cu_seqlens, sequences)
+            else:
+                places = four_padded(sequence, within, sequence_length)
+                sequence, within = step_on(sequence, within, stride, sequence_length)
+            length = of_four(lengths, places, sequences)
+            loss = tl.where(scored, loss / length, 0.0)
+            derivative = tl.where(scored, derivative / length, 0.0)
+        if grad is not None:
+            tl.store(grad + token, derivative, mask=inside)
+        # Where nothing is scored, all are 0.
+        wide_error = error.to(tl.float64)
+        wide_target = target.to(tl.float64)
+        value_sums += tl.sum(value, 1)
+        return_sums += tl.sum(wide_target, 1)
+        errors += tl.sum(wide_error, 1)
+        error_squares += tl.sum(wide_error * wide_error, 1)
+        return_squares += tl.sum(wide_target * wide_target, 1)
+        tokens += tl.sum(tl.where(scored, 1.0, 0.0), 1)
+        losses += tl.sum(loss, 1)
 
-    if grad is not None:
-        tl.store(grad + token, derivative, mask=inside)
-    sums += block
-    blocks = tl.num_programs(0).to(tl.int64)
-    wide_error = error.to(tl.float64)
-    wide_target = target.to(tl.float64)
-    tl.store(sums + CLIPPED * blocks, tl.sum(clipped.to(tl.float64), 0))
-    tl.store(sums + VALUES * blocks, tl.sum(value.to(tl.float64), 0))
-    tl.store(sums + RETURNS * blocks, tl.sum(wide_target, 0))
-    tl.store(sums + ERRORS * blocks, tl.sum(wide_error, 0))
-    tl.store(sums + ERROR_SQUARES * blocks, tl.sum(wide_error * wide_error, 0))
-    tl.store(sums + RETURN_SQUARES * blocks, tl.sum(wide_target * wide_target, 0))
-    tl.store(sums + TOKENS * blocks, tl.sum(tl.where(scored, 1.0, 0.0).to(tl.float64), 0))
-    tl.store(sums + LOSS * blocks, tl.sum(loss.to(tl.float64), 0))
+    store_sum(sums, CLIPPED, clips)
+    store_sum(sums, VALUES, value_sums)
+    store_sum(sums, RETURNS, return_sums)
+    store_sum(sums, ERRORS, errors)
+    store_sum(sums, ERROR_SQUARES, error_squares)
+    store_sum(sums, RETURN_SQUARES, return_squares)
+    store_sum(sums, TOKENS, tokens)
+    store_sum(sums, LOSS, losses)
 
 
-@triton.jit(do_not_specialize=["blocks", "sequences"])
+@triton.jit(do_not_specialize=["programs", "sequences"])
 def _finish_kernel(
     sums,
     lengths,
@@ -106,28 +135,29 @@ def _finish_kernel(
     loss,
     metrics,
     scale,
-    blocks: tl.int64,
+    programs: tl.int32,
     sequences: tl.int32,
-    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):
-    """Adds up all blocks, in a fixed order, and divides by the denominator."""
-    tokens = sum_of(sums + TOKENS * blocks, blocks, BLOCK)
-    factor = one_over_denominator(tokens.to(tl.float32), lengths, normalizer, normalizer_value, sequences, BLOCK)
-    if valid is not None:
-        factor *= tl.load(valid)
+    """Adds up what the programs left, in a fixed order, and divides by the denominator."""
+    row, totals = sums_of_all(sums, programs, SUMS, PROGRAMS)
+    tokens = pick(totals, row, TOKENS)
+    factor = one_over_denominator(
+        tokens.to(tl.float32), lengths, normalizer, normalizer_value, valid, sequences, PROGRAMS
+    )
     tl.store(scale, factor)
-    tl.store(loss, (sum_of(sums + LOSS * blocks, blocks, BLOCK) * factor).to(tl.float32))
-    n = tl.where(tokens > 0.0, tokens, 1.0)
-    error = sum_of(sums + ERRORS * blocks, blocks, BLOCK) / n
-    squared_error = sum_of(sums + ERROR_SQUARES * blocks, blocks, BLOCK) / n
-    mean = sum_of(sums + RETURNS * blocks, blocks, BLOCK) / n
-    variance = sum_of(sums + RETURN_SQUARES * blocks, blocks, BLOCK) / n - mean * mean
+    tl.store(loss, (pick(totals, row, LOSS) * factor).to(tl.float32))
+    means = totals / tl.where(tokens > 0.0, tokens, 1.0)
+    error = pick(means, row, ERRORS)
+    squared_error = pick(means, row, ERROR_SQUARES)
+    mean = pick(means, row, RETURNS)
+    variance = pick(means, row, RETURN_SQUARES) - mean * mean
     noise = mean * NOISE
     undefined = variance <= noise * noise
     explained = 1.0 - (squared_error - error * error) / tl.where(undefined, 1.0, variance)
     explained = tl.where(undefined, float("nan"), explained)
-    tl.store(metrics, (sum_of(sums + CLIPPED * blocks, blocks, BLOCK) / n).to(tl.float32))
-    tl.store(metrics + 1, (sum_of(sums + VALUES * blocks, blocks, BLOCK) / n).to(tl.float32))
+    tl.store(metrics, pick(means, row, CLIPPED).to(tl.float32))
+    tl.store(metrics + 1, pick(means, row, VALUES).to(tl.float32))
     tl.store(metrics + 2, mean.to(tl.float32))
     tl.store(metrics + 3, squared_error.to(tl.float32))
     tl.store(metrics + 4, tl.where(tokens > 0.0, explained, 0.0).to(tl.float32))
@@ -148,17 +178,18 @@ def value_loss_forward(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = values.numel()
+    programs = programs_for(count)
     sequences, sequence_length = shape_of(values, cu_seqlens)
-    blocks = triton.cdiv(count, BLOCK)
-    grad = torch.empty_like(values, dtype=torch.float32) if need_grad else values.new_empty(0, dtype=torch.float32)
-    sums = values.new_empty(SUMS, blocks, dtype=torch.float64)
-    loss, metrics, scale = (values.new_empty(shape, dtype=torch.float32) for shape in ((), (len(VALUE_METRICS),), ()))
-    valid = valid_sequences(cu_seqlens, count)
+    grad, loss, metrics, scale = (
+        values.new_empty(shape, dtype=torch.float32)
+        for shape in (values.shape if need_grad else (0,), (), (len(VALUE_METRICS),), ())
+    )
+    sums = values.new_empty((SUMS.value, programs), dtype=torch.float64)
 
     denominator = Denominator(normalizer, normalizer_value, aggregation)
     lengths = sequence_lengths(values, mask, cu_seqlens) if denominator.needs_lengths else None
     if count:
-        _token_kernel[(blocks,)](
+        _token_kernel[(programs,)](
             values,
             old_values,
             returns,
@@ -170,22 +201,23 @@ def value_loss_forward(
             count,
             sequence_length,
             sequences,
-            sequences.bit_length(),
             clip,
             ALIGNED=count % 16 == 0,
             BLOCK=BLOCK,
+            num_warps=_config.num_warps("losses"),
         )
     _finish_kernel[(1,)](
         sums,
         lengths if denominator.counts_sequences else None,
         denominator.tensor,
         denominator.value,
-        valid,
+        valid_sequences(cu_seqlens, count),
         loss,
         metrics,
         scale,
-        blocks,
+        programs,
         sequences,
-        BLOCK=BLOCK,
+        PROGRAMS=PROGRAMS,
+        num_warps=FINISH_WARPS,
     )
     return loss, metrics, grad, scale
