@@ -42,7 +42,7 @@ from rlkernels._codes import (
     SAMPLER_CORRECTIONS,
     SCALES,
 )
-from rlkernels.triton import groups, kl, logprobs, masked, policy_loss, recurrence, value_loss
+from rlkernels.triton import _token_losses, groups, kl, logprobs, masked, policy_loss, recurrence, value_loss
 from rlkernels.triton import kl_divergence as kl_divergences
 
 INF = math.inf
@@ -194,7 +194,7 @@ def policy(
     sequences = shape[0]
     if packed:
         shape = (math.prod(shape),)
-    policy_loss.policy_loss_forward(
+    _, _, *grads, scale = policy_loss.policy_loss_forward(
         empty(*shape),
         empty(*shape) if old else None,
         empty(*shape) if per_token else empty(sequences),
@@ -216,6 +216,7 @@ def policy(
         True,
         entropy,
     )
+    _token_losses.token_loss_backward(*grads, scale, empty(), 0, 0)
 
 
 def value(*, packed: bool = False, old: bool = True, masked: bool = True, aggregation: str = "token_mean") -> None:
@@ -648,12 +649,16 @@ def test_two_variants_serve_every_batch_of_tokens(packed):
                 policy(**options)
 
     compiled = variants_for(TARGETS["sm_90"], launches)
-    assert {name: len(kernels) for name, kernels in compiled.items()} == {
+    expected = {
         "policy_loss._sequences_kernel": 2,
         "policy_loss._token_kernel": 4,  # with its factors of sequences, and without
         "policy_loss._finish_kernel": 1,
         "_token_losses._lengths_kernel": 2,
+        "_token_losses._scale_kernel": 2,
     }
+    if packed:
+        expected["_sequences._valid_kernel"] = 1
+    assert {name: len(kernels) for name, kernels in compiled.items()} == expected
 
 
 @pytest.mark.parametrize("kind", RECURRENCES)

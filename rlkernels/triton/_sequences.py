@@ -35,8 +35,8 @@ def sequence_of(position, cu_seqlens, sequences, steps):
     return low
 
 
-@triton.jit
-def _valid_kernel(cu_seqlens, valid, sequences, tokens: tl.int64, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["sequences", "tokens"])
+def _valid_kernel(cu_seqlens, valid, sequences: tl.int32, tokens: tl.int64, BLOCK: tl.constexpr):
     """1 where cu_seqlens run from 0 to `tokens` without decreasing, else NaN."""
     wrong = (tl.load(cu_seqlens) != 0) | (tl.load(cu_seqlens + sequences) != tokens)
     wrong = tl.full((BLOCK,), 0, tl.int1) | wrong

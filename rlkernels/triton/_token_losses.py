@@ -20,15 +20,22 @@ LENGTHS_BLOCK = 2048  # bytes of a mask: 16 a thread
 FINISH_WARPS = 16
 
 
-def programs_for(count: int) -> int:
-    return min(PROGRAMS, triton.cdiv(count, BLOCK))
+def programs_for(count: int, sequences: int) -> int:
+    """Tokens without a sequence make the loss NaN, whatever the sums and gradients are."""
+    return min(PROGRAMS, triton.cdiv(count, BLOCK)) if sequences else 0
 
 
 @triton.jit
-def four_tokens(start, BLOCK: tl.constexpr):
-    """The first token of each thread, [BLOCK / 4], and all of its tokens, [BLOCK / 4, 4], from `start` on."""
+def four_tokens(start, count, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """The first token of each thread, [BLOCK / 4], all of its tokens, [BLOCK / 4, 4], from `start` on, and which exist.
+    Where `count` is a multiple of four, a thread's tokens all do or none does: they are loaded at once."""
     first = start + 4 * tl.arange(0, BLOCK // 4).to(tl.int64)
-    return first, first[:, None] + tl.arange(0, 4)[None, :]
+    token = first[:, None] + tl.arange(0, 4)[None, :]
+    if ALIGNED:
+        inside = tl.broadcast_to((first < count)[:, None], token.shape)
+    else:
+        inside = token < count
+    return first, token, inside
 
 
 @triton.jit
@@ -54,14 +61,15 @@ def step_on(sequence, within, stride, sequence_length):
 
 
 @triton.jit
-def four_padded(sequence, within, sequence_length):
-    """The sequences of four tokens in a row, given the place of the first one."""
+def four_padded(sequence, within, sequence_length, sequences):
+    """The sequences of four tokens in a row, given the place of the first one; the last one for tokens beyond it."""
     beyond = within - sequence_length  # reaches 0 with the next sequence
     second = sequence + (beyond + 1 >= 0)
     third = sequence + (beyond + 2 >= 0) + (beyond + 2 >= sequence_length)
     fourth = sequence + (beyond + 3 >= 0) + (beyond + 3 >= sequence_length)
     fourth += beyond + 3 - sequence_length >= sequence_length
-    return sequence, second, third, fourth
+    last = sequences - 1
+    return tl.minimum(sequence, last), tl.minimum(second, last), tl.minimum(third, last), tl.minimum(fourth, last)
 
 
 @triton.jit
@@ -80,9 +88,9 @@ def _search(position, cu_seqlens, low, high, span):
 @triton.jit
 def four_packed(first, start, end, cu_seqlens, sequences):
     """The same where sequences are packed, for the tokens from `start` to before `end`. Each is sought among the
-    sequences of these alone, which mostly are few. Stays within [0, sequences], whatever cu_seqlens holds."""
-    low = _search(start, cu_seqlens, sequences * 0, sequences, sequences)
-    high = _search(end - 1, cu_seqlens, low, sequences, sequences - low)
+    sequences of these alone, which mostly are few. Stays below `sequences`, whatever cu_seqlens holds."""
+    low = _search(start, cu_seqlens, sequences * 0, sequences - 1, sequences - 1)
+    high = _search(end - 1, cu_seqlens, low, sequences - 1, sequences - 1 - low)
     none = (first * 0).to(tl.int32)
     one = _search(first, cu_seqlens, low + none, high + none, high - low)
     two = _search(first + 1, cu_seqlens, one, high + none, high - low)
@@ -91,13 +99,23 @@ def four_packed(first, start, end, cu_seqlens, sequences):
 
 
 @triton.jit
-def of_four(values, places, sequences):
-    """What `values` hold for the sequences of four tokens, NaN where a token lies in none."""
-    a = tl.load(values + places[0], mask=places[0] < sequences, other=float("nan")).to(tl.float32)
-    b = tl.load(values + places[1], mask=places[1] < sequences, other=float("nan")).to(tl.float32)
-    c = tl.load(values + places[2], mask=places[2] < sequences, other=float("nan")).to(tl.float32)
-    d = tl.load(values + places[3], mask=places[3] < sequences, other=float("nan")).to(tl.float32)
+def of_four(values, places, STRIDE: tl.constexpr = 1):
+    """What `values` hold for the sequences of four tokens, every STRIDE numbers."""
+    a = tl.load(values + places[0] * STRIDE).to(tl.float32)
+    b = tl.load(values + places[1] * STRIDE).to(tl.float32)
+    c = tl.load(values + places[2] * STRIDE).to(tl.float32)
+    d = tl.load(values + places[3] * STRIDE).to(tl.float32)
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], 4))
+
+
+@triton.jit
+def aligned_span(begin, end, count, ALIGNED: tl.constexpr):
+    """First token and number of tokens of the multiples of 16 around a sequence, as far as there are tokens: these can
+    be loaded 16 bytes at a time."""
+    first, last = aligned_bounds(begin, end)
+    if not ALIGNED:
+        last = tl.minimum(last, count)
+    return first, (last - first).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["count", "sequence_length"])
@@ -109,11 +127,11 @@ def _lengths_kernel(
     begin, end = bounds(sequence, cu_seqlens, count, sequence_length)
     if mask is not None:
         scored = tl.zeros((BLOCK,), tl.int32)
-        first, last = aligned_bounds(begin, end)
-        for start in range(first, last, BLOCK):
-            token = start + tl.arange(0, BLOCK).to(tl.int64)
-            inside = (token < last) & (token < multiple_of_16(count, ALIGNED))
-            here = (token >= begin) & (token < end) & (tl.load(mask + token, mask=inside, other=0) != 0)
+        first, size = aligned_span(begin, end, count, ALIGNED)
+        for start in range(0, size, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            here = (place >= (begin - first).to(tl.int32)) & (place < (end - first).to(tl.int32))
+            here &= tl.load(mask + (first + place), mask=place < size, other=0) != 0
             scored += here.to(tl.int32)
         length = tl.sum(scored, 0)
     else:

@@ -8,15 +8,16 @@ from torch import Tensor
 
 from rlkernels._codes import OBJECTIVES, POLICY_METRICS, SAMPLER_CORRECTIONS, PolicyOptions
 from rlkernels.triton import _config
-from rlkernels.triton._launch import implements, multiple_of_16
+from rlkernels.triton._launch import implements
 from rlkernels.triton._math import clamp, exp_of_double, expm1, expm1_minus_x
-from rlkernels.triton._sequences import aligned_bounds, bounds, valid_sequences
+from rlkernels.triton._sequences import bounds, valid_sequences
 from rlkernels.triton._token_losses import (
     BLOCK,
     FINISH_WARPS,
     PROGRAMS,
     SEQ_MEAN_TOKEN_MEAN,
     Denominator,
+    aligned_span,
     four_packed,
     four_padded,
     four_tokens,
@@ -54,15 +55,14 @@ NUM_TOKENS = tl.constexpr(POLICY_METRICS.index("num_tokens"))
 LOSS = tl.constexpr(len(POLICY_METRICS))
 SUMS = tl.constexpr(len(POLICY_METRICS) + 1)
 
-# What each token of a sequence takes of the whole of it.
-LENGTH = tl.constexpr(0)  # the number of scored tokens
-ADVANTAGE = tl.constexpr(1)  # gmpo: the mean
-RATIO_POS = tl.constexpr(2)  # gspo, gmpo: the ratio; vespo: phi where the advantage is not negative
-RATIO_NEG = tl.constexpr(3)  # vespo: phi where it is
-UNCLAMPED = tl.constexpr(4)  # 1, or 0 where log_ratio_clamp took effect
-WEIGHT = tl.constexpr(5)  # the sampler's, where it is one a sequence (gmpo: always)
-CAPPED = tl.constexpr(6)
-FACTORS = 7
+# What each token of a sequence takes of the whole of it, next to each other.
+ADVANTAGE = tl.constexpr(0)  # gmpo: the mean
+RATIO_POS = tl.constexpr(1)  # gspo, gmpo: the ratio; vespo: phi where the advantage is not negative
+RATIO_NEG = tl.constexpr(2)  # vespo: phi where it is
+UNCLAMPED = tl.constexpr(3)  # 1, or 0 where log_ratio_clamp took effect
+WEIGHT = tl.constexpr(4)  # the sampler's, where it is one a sequence (gmpo: always)
+CAPPED = tl.constexpr(5)
+FACTORS = tl.constexpr(8)  # a sector of memory per sequence
 
 # Weights whose logarithms are added up are at least 1e-8 and at most exp(20).
 LEAST_LOG = tl.constexpr(math.log(1e-8))
@@ -226,15 +226,15 @@ def _log_weight(old_logprob, sampler_logprob):
 # ---- the kernels
 
 
-@triton.jit(do_not_specialize=["count", "sequence_length", "sequences"])
+@triton.jit(do_not_specialize=["count", "sequence_length"])
 def _sequences_kernel(
     x,
     o,
     cu_seqlens,
+    lengths,
     factors,
     count: tl.int64,
     sequence_length: tl.int64,
-    sequences: tl.int64,
     OBJECTIVE: tl.constexpr,
     CORRECTION: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
@@ -244,18 +244,19 @@ def _sequences_kernel(
     """Sums over each sequence, in double: exp makes a relative error of an absolute one."""
     sequence = tl.program_id(0).to(tl.int64)
     begin, end = bounds(sequence, cu_seqlens, count, sequence_length)
-    lengths = tl.zeros((BLOCK,), tl.int32)
+    scored_tokens = tl.zeros((BLOCK,), tl.int32)
     log_ratios = tl.zeros((BLOCK,), tl.float64)
     log_weights = tl.zeros((BLOCK,), tl.float64)
     advantage_sums = tl.zeros((BLOCK,), tl.float64)
-    first, last = aligned_bounds(begin, end)
-    for start in range(first, last, BLOCK):
-        token = start + tl.arange(0, BLOCK).to(tl.int64)
-        inside = (token < last) & (token < multiple_of_16(count, ALIGNED))
-        scored = inside & (token >= begin) & (token < end)
+    first, size = aligned_span(begin, end, count, ALIGNED)
+    for start in range(0, size, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        token = first + place
+        inside = place < size
+        scored = (place >= (begin - first).to(tl.int32)) & (place < (end - first).to(tl.int32))
         if x.mask is not None:
             scored = scored & (tl.load(x.mask + token, mask=inside, other=0) != 0)
-        lengths += scored.to(tl.int32)
+        scored_tokens += scored.to(tl.int32)
         logprob = tl.zeros((BLOCK,), tl.float32)
         if OBJECTIVE == GSPO or OBJECTIVE == GMPO or OBJECTIVE == VESPO or x.old_logprobs is None:
             logprob = load_scored(x.logprobs, token, scored, inside)
@@ -284,12 +285,12 @@ def _sequences_kernel(
                 log_weight = _clamp_log(tl.where(log_weight > o.log_sampler_cap, beyond, log_weight))
             log_weights += tl.where(scored, log_weight, 0.0).to(tl.float64)
 
-    length = tl.sum(lengths, 0).to(tl.float64)
+    length = tl.sum(scored_tokens, 0).to(tl.float64)
     n = tl.where(length > 0.0, length, 1.0)
     log_ratio = tl.sum(log_ratios, 0)
     log_total = tl.sum(log_weights, 0)  # of all the weights of the sequence, as they are applied
-    factors += sequence
-    tl.store(factors + LENGTH * sequences, length.to(tl.float32))
+    tl.store(lengths + sequence, length.to(tl.float32))
+    factors += sequence * FACTORS
     if x.sampler_logprobs is not None:
         if CORRECTION >= SEQUENCE_TRUNCATE:
             capped = log_total > o.log_sampler_cap
@@ -300,22 +301,22 @@ def _sequences_kernel(
             else:
                 weight = tl.where(capped, o.sampler_cap, weight)
                 log_total = _clamp_log(tl.where(capped, o.log_sampler_cap, log_total))
-            tl.store(factors + WEIGHT * sequences, weight)
-            tl.store(factors + CAPPED * sequences, capped.to(tl.float32))
+            tl.store(factors + WEIGHT, weight)
+            tl.store(factors + CAPPED, capped.to(tl.float32))
         elif OBJECTIVE == GMPO:
-            tl.store(factors + WEIGHT * sequences, exp_of_double(log_total / n))
+            tl.store(factors + WEIGHT, exp_of_double(log_total / n))
     if OBJECTIVE == VESPO:
         log_w = _clamp_log(log_ratio + log_total)
         w = exp_of_double(log_w).to(tl.float64)
-        tl.store(factors + RATIO_POS * sequences, exp_of_double(o.rate_pos + o.k_pos * log_w - o.rate_pos * w))
-        tl.store(factors + RATIO_NEG * sequences, exp_of_double(o.rate_neg + o.k_neg * log_w - o.rate_neg * w))
+        tl.store(factors + RATIO_POS, exp_of_double(o.rate_pos + o.k_pos * log_w - o.rate_pos * w))
+        tl.store(factors + RATIO_NEG, exp_of_double(o.rate_neg + o.k_neg * log_w - o.rate_neg * w))
     elif OBJECTIVE == GSPO or OBJECTIVE == GMPO:
         mean = log_ratio / n
         bounded = _within_size(mean, o.log_ratio_clamp)
-        tl.store(factors + RATIO_POS * sequences, exp_of_double(bounded))
-        tl.store(factors + UNCLAMPED * sequences, (mean == bounded).to(tl.float32))
+        tl.store(factors + RATIO_POS, exp_of_double(bounded))
+        tl.store(factors + UNCLAMPED, (mean == bounded).to(tl.float32))
         if OBJECTIVE == GMPO:
-            tl.store(factors + ADVANTAGE * sequences, (tl.sum(advantage_sums, 0) / n).to(tl.float32))
+            tl.store(factors + ADVANTAGE, (tl.sum(advantage_sums, 0) / n).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["count", "sequence_length", "sequences"])
@@ -323,6 +324,7 @@ def _token_kernel(
     x,
     o,
     cu_seqlens,
+    lengths,
     factors,
     grad,
     entropy_grad,
@@ -335,7 +337,6 @@ def _token_kernel(
     STRAIGHT_THROUGH: tl.constexpr,
     CORRECTION: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
-    MEAN_OVER_SEQUENCE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -345,22 +346,21 @@ def _token_kernel(
     none = tl.zeros((BLOCK // 4,), tl.float32)
     ratios, lows, highs, approx_kls, ref_kls = none, none, none, none, none
     bonuses, weights, cappeds, tokens, losses = none, none, none, none, none
-    if (PER_SEQUENCE or factors is not None) and cu_seqlens is None:
-        sequence, within = padded_sequence(four_tokens(begin, BLOCK)[0], sequence_length)
+    if (PER_SEQUENCE or lengths is not None or factors is not None) and cu_seqlens is None:
+        sequence, within = padded_sequence(four_tokens(begin, count, ALIGNED, BLOCK)[0], sequence_length)
     for start in range(begin, count, stride):
-        first, token = four_tokens(start, BLOCK)
-        inside = token < multiple_of_16(count, ALIGNED)
+        first, token, inside = four_tokens(start, count, ALIGNED, BLOCK)
         scored = inside
         if x.mask is not None:
             scored = scored & (tl.load(x.mask + token, mask=inside, other=0) != 0)
-        if PER_SEQUENCE or factors is not None:
+        if PER_SEQUENCE or lengths is not None or factors is not None:
             if cu_seqlens is not None:
                 places = four_packed(first, start, tl.minimum(start + BLOCK, count), cu_seqlens, sequences)
             else:
-                places = four_padded(sequence, within, sequence_length)
+                places = four_padded(sequence, within, sequence_length, sequences)
                 sequence, within = step_on(sequence, within, stride, sequence_length)
         if PER_SEQUENCE:
-            advantage = tl.where(scored, of_four(x.advantages, places, sequences), 0.0)
+            advantage = tl.where(scored, of_four(x.advantages, places), 0.0)
         else:
             advantage = load_scored(x.advantages, token, scored, inside)
         logprob = load_scored(x.logprobs, token, scored, inside)
@@ -371,8 +371,6 @@ def _token_kernel(
         raw = logprob - old_logprob
         d = _within_size(raw, o.log_ratio_clamp)
         ratio = tl.exp(d)
-        low = token < 0
-        high = token < 0
         if OBJECTIVE == PPO:
             gain, slope = _clipped_surrogate(ratio, advantage, o)
             slope = _zero_where_clamped(slope, raw, o.log_ratio_clamp)
@@ -380,15 +378,15 @@ def _token_kernel(
             gain, slope = _sapo(ratio, advantage, o)
             slope = _zero_where_clamped(slope, raw, o.log_ratio_clamp)
         elif OBJECTIVE == GSPO or OBJECTIVE == GMPO:
-            ratio = of_four(factors + RATIO_POS * sequences.to(tl.int64), places, sequences)
-            unclamped = of_four(factors + UNCLAMPED * sequences.to(tl.int64), places, sequences)
+            ratio = of_four(factors + RATIO_POS, places, FACTORS)
+            unclamped = of_four(factors + UNCLAMPED, places, FACTORS)
             if OBJECTIVE == GSPO:
                 gain, slope = _clipped_surrogate(ratio, advantage, o)
                 slope *= unclamped
             else:
                 low = (raw < -o.clip_low) & (advantage < 0.0)
                 high = (raw > o.clip_high) & (advantage > 0.0)
-                mean_advantage = of_four(factors + ADVANTAGE * sequences.to(tl.int64), places, sequences)
+                mean_advantage = of_four(factors + ADVANTAGE, places, FACTORS)
                 gain, slope = _gmpo(ratio, advantage, mean_advantage, unclamped, low | high)
         else:
             factor = tl.full(token.shape, 1.0, tl.float32)
@@ -405,8 +403,8 @@ def _token_kernel(
                     factor = tl.where(ratio > o.delta, o.delta, ratio)
                 factor = tl.where(low | high, 0.0, factor)
             elif OBJECTIVE == VESPO:
-                positive = of_four(factors + RATIO_POS * sequences.to(tl.int64), places, sequences)
-                negative = of_four(factors + RATIO_NEG * sequences.to(tl.int64), places, sequences)
+                positive = of_four(factors + RATIO_POS, places, FACTORS)
+                negative = of_four(factors + RATIO_NEG, places, FACTORS)
                 ratio = tl.where(advantage < 0.0, negative, positive)
                 factor = ratio
             gain, slope = _policy_gradient(factor, advantage, logprob)
@@ -414,10 +412,18 @@ def _token_kernel(
             low = (ratio < o.ratio_min) & (advantage < 0.0)
             high = (ratio > o.ratio_max) & (advantage > 0.0)
 
+        # Where nothing is scored, both log-probabilities and the advantage count as 0.
+        ratios += tl.sum(tl.where(scored, ratio, 0.0), 1)
+        if OBJECTIVE != REINFORCE and OBJECTIVE != SAPO and OBJECTIVE != VESPO:
+            lows += tl.sum(tl.where(low, 1.0, 0.0), 1)
+            highs += tl.sum(tl.where(high, 1.0, 0.0), 1)
+        approx_kls += tl.sum(expm1_minus_x(d), 1)
+        tokens += tl.sum(tl.where(scored, 1.0, 0.0), 1)
+
         if x.sampler_logprobs is not None:
             if CORRECTION >= SEQUENCE_TRUNCATE:
-                weight = of_four(factors + WEIGHT * sequences.to(tl.int64), places, sequences)
-                capped = of_four(factors + CAPPED * sequences.to(tl.int64), places, sequences)
+                weight = of_four(factors + WEIGHT, places, FACTORS)
+                capped = of_four(factors + CAPPED, places, FACTORS)
             else:
                 log_weight = _log_weight(old_logprob, load_scored(x.sampler_logprobs, token, scored, inside))
                 beyond = 0.0 if CORRECTION == TOKEN_MASK else o.sampler_cap
@@ -426,7 +432,7 @@ def _token_kernel(
             weights += tl.sum(tl.where(scored, weight, 0.0), 1)
             cappeds += tl.sum(tl.where(scored, capped, 0.0), 1)
             if OBJECTIVE == GMPO:
-                weight = of_four(factors + WEIGHT * sequences.to(tl.int64), places, sequences)
+                weight = of_four(factors + WEIGHT, places, FACTORS)
             if OBJECTIVE != VESPO:
                 # What is dropped leaves no trace, also where it is infinite.
                 gain = tl.where(weight == 0.0, 0.0, weight * gain)
@@ -446,24 +452,17 @@ def _token_kernel(
             bonuses += tl.sum(bonus, 1)
             if o.entropy_coef is not None:
                 loss -= o.entropy_coef * bonus
-        if MEAN_OVER_SEQUENCE:
-            length = of_four(factors + LENGTH * sequences.to(tl.int64), places, sequences)
+        if lengths is not None:
+            length = of_four(lengths, places)
             loss /= length
             derivative /= length
         if grad is not None:
             tl.store(grad + token, tl.where(scored, derivative, 0.0), mask=inside)
         if entropy_grad is not None:
             entropy_derivative = tl.zeros(token.shape, tl.float32) - o.entropy_coef
-            if MEAN_OVER_SEQUENCE:
+            if lengths is not None:
                 entropy_derivative /= length
             tl.store(entropy_grad + token, tl.where(scored, entropy_derivative, 0.0), mask=inside)
-
-        # Where nothing is scored, both log-probabilities and the advantage count as 0.
-        ratios += tl.sum(tl.where(scored, ratio, 0.0), 1)
-        lows += tl.sum(tl.where(low, 1.0, 0.0), 1)
-        highs += tl.sum(tl.where(high, 1.0, 0.0), 1)
-        approx_kls += tl.sum(expm1_minus_x(d), 1)
-        tokens += tl.sum(tl.where(scored, 1.0, 0.0), 1)
         losses += tl.sum(tl.where(scored, loss, 0.0), 1)
 
     if x.sampler_logprobs is None:
@@ -522,8 +521,8 @@ def policy_loss_forward(
     options = PolicyOptions(*numbers)
     tokens = Tokens(logprobs, old_logprobs, advantages, mask, ref_logprobs, sampler_logprobs, entropy)
     count = logprobs.numel()
-    programs = programs_for(count)
     sequences, sequence_length = shape_of(logprobs, cu_seqlens)
+    programs = programs_for(count, sequences)
     grad, entropy_grad = (
         logprobs.new_empty(logprobs.shape if needed else (0,), dtype=torch.float32)
         for needed in (need_grad, need_entropy_grad)
@@ -534,7 +533,6 @@ def policy_loss_forward(
     )
 
     denominator = Denominator(normalizer, normalizer_value, options.aggregation)
-    shape = (count, sequence_length, sequences)
     choices: dict[str, Any] = dict(
         OBJECTIVE=options.objective,
         CORRECTION=options.sampler_correction,
@@ -543,34 +541,38 @@ def policy_loss_forward(
         BLOCK=BLOCK,
     )
     weight_of_sequence = sampler_logprobs is not None and options.sampler_correction >= SEQUENCE_TRUNCATE.value
-    mean_over_sequence = options.aggregation == SEQ_MEAN_TOKEN_MEAN
-    factors, used = None, None
+    lengths, factors = None, None
     if weight_of_sequence or options.objective in BY_SEQUENCE:
-        used = factors = logprobs.new_empty((FACTORS, sequences), dtype=torch.float32)
+        lengths, factors = (
+            logprobs.new_empty(shape, dtype=torch.float32) for shape in ((sequences,), (sequences, FACTORS.value))
+        )
         if sequences:
-            _sequences_kernel[(sequences,)](tokens, numbers_of(options), cu_seqlens, factors, *shape, **choices)
+            _sequences_kernel[(sequences,)](
+                tokens, numbers_of(options), cu_seqlens, lengths, factors, count, sequence_length, **choices
+            )
     elif denominator.needs_lengths:
-        factors = sequence_lengths(logprobs, mask, cu_seqlens)
-        used = factors if mean_over_sequence else None
-    if count:
+        lengths = sequence_lengths(logprobs, mask, cu_seqlens)
+    if programs:
         _token_kernel[(programs,)](
             tokens,
             numbers_of(options),
             cu_seqlens,
-            used,
+            lengths if options.aggregation == SEQ_MEAN_TOKEN_MEAN else None,
+            factors,
             grad if need_grad else None,
             entropy_grad if need_entropy_grad else None,
             sums,
-            *shape,
+            count,
+            sequence_length,
+            sequences,
             KL_ESTIMATOR=options.kl_estimator,
             STRAIGHT_THROUGH=options.kl_straight_through,
-            MEAN_OVER_SEQUENCE=mean_over_sequence,
             **choices,
             num_warps=_config.num_warps("losses"),
         )
     _finish_kernel[(1,)](
         sums,
-        factors if denominator.counts_sequences else None,
+        lengths if denominator.counts_sequences else None,
         denominator.tensor,
         denominator.value,
         valid_sequences(cu_seqlens, count),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rlkernels._codes import VALUE_METRICS
 from rlkernels.triton import _config
-from rlkernels.triton._launch import implements, multiple_of_16
+from rlkernels.triton._launch import implements
 from rlkernels.triton._sequences import valid_sequences
 from rlkernels.triton._token_losses import (
     BLOCK,
@@ -71,10 +71,9 @@ def _token_kernel(
     clips, value_sums, tokens, losses = none, none, none, none
     return_sums, errors, error_squares, return_squares = wide_none, wide_none, wide_none, wide_none
     if lengths is not None and cu_seqlens is None:
-        sequence, within = padded_sequence(four_tokens(begin, BLOCK)[0], sequence_length)
+        sequence, within = padded_sequence(four_tokens(begin, count, ALIGNED, BLOCK)[0], sequence_length)
     for start in range(begin, count, stride):
-        first, token = four_tokens(start, BLOCK)
-        inside = token < multiple_of_16(count, ALIGNED)
+        first, token, inside = four_tokens(start, count, ALIGNED, BLOCK)
         scored = inside
         if mask is not None:
             scored = scored & (tl.load(mask + token, mask=inside, other=0) != 0)
@@ -97,9 +96,9 @@ def _token_kernel(
             if cu_seqlens is not None:
                 places = four_packed(first, start, tl.minimum(start + BLOCK, count), cu_seqlens, sequences)
             else:
-                places = four_padded(sequence, within, sequence_length)
+                places = four_padded(sequence, within, sequence_length, sequences)
                 sequence, within = step_on(sequence, within, stride, sequence_length)
-            length = of_four(lengths, places, sequences)
+            length = of_four(lengths, places)
             loss = tl.where(scored, loss / length, 0.0)
             derivative = tl.where(scored, derivative / length, 0.0)
         if grad is not None:
@@ -178,8 +177,8 @@ def value_loss_forward(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = values.numel()
-    programs = programs_for(count)
     sequences, sequence_length = shape_of(values, cu_seqlens)
+    programs = programs_for(count, sequences)
     grad, loss, metrics, scale = (
         values.new_empty(shape, dtype=torch.float32)
         for shape in (values.shape if need_grad else (0,), (), (len(VALUE_METRICS),), ())
@@ -188,7 +187,7 @@ def value_loss_forward(
 
     denominator = Denominator(normalizer, normalizer_value, aggregation)
     lengths = sequence_lengths(values, mask, cu_seqlens) if denominator.needs_lengths else None
-    if count:
+    if programs:
         _token_kernel[(programs,)](
             values,
             old_values,
