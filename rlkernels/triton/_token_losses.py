@@ -86,11 +86,11 @@ def _search(position, cu_seqlens, low, high, span):
 
 
 @triton.jit
-def four_packed(first, start, end, cu_seqlens, sequences):
-    """The same where sequences are packed, for the tokens from `start` to before `end`. Each is sought among the
-    sequences of these alone, which mostly are few. Stays below `sequences`, whatever cu_seqlens holds."""
+def four_packed(first, cu_seqlens, sequences, start, BLOCK: tl.constexpr):
+    """The same where sequences are packed, for the BLOCK tokens from `start` on: each is sought among the sequences of
+    these alone, which mostly are few. Stays below `sequences`, whatever cu_seqlens holds."""
     low = _search(start, cu_seqlens, sequences * 0, sequences - 1, sequences - 1)
-    high = _search(end - 1, cu_seqlens, low, sequences - 1, sequences - 1 - low)
+    high = _search(start + BLOCK - 1, cu_seqlens, low, sequences - 1, sequences - 1 - low)
     none = (first * 0).to(tl.int32)
     one = _search(first, cu_seqlens, low + none, high + none, high - low)
     two = _search(first + 1, cu_seqlens, one, high + none, high - low)

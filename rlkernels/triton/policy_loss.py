@@ -56,11 +56,11 @@ LOSS = tl.constexpr(len(POLICY_METRICS))
 SUMS = tl.constexpr(len(POLICY_METRICS) + 1)
 
 # What each token of a sequence takes of the whole of it, next to each other.
-ADVANTAGE = tl.constexpr(0)  # gmpo: the mean
+GAIN = tl.constexpr(0)  # gmpo: that of each token, the sampler's weight included
 RATIO_POS = tl.constexpr(1)  # gspo, gmpo: the ratio; vespo: phi where the advantage is not negative
 RATIO_NEG = tl.constexpr(2)  # vespo: phi where it is
 UNCLAMPED = tl.constexpr(3)  # 1, or 0 where log_ratio_clamp took effect
-WEIGHT = tl.constexpr(4)  # the sampler's, where it is one a sequence (gmpo: always)
+WEIGHT = tl.constexpr(4)  # the sampler's, where it is one a sequence
 CAPPED = tl.constexpr(5)
 FACTORS = tl.constexpr(8)  # a sector of memory per sequence
 
@@ -134,6 +134,11 @@ def _within(x, low, high):
 
 
 @triton.jit
+def _one_where(condition):
+    return tl.where(condition, 1.0, 0.0)
+
+
+@triton.jit
 def _within_size(x, limit):
     if limit is None:
         return x
@@ -184,9 +189,8 @@ def _sapo(ratio, advantage, o):
 
 
 @triton.jit
-def _gmpo(ratio, advantage, mean_advantage, unclamped, clipped):
-    gain = ratio * mean_advantage
-    return gain, tl.where(clipped | (advantage == 0.0), 0.0, gain * unclamped)
+def _gmpo_slope(gain, advantage, unclamped, clipped):
+    return tl.where(clipped | (advantage == 0.0), 0.0, gain * unclamped)
 
 
 @triton.jit
@@ -288,6 +292,7 @@ def _sequences_kernel(
     length = tl.sum(scored_tokens, 0).to(tl.float64)
     n = tl.where(length > 0.0, length, 1.0)
     log_ratio = tl.sum(log_ratios, 0)
+    weight = tl.full((), 1.0, tl.float32)
     log_total = tl.sum(log_weights, 0)  # of all the weights of the sequence, as they are applied
     tl.store(lengths + sequence, length.to(tl.float32))
     factors += sequence * FACTORS
@@ -304,7 +309,7 @@ def _sequences_kernel(
             tl.store(factors + WEIGHT, weight)
             tl.store(factors + CAPPED, capped.to(tl.float32))
         elif OBJECTIVE == GMPO:
-            tl.store(factors + WEIGHT, exp_of_double(log_total / n))
+            weight = exp_of_double(log_total / n)
     if OBJECTIVE == VESPO:
         log_w = _clamp_log(log_ratio + log_total)
         w = exp_of_double(log_w).to(tl.float64)
@@ -313,10 +318,13 @@ def _sequences_kernel(
     elif OBJECTIVE == GSPO or OBJECTIVE == GMPO:
         mean = log_ratio / n
         bounded = _within_size(mean, o.log_ratio_clamp)
-        tl.store(factors + RATIO_POS, exp_of_double(bounded))
+        ratio = exp_of_double(bounded)
+        tl.store(factors + RATIO_POS, ratio)
         tl.store(factors + UNCLAMPED, (mean == bounded).to(tl.float32))
         if OBJECTIVE == GMPO:
-            tl.store(factors + ADVANTAGE, (tl.sum(advantage_sums, 0) / n).to(tl.float32))
+            gain = ratio * (tl.sum(advantage_sums, 0) / n).to(tl.float32)
+            # What is dropped leaves no trace, also where it is infinite.
+            tl.store(factors + GAIN, tl.where(weight == 0.0, 0.0, weight * gain))
 
 
 @triton.jit(do_not_specialize=["count", "sequence_length", "sequences"])
@@ -341,21 +349,22 @@ def _token_kernel(
     BLOCK: tl.constexpr,
 ):
     """Loss and gradients of each token, before the division by the denominator, and their sums over a program."""
-    stride = tl.num_programs(0).to(tl.int64) * BLOCK
-    begin = tl.program_id(0).to(tl.int64) * BLOCK
     none = tl.zeros((BLOCK // 4,), tl.float32)
     ratios, lows, highs, approx_kls, ref_kls = none, none, none, none, none
     bonuses, weights, cappeds, tokens, losses = none, none, none, none, none
     if (PER_SEQUENCE or lengths is not None or factors is not None) and cu_seqlens is None:
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        stride = tl.num_programs(0).to(tl.int64) * BLOCK
         sequence, within = padded_sequence(four_tokens(begin, count, ALIGNED, BLOCK)[0], sequence_length)
-    for start in range(begin, count, stride):
+    for step in range(tl.program_id(0), tl.cdiv(count, BLOCK).to(tl.int32), tl.num_programs(0)):
+        start = (tl.zeros((), tl.int64) + step) * BLOCK
         first, token, inside = four_tokens(start, count, ALIGNED, BLOCK)
         scored = inside
         if x.mask is not None:
             scored = scored & (tl.load(x.mask + token, mask=inside, other=0) != 0)
         if PER_SEQUENCE or lengths is not None or factors is not None:
             if cu_seqlens is not None:
-                places = four_packed(first, start, tl.minimum(start + BLOCK, count), cu_seqlens, sequences)
+                places = four_packed(first, cu_seqlens, sequences, start, BLOCK)
             else:
                 places = four_padded(sequence, within, sequence_length, sequences)
                 sequence, within = step_on(sequence, within, stride, sequence_length)
@@ -384,24 +393,24 @@ def _token_kernel(
                 gain, slope = _clipped_surrogate(ratio, advantage, o)
                 slope *= unclamped
             else:
-                low = (raw < -o.clip_low) & (advantage < 0.0)
-                high = (raw > o.clip_high) & (advantage > 0.0)
-                mean_advantage = of_four(factors + ADVANTAGE, places, FACTORS)
-                gain, slope = _gmpo(ratio, advantage, mean_advantage, unclamped, low | high)
+                low = _one_where((raw < -o.clip_low) & (advantage < 0.0))
+                high = _one_where((raw > o.clip_high) & (advantage > 0.0))
+                gain = of_four(factors + GAIN, places, FACTORS)
+                slope = _gmpo_slope(gain, advantage, unclamped, low + high > 0.0)
         else:
             factor = tl.full(token.shape, 1.0, tl.float32)
             if OBJECTIVE == CISPO:
                 factor = _within(ratio, o.ratio_min, o.ratio_max)
-                low = ratio < o.ratio_min
-                high = ratio > o.ratio_max
+                low = _one_where(ratio < o.ratio_min)
+                high = _one_where(ratio > o.ratio_max)
             elif OBJECTIVE == DPPO_TV or OBJECTIVE == DPPO_KL:
                 up, down = _dppo_divergences(logprob, old_logprob, raw, OBJECTIVE)
-                high = (advantage > 0.0) & ((up <= o.clip_high) == 0)
-                low = (advantage < 0.0) & ((down <= o.clip_low) == 0)
+                high = _one_where((advantage > 0.0) & ((up <= o.clip_high) == 0))
+                low = _one_where((advantage < 0.0) & ((down <= o.clip_low) == 0))
                 factor = ratio
                 if o.delta is not None:
                     factor = tl.where(ratio > o.delta, o.delta, ratio)
-                factor = tl.where(low | high, 0.0, factor)
+                factor = tl.where(low + high > 0.0, 0.0, factor)
             elif OBJECTIVE == VESPO:
                 positive = of_four(factors + RATIO_POS, places, FACTORS)
                 negative = of_four(factors + RATIO_NEG, places, FACTORS)
@@ -409,16 +418,16 @@ def _token_kernel(
                 factor = ratio
             gain, slope = _policy_gradient(factor, advantage, logprob)
         if OBJECTIVE == PPO or OBJECTIVE == GSPO:
-            low = (ratio < o.ratio_min) & (advantage < 0.0)
-            high = (ratio > o.ratio_max) & (advantage > 0.0)
+            low = _one_where((ratio < o.ratio_min) & (advantage < 0.0))
+            high = _one_where((ratio > o.ratio_max) & (advantage > 0.0))
 
         # Where nothing is scored, both log-probabilities and the advantage count as 0.
         ratios += tl.sum(tl.where(scored, ratio, 0.0), 1)
         if OBJECTIVE != REINFORCE and OBJECTIVE != SAPO and OBJECTIVE != VESPO:
-            lows += tl.sum(tl.where(low, 1.0, 0.0), 1)
-            highs += tl.sum(tl.where(high, 1.0, 0.0), 1)
+            lows += tl.sum(low, 1)
+            highs += tl.sum(high, 1)
         approx_kls += tl.sum(expm1_minus_x(d), 1)
-        tokens += tl.sum(tl.where(scored, 1.0, 0.0), 1)
+        tokens += tl.sum(_one_where(scored), 1)
 
         if x.sampler_logprobs is not None:
             if CORRECTION >= SEQUENCE_TRUNCATE:
@@ -427,13 +436,11 @@ def _token_kernel(
             else:
                 log_weight = _log_weight(old_logprob, load_scored(x.sampler_logprobs, token, scored, inside))
                 beyond = 0.0 if CORRECTION == TOKEN_MASK else o.sampler_cap
-                capped = (log_weight > o.log_sampler_cap).to(tl.float32)
+                capped = _one_where(log_weight > o.log_sampler_cap)
                 weight = tl.where(log_weight > o.log_sampler_cap, beyond, tl.exp(log_weight))
             weights += tl.sum(tl.where(scored, weight, 0.0), 1)
             cappeds += tl.sum(tl.where(scored, capped, 0.0), 1)
-            if OBJECTIVE == GMPO:
-                weight = of_four(factors + WEIGHT, places, FACTORS)
-            if OBJECTIVE != VESPO:
+            if OBJECTIVE != GMPO and OBJECTIVE != VESPO:
                 # What is dropped leaves no trace, also where it is infinite.
                 gain = tl.where(weight == 0.0, 0.0, weight * gain)
                 slope = tl.where(weight == 0.0, 0.0, weight * slope)

@@ -64,15 +64,16 @@ def _token_kernel(
     """Loss and gradient of each token, before the division by the denominator, and their sums over a program. The sums
     for variances are in double, where the squares of floats are exact: a variance is the mean of squares less the
     square of the mean."""
-    stride = tl.num_programs(0).to(tl.int64) * BLOCK
-    begin = tl.program_id(0).to(tl.int64) * BLOCK
     none = tl.zeros((BLOCK // 4,), tl.float32)
     wide_none = tl.zeros((BLOCK // 4,), tl.float64)
     clips, value_sums, tokens, losses = none, none, none, none
     return_sums, errors, error_squares, return_squares = wide_none, wide_none, wide_none, wide_none
     if lengths is not None and cu_seqlens is None:
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        stride = tl.num_programs(0).to(tl.int64) * BLOCK
         sequence, within = padded_sequence(four_tokens(begin, count, ALIGNED, BLOCK)[0], sequence_length)
-    for start in range(begin, count, stride):
+    for step in range(tl.program_id(0), tl.cdiv(count, BLOCK).to(tl.int32), tl.num_programs(0)):
+        start = (tl.zeros((), tl.int64) + step) * BLOCK
         first, token, inside = four_tokens(start, count, ALIGNED, BLOCK)
         scored = inside
         if mask is not None:
@@ -94,7 +95,7 @@ def _token_kernel(
             loss = tl.where(clipped, bounded_loss, loss)
         if lengths is not None:
             if cu_seqlens is not None:
-                places = four_packed(first, start, tl.minimum(start + BLOCK, count), cu_seqlens, sequences)
+                places = four_packed(first, cu_seqlens, sequences, start, BLOCK)
             else:
                 places = four_padded(sequence, within, sequence_length, sequences)
                 sequence, within = step_on(sequence, within, stride, sequence_length)
