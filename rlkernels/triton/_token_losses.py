@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlkernels._codes import AGGREGATIONS
+from rlkernels.triton import _config
 from rlkernels.triton._launch import implements, multiple_of_16
 from rlkernels.triton._sequences import aligned_bounds, bounds
 
@@ -42,6 +43,15 @@ def four_tokens(start, count, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 def load_scored(values, token, scored, inside):
     """Unscored tokens may hold anything: they are replaced before any arithmetic."""
     return tl.where(scored, tl.load(values + token, mask=inside, other=0.0).to(tl.float32), 0.0)
+
+
+@triton.jit
+def number_of(scored, mask, first, count):
+    """How many of a thread's tokens are scored."""
+    if mask is not None:
+        return tl.sum(tl.where(scored, 1.0, 0.0), 1)
+    else:
+        return tl.minimum(tl.maximum(count - first, 0), 4).to(tl.float32)
 
 
 @triton.jit
@@ -245,5 +255,6 @@ def token_loss_backward(
             count,
             ALIGNED=count % 16 == 0,
             BLOCK=BLOCK,
+            num_warps=_config.num_warps("losses"),  # with more tokens a thread, 16-bit results would change hands
         )
     return result, entropy_result

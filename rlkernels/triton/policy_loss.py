@@ -22,6 +22,7 @@ from rlkernels.triton._token_losses import (
     four_padded,
     four_tokens,
     load_scored,
+    number_of,
     of_four,
     one_over_denominator,
     padded_sequence,
@@ -427,7 +428,7 @@ def _token_kernel(
             lows += tl.sum(low, 1)
             highs += tl.sum(high, 1)
         approx_kls += tl.sum(expm1_minus_x(d), 1)
-        tokens += tl.sum(_one_where(scored), 1)
+        tokens += number_of(scored, x.mask, first, count)
 
         if x.sampler_logprobs is not None:
             if CORRECTION >= SEQUENCE_TRUNCATE:

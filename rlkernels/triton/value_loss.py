@@ -17,6 +17,7 @@ from rlkernels.triton._token_losses import (
     four_padded,
     four_tokens,
     load_scored,
+    number_of,
     of_four,
     one_over_denominator,
     padded_sequence,
@@ -112,7 +113,7 @@ def _token_kernel(
         errors += tl.sum(wide_error, 1)
         error_squares += tl.sum(wide_error * wide_error, 1)
         return_squares += tl.sum(wide_target * wide_target, 1)
-        tokens += tl.sum(tl.where(scored, 1.0, 0.0), 1)
+        tokens += number_of(scored, mask, first, count)
         losses += tl.sum(loss, 1)
 
     store_sum(sums, CLIPPED, clips)
