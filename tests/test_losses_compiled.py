@@ -14,9 +14,19 @@ if INTERPRETED:
 pytest.importorskip("triton")
 
 from cases import thorough
-from gpu_assembly import TARGETS, Counts, compile_for, count, disassemble, innermost_loop_with_loads, instructions
+from gpu_assembly import (
+    TARGETS,
+    Counts,
+    compile_for,
+    count,
+    disassemble,
+    innermost_loop_with_loads,
+    instructions,
+    variants_for,
+)
 from rlkernels.triton import _token_losses
 from test_triton_compiled import empty, policy, value
+from token_losses import launches
 
 TOKENS = 4
 
@@ -130,3 +140,28 @@ def test_other_dtypes_are_widened_when_they_are_loaded(dtype, assembled):
     loop = count(instructions(innermost_loop_with_loads(text)))
     assert loop.loads == ({8: 3, 16: 2} if dtype == torch.bfloat16 else {16: 8})
     assert (loop.barriers, loop.shuffles) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("launch", "kernels"),
+    [
+        (lambda: policy(normalizer=0), {"_token_kernel", "_finish_kernel", "_scale_kernel"}),
+        (
+            lambda: policy(packed=True, aggregation="seq_mean_token_mean", sampler="token_mask", entropy=True),
+            {"_valid_kernel", "_lengths_kernel", "_token_kernel", "_finish_kernel", "_scale_kernel"},
+        ),
+        (
+            lambda: policy(objective="gmpo", ref=True),
+            {"_sequences_kernel", "_token_kernel", "_finish_kernel", "_scale_kernel"},
+        ),
+        (
+            lambda: value(packed=True, aggregation="seq_mean_token_mean"),
+            {"_valid_kernel", "_lengths_kernel", "_token_kernel", "_finish_kernel"},
+        ),
+    ],
+)
+def test_a_launcher_launches_its_kernels_and_nothing_else(launch, kernels):
+    with launches() as names:
+        launched = variants_for(TARGETS["sm_90"], launch)
+    assert set(names) <= {"empty"}  # the inputs
+    assert {name.partition(".")[2] for name in launched} == kernels

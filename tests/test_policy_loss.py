@@ -10,7 +10,17 @@ from cases import COMPILERS_AND_LAYOUTS, thorough_emulated
 from op_calls import check_ops
 from rlkernels import policy_loss
 from rlkernels._codes import AGGREGATIONS, KL_ESTIMATORS, STRAIGHT_THROUGH
-from token_losses import DTYPES, GRADIENT_OPS, INF, NAN, assert_matches_oracles, make_inputs, run
+from token_losses import (
+    DTYPES,
+    GRADIENT_OPS,
+    INF,
+    NAN,
+    as_given,
+    assert_matches_oracles,
+    launches,
+    make_inputs,
+    run,
+)
 
 OBJECTIVES = ("ppo", "reinforce")
 ESTIMATORS = (*KL_ESTIMATORS, *STRAIGHT_THROUGH)
@@ -139,6 +149,50 @@ def test_lengths(backend, device, length, sequences):
         inputs = make_inputs(lengths, length, device, packed=packed, per_token=packed)
         for aggregation in AGGREGATIONS:
             assert_matches_oracles(inputs, aggregation=aggregation, kl_coef=0.1)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_inputs_as_the_caller_gave_them(backend, device, packed):
+    """Whatever their dtypes and layouts, the results are those of float32 inputs and a bool mask."""
+    inputs = make_inputs([9, 0, 14], 14, device, packed=packed, per_token=True, sampler=True, entropy=True)
+    given, plain = as_given(inputs, "logprobs")
+    options = dict(kl_coef=0.1, entropy_coef=0.1, sampler_correction="token_mask")
+    for normalizer in (torch.tensor(7, device=device), torch.tensor(7.0, device=device, dtype=torch.bfloat16)):
+        got = run(policy_loss, given, -1.7, normalizer=normalizer, **options)
+        wanted = run(policy_loss, plain, -1.7, normalizer=7.0, **options)
+        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+        assert (got[2].dtype, got[3].dtype) == (torch.bfloat16, torch.float64)
+        assert torch.equal(got[2], wanted[2].bfloat16()) and torch.equal(got[3], wanted[3].double())
+
+
+@pytest.mark.only("triton", "cuda")
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_call_launches_its_kernels_and_nothing_else(backend, device, packed):
+    inputs = make_inputs([9, 0, 14], 14, device, torch.bfloat16, packed=packed, sampler=True, entropy=True)
+    inputs["mask"] = inputs["mask"].long()
+    leaves = [inputs[name].requires_grad_() for name in ("logprobs", "entropy")]
+    upstream, normalizer = torch.tensor(2.0, device=device), torch.tensor(9, device=device)
+    for objective in ("ppo", "gspo"):
+        with launches() as names:
+            loss, _ = policy_loss(**inputs, objective=objective, entropy_coef=0.1, normalizer=normalizer)
+            torch.autograd.grad(loss, leaves, upstream)
+        assert names == ["policy_loss_forward", "token_loss_backward"]
+
+
+@pytest.mark.only("triton")
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("width", [1, 3, 6, 90])
+def test_a_program_goes_through_tokens_in_turns(backend, device, width, packed, monkeypatch):
+    """As on a GPU beyond a million tokens: here two programs take 16 tokens at a time."""
+    lengths = [width - index % 2 if width > 1 else index % 2 for index in range(180 // width)]
+    inputs = make_inputs(lengths, width, device, packed=packed)
+    options = dict(aggregation="seq_mean_token_mean", kl_coef=0.1)
+    _, _, gradient = run(policy_loss, inputs, **options)
+    monkeypatch.setattr("rlkernels.triton._token_losses.PROGRAMS", 2)
+    for module in ("_token_losses", "policy_loss"):
+        monkeypatch.setattr(f"rlkernels.triton.{module}.BLOCK", 16)
+    got = assert_matches_oracles(inputs, 1.0, **options)
+    assert torch.equal(got[2], gradient)
 
 
 @pytest.mark.thorough_on("reference")

@@ -15,7 +15,9 @@ from token_losses import (
     INF,
     NAN,
     aggregate_by_loops,
+    as_given,
     assert_sums_as_accurate,
+    launches,
     spans_of,
 )
 from tolerance import assert_as_accurate_as_torch
@@ -141,6 +143,46 @@ def test_lengths(backend, device, length):
         for aggregation in ("token_mean", "seq_mean_token_mean"):
             inputs = make_inputs([length, max(length - 5, 0)], length, device, packed=packed)
             assert_matches_oracles(inputs, aggregation=aggregation)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_inputs_as_the_caller_gave_them(backend, device, packed):
+    """Whatever their dtypes and layouts, the results are those of float32 inputs and a bool mask."""
+    given, plain = as_given(make_inputs([9, 0, 14], 14, device, packed=packed), "values")
+    for normalizer in (torch.tensor(7, device=device), torch.tensor(7.0, device=device, dtype=torch.bfloat16)):
+        got = run(value_loss, given, -1.7, normalizer=normalizer)
+        wanted = run(value_loss, plain, -1.7, normalizer=7.0)
+        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+        assert torch.equal(got[2], wanted[2].bfloat16())
+
+
+@pytest.mark.only("triton", "cuda")
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_call_launches_its_kernels_and_nothing_else(backend, device, packed):
+    inputs = make_inputs([9, 0, 14], 14, device, torch.bfloat16, packed=packed)
+    inputs["mask"] = inputs["mask"].long()
+    inputs["values"].requires_grad_()
+    upstream, normalizer = torch.tensor(2.0, device=device), torch.tensor(9, device=device)
+    with launches() as names:
+        loss, _ = value_loss(**inputs, aggregation="seq_mean_token_mean", normalizer=normalizer)
+        torch.autograd.grad(loss, inputs["values"], upstream)
+    assert names == ["value_loss_forward", "token_loss_backward"]
+
+
+@pytest.mark.only("triton")
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("width", [1, 3, 6, 90])
+def test_a_program_goes_through_tokens_in_turns(backend, device, width, packed, monkeypatch):
+    """As on a GPU beyond a million tokens: here two programs take 16 tokens at a time."""
+    lengths = [width - index % 2 if width > 1 else index % 2 for index in range(180 // width)]
+    inputs = make_inputs(lengths, width, device, packed=packed)
+    options = dict(aggregation="seq_mean_token_mean")
+    _, _, gradient = run(value_loss, inputs, **options)
+    monkeypatch.setattr("rlkernels.triton._token_losses.PROGRAMS", 2)
+    for module in ("_token_losses", "value_loss"):
+        monkeypatch.setattr(f"rlkernels.triton.{module}.BLOCK", 16)
+    got = assert_matches_oracles(inputs, 1.0, **options)
+    assert torch.equal(got[2], gradient)
 
 
 def test_by_hand(backend, device):
