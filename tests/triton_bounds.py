@@ -24,7 +24,17 @@ from rlkernels._codes import (
     SAMPLER_CORRECTIONS,
     SCALES,
 )
-from rlkernels.triton import groups, kl, kl_divergence, logprobs, masked, policy_loss, recurrence, value_loss
+from rlkernels.triton import (
+    _token_losses,
+    groups,
+    kl,
+    kl_divergence,
+    logprobs,
+    masked,
+    policy_loss,
+    recurrence,
+    value_loss,
+)
 from triton_interpreter import scalars_count, scan_in_steps
 
 PAGE = mmap.PAGESIZE
@@ -116,6 +126,11 @@ def run_all(after: bool, whole: bool) -> None:
             options = (BASELINES.index("leave_one_out"), scale, 1e-4, before_sum, False)
             groups.group_advantages(rewards, weights, None, None, 70, *options)
             groups.group_advantages(rewards, weights, order, offsets, 1, *options)
+
+    print("token_loss_backward", flush=True)
+    for tokens in (1, 1027):
+        grads = guard(torch.randn(tokens)), guard(torch.randn(tokens))
+        _token_losses.token_loss_backward(*grads, guard(torch.tensor(2.0)), guard(torch.tensor(2.0)), 1, 3)
 
     print("masked", flush=True)
     for length in (1, 1027):

@@ -130,8 +130,9 @@ def policy_loss(
     RLKERNELS_CHECK=1.
 
     Traffic: reads each input once (the mask twice for seq_*, whose lengths come first; for gspo, gmpo, vespo and
-    sequence_*, whose sums over sequences come first, all but ref_logprobs and entropy twice) and writes the gradients
-    asked for; backward reads and writes each once. No host synchronisation.
+    sequence_*, whose sums over sequences come first, all but ref_logprobs and entropy twice), on GPUs in the dtype
+    given, and writes the gradients asked for in float32; backward reads each once and writes it in the dtype of its
+    input. No host synchronisation.
 
     References: Schulman et al. 2017 (PPO, arXiv 1707.06347); Ye et al. 2020 (dual clip, arXiv 1912.09729); Yu et al.
     2025 (DAPO, arXiv 2503.14476); INTELLECT-2 (delta, arXiv 2505.07291); GSPO (2507.18071), MiniMax-M1 (CISPO,
@@ -246,6 +247,8 @@ policy_loss.metrics = POLICY_METRICS  # type: ignore[attr-defined]
 
 
 def _forward_fake(logprobs, *rest):
+    # Gradients are in float32 until they are scaled: they are rounded once, and do not underflow in float16 before a
+    # loss scale reaches them.
     *_, need_grad, need_entropy_grad = rest
     grads = [logprobs.shape if needed else (0,) for needed in (need_grad, need_entropy_grad)]
     shapes = ((), (len(POLICY_METRICS),), *grads, ())

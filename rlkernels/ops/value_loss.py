@@ -56,8 +56,9 @@ def value_loss(
     not run from 0 to N without decreasing. On a GPU they make the loss and its gradient NaN, or raise with
     RLKERNELS_CHECK=1.
 
-    Traffic: reads each input once (the mask twice for seq_*, whose lengths come first) and writes the gradient;
-    backward reads and writes the gradient once. No host synchronisation.
+    Traffic: reads each input once (the mask twice for seq_*, whose lengths come first), on GPUs in the dtype given, and
+    writes the gradient in float32; backward reads it once and writes it in the dtype of values. No host
+    synchronisation.
 
     References: Schulman et al. 2017 (PPO, arXiv 1707.06347); the clip is that of OpenAI's baselines.
     """
