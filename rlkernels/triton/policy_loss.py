@@ -1,4 +1,3 @@
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -6,10 +5,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkernels._codes import OBJECTIVES, POLICY_METRICS, SAMPLER_CORRECTIONS, PolicyOptions
+from rlkernels._codes import POLICY_METRICS, SAMPLER_CORRECTIONS, PolicyOptions
 from rlkernels.triton import _config
 from rlkernels.triton._launch import implements
-from rlkernels.triton._math import clamp, exp_of_double, expm1, expm1_minus_x
+from rlkernels.triton._math import clamp, exp_of_double, expm1_minus_x
+from rlkernels.triton._policy_formulas import (
+    CISPO,
+    DPPO_KL,
+    DPPO_TV,
+    GMPO,
+    GSPO,
+    LEAST_LOG,
+    PPO,
+    REINFORCE,
+    SAPO,
+    VESPO,
+    between,
+    clamp_log,
+    clipped_surrogate,
+    dppo_divergences,
+    gmpo_slope,
+    numbers_of,
+    one_where,
+    policy_gradient,
+    sampler_log_weight,
+    sapo,
+    within_size,
+    zero_where_clamped,
+)
 from rlkernels.triton._sequences import bounds, valid_sequences
 from rlkernels.triton._token_losses import (
     BLOCK,
@@ -36,15 +59,6 @@ from rlkernels.triton._token_losses import (
 )
 from rlkernels.triton.kl import kl_estimate, kl_estimate_derivative
 
-PPO = tl.constexpr(OBJECTIVES.index("ppo"))
-REINFORCE = tl.constexpr(OBJECTIVES.index("reinforce"))
-GSPO = tl.constexpr(OBJECTIVES.index("gspo"))
-CISPO = tl.constexpr(OBJECTIVES.index("cispo"))
-SAPO = tl.constexpr(OBJECTIVES.index("sapo"))
-GMPO = tl.constexpr(OBJECTIVES.index("gmpo"))
-DPPO_TV = tl.constexpr(OBJECTIVES.index("dppo_tv"))
-DPPO_KL = tl.constexpr(OBJECTIVES.index("dppo_kl"))
-VESPO = tl.constexpr(OBJECTIVES.index("vespo"))
 BY_SEQUENCE = (GSPO.value, GMPO.value, VESPO.value)
 
 TOKEN_MASK = tl.constexpr(SAMPLER_CORRECTIONS.index("token_mask"))
@@ -65,10 +79,6 @@ WEIGHT = tl.constexpr(4)  # the sampler's, where it is one a sequence
 CAPPED = tl.constexpr(5)
 FACTORS = tl.constexpr(8)  # a sector of memory per sequence
 
-# Weights whose logarithms are added up are at least 1e-8 and at most exp(20).
-LEAST_LOG = tl.constexpr(math.log(1e-8))
-LARGEST_LOG = tl.constexpr(20.0)
-
 
 class Tokens(NamedTuple):
     """What the kernels read, one number per token (advantages may be one per sequence); None where not given."""
@@ -80,155 +90,6 @@ class Tokens(NamedTuple):
     ref_logprobs: Any
     sampler_logprobs: Any
     entropy: Any
-
-
-class Numbers(NamedTuple):
-    """The options that are numbers. None where one has no effect: its arithmetic is left out of the kernels."""
-
-    clip_low: float
-    clip_high: float
-    ratio_min: float
-    ratio_max: float
-    dual_clip: float | None
-    delta: float | None
-    log_ratio_clamp: float | None
-    k_pos: float
-    k_neg: float
-    rate_pos: float
-    rate_neg: float
-    kl_coef: float | None
-    entropy_coef: float | None
-    sampler_cap: float
-    log_sampler_cap: float
-
-
-def numbers_of(o: PolicyOptions) -> Numbers:
-    def finite(bound: float) -> float | None:
-        return bound if bound < math.inf else None
-
-    return Numbers(
-        clip_low=o.clip_low,
-        clip_high=o.clip_high,
-        ratio_min=1.0 - o.clip_low,
-        ratio_max=1.0 + o.clip_high,
-        dual_clip=finite(o.dual_clip),
-        delta=finite(o.delta),
-        log_ratio_clamp=finite(o.log_ratio_clamp),
-        k_pos=o.k_pos,
-        k_neg=o.k_neg,
-        rate_pos=o.rate_pos,
-        rate_neg=o.rate_neg,
-        kl_coef=o.kl_coef or None,
-        entropy_coef=o.entropy_coef or None,
-        sampler_cap=o.sampler_cap,
-        log_sampler_cap=math.log(o.sampler_cap),
-    )
-
-
-# ---- the formulas: each gives the gain, -l, and its slope by the token's log-probability
-
-
-@triton.jit
-def _within(x, low, high):
-    """A NaN stays a NaN."""
-    return tl.minimum(tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _one_where(condition):
-    return tl.where(condition, 1.0, 0.0)
-
-
-@triton.jit
-def _within_size(x, limit):
-    if limit is None:
-        return x
-    else:
-        return clamp(x, limit)
-
-
-@triton.jit
-def _zero_where_clamped(slope, raw, limit):
-    if limit is None:
-        return slope
-    else:
-        return tl.where(tl.abs(raw) > limit, 0.0, slope)
-
-
-@triton.jit
-def _clipped_surrogate(ratio, advantage, o):
-    """ppo, gspo"""
-    clipped_ratio = _within(ratio, o.ratio_min, o.ratio_max)
-    clipped = clipped_ratio * advantage
-    free = ratio * advantage
-    slope = free
-    clipped_slope = tl.zeros(ratio.shape, tl.float32)
-    if o.delta is not None:
-        # Above delta the clipped term can be the smaller within the clips, too.
-        clipped_slope = tl.where(clipped_ratio == ratio, free, 0.0)
-        slope = tl.where(ratio > o.delta, 0.0, free)
-        free = tl.where(ratio > o.delta, o.delta * advantage, free)
-    gain = tl.where(clipped < free, clipped, free)
-    slope = tl.where(clipped < free, clipped_slope, slope)
-    if o.dual_clip is not None:
-        least = o.dual_clip * advantage
-        bounded = (advantage < 0.0) & (gain < least)
-        gain = tl.where(bounded, least, gain)
-        slope = tl.where(bounded, 0.0, slope)
-    return gain, slope
-
-
-@triton.jit
-def _sapo(ratio, advantage, o):
-    temperature = tl.where(advantage > 0.0, o.rate_pos, o.rate_neg)
-    z = temperature * (ratio - 1.0)
-    e = tl.exp(-tl.abs(z))
-    larger = 1.0 / (1.0 + e)
-    gain = tl.where(z < 0.0, e * larger, larger) * (4.0 / temperature) * advantage
-    # Where exp(-z) is 0 in float32, the ratio may be infinite.
-    return gain, tl.where(z <= 110.0, 4.0 * e * larger * larger * ratio * advantage, 0.0)
-
-
-@triton.jit
-def _gmpo_slope(gain, advantage, unclamped, clipped):
-    return tl.where(clipped | (advantage == 0.0), 0.0, gain * unclamped)
-
-
-@triton.jit
-def _policy_gradient(factor, advantage, logprob):
-    """reinforce, cispo, dppo, vespo: the factor is not differentiated."""
-    slope = factor * advantage
-    return slope * logprob, slope
-
-
-@triton.jit
-def _dppo_divergences(logprob, old_logprob, raw, OBJECTIVE: tl.constexpr):
-    """How far the probability has gone up, and down; trusted while <= its clip."""
-    p = tl.exp(logprob)
-    q = tl.exp(old_logprob)
-    if OBJECTIVE == DPPO_TV:
-        return p - q, q - p
-    else:
-        not_p = 1e-8 - expm1(logprob)
-        not_q = 1e-8 - expm1(old_logprob)
-        divergence = (1.0 - q) * tl.log(not_q / not_p) - q * raw
-        return tl.where(p <= q, 0.0, divergence), tl.where(p >= q, 0.0, divergence)
-
-
-@triton.jit
-def _clamp_log(x):
-    return tl.where(x < LEAST_LOG, LEAST_LOG, tl.where(x > LARGEST_LOG, LARGEST_LOG, x))
-
-
-@triton.jit
-def _log_weight(old_logprob, sampler_logprob):
-    difference = old_logprob - sampler_logprob
-    return tl.where(
-        difference == difference, difference, 0.0
-    )  # without a number of the sampler's a token counts as it is
-
-
-# ---- the kernels
 
 
 @triton.jit(do_not_specialize=["count", "sequence_length"])
@@ -284,10 +145,10 @@ def _sequences_kernel(
             bounded = tl.where(advantage < 0.0, tl.where(raw < -o.clip_low, -o.clip_low, raw), bounded)
             log_ratios += bounded.to(tl.float64)
         if x.sampler_logprobs is not None:
-            log_weight = _log_weight(old_logprob, load_scored(x.sampler_logprobs, token, scored, inside))
+            log_weight = sampler_log_weight(old_logprob, load_scored(x.sampler_logprobs, token, scored, inside))
             if CORRECTION < SEQUENCE_TRUNCATE:
                 beyond = LEAST_LOG if CORRECTION == TOKEN_MASK else o.log_sampler_cap
-                log_weight = _clamp_log(tl.where(log_weight > o.log_sampler_cap, beyond, log_weight))
+                log_weight = clamp_log(tl.where(log_weight > o.log_sampler_cap, beyond, log_weight))
             log_weights += tl.where(scored, log_weight, 0.0).to(tl.float64)
 
     length = tl.sum(scored_tokens, 0).to(tl.float64)
@@ -303,22 +164,22 @@ def _sequences_kernel(
             weight = exp_of_double(log_total)
             if CORRECTION == SEQUENCE_MASK:
                 weight = tl.where(capped, 0.0, weight)
-                log_total = tl.where(capped, LEAST_LOG, _clamp_log(log_total))
+                log_total = tl.where(capped, LEAST_LOG, clamp_log(log_total))
             else:
                 weight = tl.where(capped, o.sampler_cap, weight)
-                log_total = _clamp_log(tl.where(capped, o.log_sampler_cap, log_total))
+                log_total = clamp_log(tl.where(capped, o.log_sampler_cap, log_total))
             tl.store(factors + WEIGHT, weight)
             tl.store(factors + CAPPED, capped.to(tl.float32))
         elif OBJECTIVE == GMPO:
             weight = exp_of_double(log_total / n)
     if OBJECTIVE == VESPO:
-        log_w = _clamp_log(log_ratio + log_total)
+        log_w = clamp_log(log_ratio + log_total)
         w = exp_of_double(log_w).to(tl.float64)
         tl.store(factors + RATIO_POS, exp_of_double(o.rate_pos + o.k_pos * log_w - o.rate_pos * w))
         tl.store(factors + RATIO_NEG, exp_of_double(o.rate_neg + o.k_neg * log_w - o.rate_neg * w))
     elif OBJECTIVE == GSPO or OBJECTIVE == GMPO:
         mean = log_ratio / n
-        bounded = _within_size(mean, o.log_ratio_clamp)
+        bounded = within_size(mean, o.log_ratio_clamp)
         ratio = exp_of_double(bounded)
         tl.store(factors + RATIO_POS, ratio)
         tl.store(factors + UNCLAMPED, (mean == bounded).to(tl.float32))
@@ -379,35 +240,35 @@ def _token_kernel(
             old_logprob = load_scored(x.old_logprobs, token, scored, inside)
 
         raw = logprob - old_logprob
-        d = _within_size(raw, o.log_ratio_clamp)
+        d = within_size(raw, o.log_ratio_clamp)
         ratio = tl.exp(d)
         if OBJECTIVE == PPO:
-            gain, slope = _clipped_surrogate(ratio, advantage, o)
-            slope = _zero_where_clamped(slope, raw, o.log_ratio_clamp)
+            gain, slope = clipped_surrogate(ratio, advantage, o)
+            slope = zero_where_clamped(slope, raw, o.log_ratio_clamp)
         elif OBJECTIVE == SAPO:
-            gain, slope = _sapo(ratio, advantage, o)
-            slope = _zero_where_clamped(slope, raw, o.log_ratio_clamp)
+            gain, slope = sapo(ratio, advantage, o)
+            slope = zero_where_clamped(slope, raw, o.log_ratio_clamp)
         elif OBJECTIVE == GSPO or OBJECTIVE == GMPO:
             ratio = of_four(factors + RATIO_POS, places, FACTORS)
             unclamped = of_four(factors + UNCLAMPED, places, FACTORS)
             if OBJECTIVE == GSPO:
-                gain, slope = _clipped_surrogate(ratio, advantage, o)
+                gain, slope = clipped_surrogate(ratio, advantage, o)
                 slope *= unclamped
             else:
-                low = _one_where((raw < -o.clip_low) & (advantage < 0.0))
-                high = _one_where((raw > o.clip_high) & (advantage > 0.0))
+                low = one_where((raw < -o.clip_low) & (advantage < 0.0))
+                high = one_where((raw > o.clip_high) & (advantage > 0.0))
                 gain = of_four(factors + GAIN, places, FACTORS)
-                slope = _gmpo_slope(gain, advantage, unclamped, low + high > 0.0)
+                slope = gmpo_slope(gain, advantage, unclamped, low + high > 0.0)
         else:
             factor = tl.full(token.shape, 1.0, tl.float32)
             if OBJECTIVE == CISPO:
-                factor = _within(ratio, o.ratio_min, o.ratio_max)
-                low = _one_where(ratio < o.ratio_min)
-                high = _one_where(ratio > o.ratio_max)
+                factor = between(ratio, o.ratio_min, o.ratio_max)
+                low = one_where(ratio < o.ratio_min)
+                high = one_where(ratio > o.ratio_max)
             elif OBJECTIVE == DPPO_TV or OBJECTIVE == DPPO_KL:
-                up, down = _dppo_divergences(logprob, old_logprob, raw, OBJECTIVE)
-                high = _one_where((advantage > 0.0) & ((up <= o.clip_high) == 0))
-                low = _one_where((advantage < 0.0) & ((down <= o.clip_low) == 0))
+                up, down = dppo_divergences(logprob, old_logprob, raw, OBJECTIVE)
+                high = one_where((advantage > 0.0) & ((up <= o.clip_high) == 0))
+                low = one_where((advantage < 0.0) & ((down <= o.clip_low) == 0))
                 factor = ratio
                 if o.delta is not None:
                     factor = tl.where(ratio > o.delta, o.delta, ratio)
@@ -417,10 +278,10 @@ def _token_kernel(
                 negative = of_four(factors + RATIO_NEG, places, FACTORS)
                 ratio = tl.where(advantage < 0.0, negative, positive)
                 factor = ratio
-            gain, slope = _policy_gradient(factor, advantage, logprob)
+            gain, slope = policy_gradient(factor, advantage, logprob)
         if OBJECTIVE == PPO or OBJECTIVE == GSPO:
-            low = _one_where((ratio < o.ratio_min) & (advantage < 0.0))
-            high = _one_where((ratio > o.ratio_max) & (advantage > 0.0))
+            low = one_where((ratio < o.ratio_min) & (advantage < 0.0))
+            high = one_where((ratio > o.ratio_max) & (advantage > 0.0))
 
         # Where nothing is scored, both log-probabilities and the advantage count as 0.
         ratios += tl.sum(tl.where(scored, ratio, 0.0), 1)
@@ -435,9 +296,9 @@ def _token_kernel(
                 weight = of_four(factors + WEIGHT, places, FACTORS)
                 capped = of_four(factors + CAPPED, places, FACTORS)
             else:
-                log_weight = _log_weight(old_logprob, load_scored(x.sampler_logprobs, token, scored, inside))
+                log_weight = sampler_log_weight(old_logprob, load_scored(x.sampler_logprobs, token, scored, inside))
                 beyond = 0.0 if CORRECTION == TOKEN_MASK else o.sampler_cap
-                capped = _one_where(log_weight > o.log_sampler_cap)
+                capped = one_where(log_weight > o.log_sampler_cap)
                 weight = tl.where(log_weight > o.log_sampler_cap, beyond, tl.exp(log_weight))
             weights += tl.sum(tl.where(scored, weight, 0.0), 1)
             cappeds += tl.sum(tl.where(scored, capped, 0.0), 1)
