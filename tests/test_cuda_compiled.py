@@ -128,6 +128,20 @@ def test_a_warp_scans_tokens_in_few_instructions_and_waits_for_no_other(loops, a
     assert counts.barriers == 0
 
 
+@pytest.mark.parametrize("architecture", [each for each in ARCHITECTURES if each.values != ("sm_80",)])
+@pytest.mark.parametrize(
+    ("name", "inputs", "most"),
+    [("policy_loss_kernel<0, true, false>", 3, 132), ("value_loss_kernel<true, false>", 3, 80)],
+)
+def test_a_token_of_a_loss_takes_few_instructions(loops, architecture, name, inputs, most):
+    """ppo with advantages of either kind, and value_loss: runs of four tokens."""
+    ((kernel, bodies),) = kernels_of(loops, architecture, name).items()
+    counts = max((count(body) for body in bodies), key=lambda each: each.loads[16])
+    assert counts.loads[16] == inputs and counts.stores == {16: 1}, kernel
+    assert counts.instructions <= 4 * most
+    assert counts.barriers == 0
+
+
 def widest(instruction, body):
     """How many of some move 16 bytes."""
     return sum(bool(re.search(rf"\b{instruction}\.E\.[\w.]*128", text)) for text in body)

@@ -15,6 +15,24 @@ __device__ float element(Floats array, int64_t i) {
   return static_cast<float>(static_cast<const double*>(array.data)[i]);
 }
 
+// The only element, which may also be an integer.
+__device__ inline float number(Floats array) {
+  switch (array.dtype) {
+    case Dtype::kInt64:
+      return static_cast<float>(*static_cast<const int64_t*>(array.data));
+    case Dtype::kInt32:
+      return static_cast<float>(*static_cast<const int32_t*>(array.data));
+    case Dtype::kInt16:
+      return static_cast<float>(*static_cast<const int16_t*>(array.data));
+    case Dtype::kInt8:
+      return static_cast<float>(*static_cast<const int8_t*>(array.data));
+    case Dtype::kUint8:
+      return static_cast<float>(*static_cast<const uint8_t*>(array.data));
+    default:
+      return element<false>(array, 0);
+  }
+}
+
 template <bool kPlain>
 __device__ bool element(Flags array, int64_t i) {
   if (kPlain || array.bytes == 1) return static_cast<const uint8_t*>(array.data)[i] != 0;

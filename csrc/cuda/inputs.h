@@ -7,9 +7,9 @@
 
 namespace rlk {
 
-enum class Dtype : uint8_t { kFloat, kBfloat16, kHalf, kDouble };
+enum class Dtype : uint8_t { kFloat, kBfloat16, kHalf, kDouble, kInt64, kInt32, kInt16, kInt8, kUint8 };
 
-// Numbers; null where the caller gave none.
+// Floating-point numbers, or one number of any dtype; null where the caller gave none.
 struct Floats {
   const void* data = nullptr;
   Dtype dtype = Dtype::kFloat;

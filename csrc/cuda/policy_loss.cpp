@@ -1,6 +1,7 @@
 #include "policy_loss.h"
 
 #include "tensors.h"
+#include "token_losses.h"
 
 namespace rlk {
 namespace {
@@ -14,13 +15,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_forward(
     bool kl_straight_through, double entropy_coef, int64_t sampler_correction, double sampler_cap, bool need_grad,
     bool need_entropy_grad) {
   PolicyBatch batch = {};
-  batch.logprobs = floats(logprobs);
-  batch.old_logprobs = data_or_null<float>(old_logprobs);
-  batch.ref_logprobs = data_or_null<float>(ref_logprobs);
-  batch.sampler_logprobs = data_or_null<float>(sampler_logprobs);
-  batch.entropy = data_or_null<float>(entropy);
-  batch.mask = data_or_null<bool>(mask);
-  batch.advantages = floats(advantages);
+  batch.logprobs = floats_of(logprobs);
+  batch.old_logprobs = floats_of(old_logprobs);
+  batch.ref_logprobs = floats_of(ref_logprobs);
+  batch.sampler_logprobs = floats_of(sampler_logprobs);
+  batch.entropy = floats_of(entropy);
+  batch.mask = flags_of(mask);
+  batch.advantages = floats_of(advantages);
   batch.advantage_per_token = advantages.dim() == logprobs.dim() && advantages.numel() == logprobs.numel();
   batch.sequences = sequences_of(logprobs, cu_seqlens);
   PolicyOptions options =
@@ -36,10 +37,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_forward(
   Tensor scale = empty_like(logprobs, {});
   TensorLauncher launch(logprobs);
   launch_policy_loss(
-      launch, batch, options, denominator_of(normalizer, normalizer_value, aggregation),
+      launch, batch, options, denominator_of(normalizer, normalizer_value, aggregation), floats_of(normalizer),
       {loss.mutable_data_ptr<float>(), metrics.mutable_data_ptr<float>(), scale.mutable_data_ptr<float>(),
        gradient_or_null(grad, need_grad), gradient_or_null(entropy_grad, need_entropy_grad)});
   return {loss, metrics, grad, entropy_grad, scale};
+}
+
+Tensor scaled_like(const Tensor& grad, int64_t dtype) {
+  static constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
+                                          ScalarType::Double};
+  return empty_like(grad, grad.sizes(), kTypes[dtype]);
+}
+
+// An empty gradient stays empty. Dtypes are numbered as `Dtype` is.
+std::tuple<Tensor, Tensor> token_loss_backward(Tensor grad, Tensor entropy_grad, Tensor scale, Tensor grad_loss,
+                                               int64_t dtype, int64_t entropy_dtype) {
+  Tensor by_logprobs = scaled_like(grad, dtype), by_entropy = scaled_like(entropy_grad, entropy_dtype);
+  const ScaledGradient gradients[] = {
+      {floats(grad), {by_logprobs.mutable_data_ptr(), static_cast<Dtype>(dtype)}, grad.numel()},
+      {floats(entropy_grad), {by_entropy.mutable_data_ptr(), static_cast<Dtype>(entropy_dtype)}, entropy_grad.numel()}};
+  TensorLauncher launch(grad);
+  launch_token_loss_backward(launch, gradients[0], gradients[1], floats(scale), floats(grad_loss));
+  return {by_logprobs, by_entropy};
 }
 
 }  // namespace
@@ -47,4 +66,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_forward(
 
 STABLE_TORCH_LIBRARY_IMPL(rlkernels, RLK_CUDA_KEY, m) {
   m.impl("policy_loss_forward.cuda", TORCH_BOX(&rlk::policy_loss_forward));
+  m.impl("token_loss_backward.cuda", TORCH_BOX(&rlk::token_loss_backward));
 }

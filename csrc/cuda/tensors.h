@@ -72,8 +72,18 @@ inline Dtype dtype_of(const Tensor& tensor) {
       return Dtype::kBfloat16;
     case ScalarType::Half:
       return Dtype::kHalf;
-    default:
+    case ScalarType::Double:
       return Dtype::kDouble;
+    case ScalarType::Long:
+      return Dtype::kInt64;
+    case ScalarType::Int:
+      return Dtype::kInt32;
+    case ScalarType::Short:
+      return Dtype::kInt16;
+    case ScalarType::Char:
+      return Dtype::kInt8;
+    default:
+      return Dtype::kUint8;
   }
 }
 
@@ -104,7 +114,7 @@ inline Tensor empty_like(const Tensor& tensor, torch::headeronly::IntHeaderOnlyA
 
 inline Denominator denominator_of(const std::optional<Tensor>& normalizer, double normalizer_value,
                                   int64_t aggregation) {
-  return {data_or_null<float>(normalizer), static_cast<float>(normalizer_value), static_cast<int>(aggregation)};
+  return {normalizer || normalizer_value > 0.0, static_cast<float>(normalizer_value), static_cast<int>(aggregation)};
 }
 
 // An output that nobody asked for is empty.

@@ -22,47 +22,61 @@ __device__ inline ValueSums add(ValueSums a, const ValueSums& b) {
 }
 
 // gradient [tokens] is by values, before the division by the loss's denominator; null where not wanted. With `lengths`
-// each token counts by one over the length of its sequence.
+// (kLengths) each token counts by one over the length of its sequence.
+template <bool kPlain, bool kLengths>
 __global__ void __launch_bounds__(kTokenThreads)
     value_loss_kernel(ValueBatch batch, float clip, const int* lengths, float* gradient, ValueSums* block_sums) {
+  const int64_t tokens = batch.sequences.tokens;
+  const int first = threadIdx.x * kRun;
+  const bool has_old = batch.old_values.data != nullptr;
   ValueSums sums = {};
-  const int64_t first = int64_t{blockIdx.x} * kBlockTokens;
-  for (int64_t token = first + threadIdx.x; token < first + kBlockTokens && token < batch.sequences.tokens;
-       token += kTokenThreads) {
-    if (!is_scored(batch.mask, token)) {
-      if (gradient != nullptr) gradient[token] = 0.0f;
-      continue;
+  for (int64_t start = int64_t{blockIdx.x} * kTile; start < tokens; start += int64_t{gridDim.x} * kTile) {
+    const Range range = {start, 0, tokens - start < kTile ? static_cast<int>(tokens - start) : kTile};
+    const FlagRun scored = load_run<kPlain>(batch.mask, range, first);
+    float value[kRun], target[kRun], old[kRun] = {};
+    load_run<kPlain>(batch.values, range, first, value);
+    load_run<kPlain>(batch.returns, range, first, target);
+    if (has_old) load_run<kPlain>(batch.old_values, range, first, old);
+    int64_t sequence[kRun] = {};
+    if (kLengths && lengths != nullptr) sequences_of_run(batch.sequences, start + first, sequence);
+    float by_value[kRun];
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      // What is not scored may be anything.
+      if (!scored[i]) value[i] = target[i] = old[i] = 0.0f;
+      const TokenValueLoss<float> t = value_token_loss(value[i], old[i], target[i], has_old, clip);
+      float length = 1.0f;
+      if (kLengths && lengths != nullptr && scored[i])
+        length = sequence[i] < batch.sequences.count ? static_cast<float>(lengths[sequence[i]]) : kNan;
+      by_value[i] = kLengths ? t.derivative / length : t.derivative;
+      const double wide_target = target[i], error = t.error;
+      sums.add({kLengths ? t.loss / length : t.loss, scored[i] ? t.clipped : 0.0f, value[i], wide_target,
+                wide_target * wide_target, error, error * error, scored[i] ? 1.0 : 0.0});
     }
-    float length = 1.0f;
-    if (lengths != nullptr) {
-      const int64_t s = batch.sequences.of(token);
-      length = s < batch.sequences.count ? static_cast<float>(lengths[s]) : kNan;
+    if (gradient != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i)
+        if (!scored[i]) by_value[i] = 0.0f;
+      store_run<kPlain>(gradient, range, first, by_value);
     }
-    const bool has_old = batch.old_values != nullptr;
-    const float value = batch.values[token], target = batch.returns[token];
-    const TokenValueLoss<float> t =
-        value_token_loss(value, has_old ? batch.old_values[token] : value, target, has_old, clip);
-    if (gradient != nullptr) gradient[token] = t.derivative / length;
-    const double wide_target = target, error = t.error;
-    sums.add({t.loss / length, t.clipped, value, wide_target, wide_target * wide_target, error, error * error, 1.0});
   }
   sums = block_reduce(sums, [](const ValueSums& a, const ValueSums& b) { return add(a, b); });
   if (threadIdx.x == 0) block_sums[blockIdx.x] = sums;
 }
 
-// One block. lengths may be null where the denominator does not count sequences.
-__global__ void value_loss_finish_kernel(const ValueSums* block_sums, int64_t blocks, const int* lengths,
-                                         int64_t sequences, Denominator denominator, float* loss, float* metrics,
-                                         float* scale) {
+// One block, a thread for each partial sum. lengths may be null where the denominator does not count sequences.
+__global__ void __launch_bounds__(kFinishThreads)
+    value_loss_finish_kernel(const ValueSums* block_sums, int64_t blocks, const int* lengths, int64_t sequences,
+                             LossEnd end, float* metrics) {
   ValueSums totals = {};
   int scored_sequences = 0;
-  for (int64_t block = threadIdx.x; block < blocks; block += blockDim.x) totals.add(block_sums[block]);
+  if (threadIdx.x < blocks) totals = block_sums[threadIdx.x];
   if (lengths != nullptr)
     for (int64_t s = threadIdx.x; s < sequences; s += blockDim.x) scored_sequences += lengths[s] > 0;
   totals = block_reduce(totals, [](const ValueSums& a, const ValueSums& b) { return add(a, b); });
   scored_sequences = block_reduce(scored_sequences, [](int a, int b) { return a + b; });
   if (threadIdx.x != 0) return;
-  divide_loss(totals.loss, totals.tokens, scored_sequences, denominator, loss, scale);
+  end.divide(totals.loss, totals.tokens, scored_sequences);
   value_metrics(totals, metrics);
 }
 

@@ -1,6 +1,7 @@
 // value_loss: what its kernels are launched with.
 #pragma once
 
+#include "inputs.h"
 #include "launch.h"
 #include "rlkernels/aggregation.h"
 #include "rlkernels/sequences.h"
@@ -8,10 +9,10 @@
 namespace rlk {
 
 struct ValueBatch {
-  const float* values;      // [tokens], as are old_values, returns and mask
-  const float* old_values;  // or null: not clipped
-  const float* returns;
-  const bool* mask;  // or null: every token is scored
+  Floats values;      // [tokens], as are old_values, returns and mask
+  Floats old_values;  // or null: not clipped
+  Floats returns;
+  Flags mask;  // or null: every token is scored
   Sequences sequences;
 };
 
@@ -21,6 +22,6 @@ struct ValueResults {
 };
 
 void launch_value_loss(Launcher& launch, const ValueBatch& batch, float clip, const Denominator& denominator,
-                       const ValueResults& results);
+                       Floats normalizer, const ValueResults& results);
 
 }  // namespace rlk

@@ -8,7 +8,8 @@ namespace rlk {
 
 inline Denominator denominator_of(const std::optional<Tensor>& normalizer, double normalizer_value,
                                   int64_t aggregation) {
-  return {data_or_null<float>(normalizer), static_cast<float>(normalizer_value), static_cast<int>(aggregation)};
+  const float value = normalizer ? *normalizer->const_data_ptr<float>() : static_cast<float>(normalizer_value);
+  return {normalizer || value > 0.0f, value, static_cast<int>(aggregation)};
 }
 
 inline int64_t loss_blocks(int64_t tokens) { return (tokens + kLossBlock - 1) / kLossBlock; }

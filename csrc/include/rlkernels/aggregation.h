@@ -7,21 +7,19 @@ namespace rlk {
 
 enum Aggregation { kTokenMean = 0, kSeqMeanTokenMean = 1, kSeqMeanTokenSum = 2, kTokenSum = 3 };
 
-// What divides the sum of the losses: *normalizer or normalizer_value where given (not null, not 0), else a count.
+// What divides the sum of the losses: the normalizer where one is given, else a count.
 struct Denominator {
-  const float* normalizer;
-  float normalizer_value;
+  bool has_normalizer;
+  float normalizer;  // of a tensor on a GPU: what the kernel reads there
   int aggregation;
 
   RLK_HD bool counts_sequences() const {
-    return normalizer == nullptr && normalizer_value == 0.0f &&
-           (aggregation == kSeqMeanTokenMean || aggregation == kSeqMeanTokenSum);
+    return !has_normalizer && (aggregation == kSeqMeanTokenMean || aggregation == kSeqMeanTokenSum);
   }
   // Whether the scored tokens of each sequence must be counted before the losses are added up.
   RLK_HD bool needs_lengths() const { return aggregation == kSeqMeanTokenMean || counts_sequences(); }
   RLK_HD double operator()(double tokens, double sequences) const {
-    if (normalizer != nullptr) return *normalizer;
-    if (normalizer_value > 0.0f) return normalizer_value;
+    if (has_normalizer) return normalizer;
     if (aggregation == kTokenMean) return tokens;
     return aggregation == kTokenSum ? 1.0 : sequences;
   }
