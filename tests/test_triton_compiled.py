@@ -136,7 +136,7 @@ def kl_penalty(estimator: str, straight_through: bool = False) -> None:
     values = empty(4, 4096)
     options = (KL_ESTIMATORS.index(estimator), straight_through, INF, INF)
     kl.kl_penalty_forward(values, values, *options)
-    kl.kl_penalty_backward(values, values, values, *options)
+    kl.kl_penalty_backward(values, values, values, *options, True)
 
 
 def shaped_rewards(
@@ -155,7 +155,6 @@ def shaped_rewards(
         empty(*shape),
         empty(*shape, dtype=torch.bool) if with_mask else None,
         empty(rows + 1, dtype=torch.int32) if packed else None,
-        empty() if packed else None,
         0.1,
         KL_ESTIMATORS.index(estimator),
         after_last,
@@ -245,7 +244,8 @@ def masked_ops(
     eps_floor: bool = False,
 ) -> None:
     x, mask = empty(rows, length), empty(rows, length, dtype=torch.bool) if with_mask else None
-    masked.masked_mean(x, mask)
+    _, scale = masked.masked_mean(x, mask)
+    masked.masked_mean_backward(empty(rows), scale, mask, length, 0)
     masked.masked_whiten(x, mask, masked.masked_moments(x, mask), shift_mean, 1e-8, unbiased, eps_floor)
 
 
@@ -590,7 +590,7 @@ def test_two_variants_of_kl_penalty_serve_every_length():
             for clamps in ((INF, INF), (20.0, 10.0)):
                 values = empty(length)
                 kl.kl_penalty_forward(values, values, 2, False, *clamps)
-                kl.kl_penalty_backward(values, values, values, 2, False, *clamps)
+                kl.kl_penalty_backward(values, values, values, 2, False, *clamps, True)
 
     compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
@@ -633,6 +633,7 @@ def test_two_variants_serve_masked_tensors_of_every_length():
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
         "masked._sums_kernel": 2,
         "masked._mean_kernel": 1,
+        "masked._spread_kernel": 2,
         "masked._block_moments_kernel": 2,
         "masked._moments_kernel": 1,
         "masked._whiten_kernel": 2,

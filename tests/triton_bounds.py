@@ -116,7 +116,7 @@ def run_all(after: bool, whole: bool) -> None:
     values = guard(torch.randn(1027))
     for estimator in range(len(KL_ESTIMATORS)):
         kl.kl_penalty_forward(values, values, estimator, False, math.inf, math.inf)
-        kl.kl_penalty_backward(values, values, values, estimator, False, math.inf, math.inf)
+        kl.kl_penalty_backward(values, values, values, estimator, False, math.inf, math.inf, True)
 
     print("group_advantages", flush=True)
     rewards, weights = guard(torch.randn(70, 3)), guard(torch.randn(3))
@@ -141,9 +141,7 @@ def run_all(after: bool, whole: bool) -> None:
     for rows, tokens in ((1, 1027), (3, 1025), (1030, 1)):
         print(f"shaped_rewards {rows=} {tokens=}", flush=True)
         values, mask = guard(torch.randn(rows, tokens)), guard(torch.rand(rows, tokens) > 0.999)
-        kl.shaped_rewards(
-            guard(torch.randn(rows)), values, values, mask, None, None, 0.1, KL_ESTIMATORS.index("k1"), True
-        )
+        kl.shaped_rewards(guard(torch.randn(rows)), values, values, mask, None, 0.1, KL_ESTIMATORS.index("k1"), True)
 
     tokens = 1027
     for number, starts in enumerate(
@@ -165,7 +163,6 @@ def run_all(after: bool, whole: bool) -> None:
                     guard(torch.randn(tokens)),
                     guard(torch.rand(tokens) < scored),
                     guard(torch.tensor(starts, dtype=torch.int32)),
-                    guard(torch.tensor(1.0)),
                     *(0.1, KL_ESTIMATORS.index("k3"), after_last),
                 )
 

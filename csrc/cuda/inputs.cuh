@@ -110,17 +110,22 @@ __device__ FlagRun load_run(Flags array, const Range& range, int first) {
 }
 
 template <bool kPlain>
-__device__ void store_run(float* array, const Range& range, int first, const float (&values)[kRun]) {
+__device__ void store_run(FloatsOut array, const Range& range, int first, const float (&values)[kRun]) {
   if constexpr (kPlain) {
     // nvcc would turn an assignment into four stores for sm_80 and sm_90.
     if (first < range.end)
-      __stcg(reinterpret_cast<float4*>(array + range.start + first),
+      __stcg(reinterpret_cast<float4*>(static_cast<float*>(array.data) + range.start + first),
              make_float4(values[0], values[1], values[2], values[3]));
   } else {
 #pragma unroll
     for (int i = 0; i < kRun; ++i)
-      if (range.has<kPlain>(first + i)) array[range.start + first + i] = values[i];
+      if (range.has<kPlain>(first + i)) store<kPlain>(array, range.start + first + i, values[i]);
   }
+}
+
+template <bool kPlain>
+__device__ void store_run(float* array, const Range& range, int first, const float (&values)[kRun]) {
+  store_run<kPlain>(FloatsOut{array, Dtype::kFloat}, range, first, values);
 }
 
 }  // namespace rlk

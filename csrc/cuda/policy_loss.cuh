@@ -164,25 +164,28 @@ __global__ void __launch_bounds__(kTokenThreads)
     token_loss_backward_kernel(ScaledGradient by_logprobs, ScaledGradient by_entropy, int64_t first_blocks,
                                const float* scale, const float* grad_loss) {
   const bool is_first = blockIdx.x < first_blocks;
-  const ScaledGradient& one = is_first ? by_logprobs : by_entropy;
+  const float* const gradient = is_first ? by_logprobs.gradient : by_entropy.gradient;
+  const FloatsOut result = {is_first ? by_logprobs.result.data : by_entropy.result.data,
+                            is_first ? by_logprobs.result.dtype : by_entropy.result.dtype};
+  const int64_t count = is_first ? by_logprobs.count : by_entropy.count;
   const int64_t block = is_first ? blockIdx.x : blockIdx.x - first_blocks;
   const int64_t first = (block * kTokenThreads + threadIdx.x) * kRun;
-  const bool whole = first + kRun <= one.count;
+  const bool whole = first + kRun <= count;
   const float factor = *scale * *grad_loss;
   float values[kRun] = {};
   if (whole) {
-    const float4 four = *reinterpret_cast<const float4*>(one.gradient + first);
+    const float4 four = *reinterpret_cast<const float4*>(gradient + first);
     values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
   } else {
-    for (int i = 0; i < kRun && first + i < one.count; ++i) values[i] = one.gradient[first + i];
+    for (int i = 0; i < kRun && first + i < count; ++i) values[i] = gradient[first + i];
   }
 #pragma unroll
   for (float& value : values) value *= factor;
-  if (whole && one.result.dtype == Dtype::kFloat)
-    __stcg(reinterpret_cast<float4*>(static_cast<float*>(one.result.data) + first),
+  if (whole && result.dtype == Dtype::kFloat)
+    __stcg(reinterpret_cast<float4*>(static_cast<float*>(result.data) + first),
            make_float4(values[0], values[1], values[2], values[3]));
   else
-    for (int i = 0; i < kRun && first + i < one.count; ++i) store<false>(one.result, first + i, values[i]);
+    for (int i = 0; i < kRun && first + i < count; ++i) store<false>(result, first + i, values[i]);
 }
 
 }  // namespace rlk

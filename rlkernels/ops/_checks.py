@@ -4,7 +4,7 @@ what was wanted. Values inside tensors are the kernels' to check (on a GPU only 
 import os
 from collections.abc import Iterable
 from numbers import Integral, Rational, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -176,7 +176,10 @@ def arithmetic(value: torch.Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def numbers(value: torch.Tensor | None, backend: str, dtype: torch.dtype) -> torch.Tensor | None:
+Given = TypeVar("Given", torch.Tensor, torch.Tensor | None)
+
+
+def numbers(value: Given, backend: str, dtype: torch.dtype) -> Given:
     """`value` as the kernels of `backend` take it, contiguous. Kernels for GPUs widen what they load, and a conversion
     here would be a launch of its own; the others get `dtype`."""
     if value is None:
@@ -184,7 +187,7 @@ def numbers(value: torch.Tensor | None, backend: str, dtype: torch.dtype) -> tor
     return (value if backend in ON_GPUS else value.to(dtype)).contiguous()
 
 
-def flags(value: torch.Tensor | None, backend: str) -> torch.Tensor | None:
+def flags(value: Given, backend: str) -> Given:
     """A mask as the kernels of `backend` take it, contiguous: those for GPUs compare with 0 what they load."""
     if value is None:
         return None

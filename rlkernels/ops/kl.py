@@ -1,3 +1,4 @@
+import torch
 from torch import Tensor
 
 from rlkernels import _backends, _registry
@@ -47,7 +48,8 @@ def kl_penalty(
     Raises: TypeError, ValueError for wrong dtypes, shapes, devices and options.
 
     Traffic: forward reads both inputs and writes the result; backward reads both and the upstream gradient and writes
-    one gradient (a second one if the reference needs it). bfloat16 and float16 inputs are widened to float32 first.
+    one gradient (a second one if the reference needs it). On a CPU bfloat16 and float16 inputs are widened to float32
+    first.
 
     References: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
     """
@@ -61,9 +63,9 @@ def kl_penalty(
     log_ratio_limit = clamp_limit("log_ratio_clamp", log_ratio_clamp)
     value_limit = clamp_limit("value_clamp", value_clamp)
 
-    logprobs = _checks.working(logprobs)
-    ref_logprobs = ref_logprobs.to(logprobs.dtype).contiguous()
     backend = _backends.select(logprobs, "kl_penalty")
+    dtype = _checks.arithmetic(logprobs)
+    logprobs, ref_logprobs = (_checks.numbers(value, backend, dtype) for value in (logprobs, ref_logprobs))
     if backend == "reference":
         return reference.kl_penalty(
             logprobs,
@@ -131,7 +133,7 @@ def shaped_rewards(
     raise with RLKERNELS_CHECK=1.
 
     Traffic: reads both log-probabilities once, the mask twice (to find the last scored token) and writes the rewards.
-    bfloat16 and float16 inputs are widened to float32 first. No host synchronisation.
+    On a CPU bfloat16 and float16 inputs are widened to float32 first. No host synchronisation.
 
     References: Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155, equation 2); Stiennon et al. 2020 (arXiv 2009.01325).
     """
@@ -149,20 +151,19 @@ def shaped_rewards(
     _checks.no_gradient("scores", scores, because)
     if mask is not None:
         _checks.mask("mask", mask, "logprobs", logprobs)
-        mask = _checks.scored(mask).contiguous()
     kl_coef = _checks.number("kl_coef", kl_coef)
     _checks.choice("estimator", estimator, KL_ESTIMATORS)
     _checks.choice("score_at", score_at, SCORE_AT)
 
-    logprobs = _checks.working(logprobs.detach())
-    ref_logprobs, scores = (value.detach().to(logprobs.dtype).contiguous() for value in (ref_logprobs, scores))
     after_last = score_at == "after_last"
     backend = _backends.select(logprobs, "shaped_rewards")
-    valid = None
-    if cu_seqlens is not None and backend != "cpu":
-        if _checks.values_in_python(backend, cu_seqlens):
-            _checks.cu_seqlens_values(cu_seqlens, logprobs.shape[0])
-        valid = _checks.nan_unless_valid(cu_seqlens, logprobs.shape[0], logprobs)
+    dtype = _checks.arithmetic(logprobs)
+    scores, logprobs, ref_logprobs = (
+        _checks.numbers(value.detach(), backend, dtype) for value in (scores, logprobs, ref_logprobs)
+    )
+    mask = _checks.flags(mask, backend)
+    if cu_seqlens is not None and _checks.values_in_python(backend, cu_seqlens):
+        _checks.cu_seqlens_values(cu_seqlens, logprobs.shape[0])
     if backend == "reference":
         rewards = reference.shaped_rewards(
             scores,
@@ -174,9 +175,11 @@ def shaped_rewards(
             estimator=estimator,
             after_last=after_last,
         )
-        return rewards if valid is None else rewards * valid
+        if cu_seqlens is None:
+            return rewards
+        return rewards * _checks.nan_unless_valid(cu_seqlens, logprobs.shape[0], rewards)
     return _registry.op("shaped_rewards", backend)(
-        scores, logprobs, ref_logprobs, mask, cu_seqlens, valid, kl_coef, KL_ESTIMATORS.index(estimator), after_last
+        scores, logprobs, ref_logprobs, mask, cu_seqlens, kl_coef, KL_ESTIMATORS.index(estimator), after_last
     )
 
 
@@ -193,11 +196,10 @@ def _setup_context(ctx, inputs, output):
 def _make_backward(backend):
     def backward(ctx, grad):
         logprobs, ref_logprobs = ctx.saved_tensors
-        grad_logprobs = _registry.op("kl_penalty_backward", backend)(
-            grad.contiguous(), logprobs, ref_logprobs, *ctx.options
+        grad_logprobs, grad_ref = _registry.op("kl_penalty_backward", backend)(
+            grad.contiguous(), logprobs, ref_logprobs, *ctx.options, ctx.needs_input_grad[1]
         )
-        grad_ref = -grad_logprobs if ctx.needs_input_grad[1] else None
-        return grad_logprobs, grad_ref, None, None, None, None
+        return grad_logprobs, grad_ref if ctx.needs_input_grad[1] else None, None, None, None, None
 
     return backward
 
@@ -206,22 +208,26 @@ _OPTIONS = "int estimator, bool straight_through, float log_ratio_clamp, float v
 _registry.define(
     "kl_penalty_forward",
     f"(Tensor logprobs, Tensor ref_logprobs, {_OPTIONS}) -> Tensor",
-    lambda logprobs, *rest: logprobs.new_empty(logprobs.shape),
+    lambda logprobs, *rest: logprobs.new_empty(logprobs.shape, dtype=torch.float32),
     part_of="kl_penalty",
     setup_context=_setup_context,
     backward=_make_backward,
 )
 _registry.define(
     "kl_penalty_backward",
-    f"(Tensor grad, Tensor logprobs, Tensor ref_logprobs, {_OPTIONS}) -> Tensor",
-    lambda grad, logprobs, *rest: logprobs.new_empty(logprobs.shape),
+    f"(Tensor grad, Tensor logprobs, Tensor ref_logprobs, {_OPTIONS}, bool need_ref) "
+    "-> (Tensor grad_logprobs, Tensor grad_ref)",
+    lambda grad, logprobs, ref_logprobs, *rest: (
+        logprobs.new_empty(logprobs.shape),
+        ref_logprobs.new_empty(logprobs.shape if rest[-1] else 0),
+    ),
     part_of="kl_penalty",
     backward=no_second_derivative("kl_penalty_backward"),
 )
 _registry.define(
     "shaped_rewards",
-    "(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, Tensor? cu_seqlens, Tensor? valid, "
+    "(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, Tensor? cu_seqlens, "
     "float kl_coef, int estimator, bool after_last) -> Tensor",
-    lambda scores, logprobs, *rest: logprobs.new_empty(logprobs.shape),
+    lambda scores, logprobs, *rest: logprobs.new_empty(logprobs.shape, dtype=torch.float32),
     part_of="shaped_rewards",
 )

@@ -31,7 +31,7 @@ def masked_mean(x: Tensor, mask: Tensor | None, *, dim: int | None = None) -> Te
     Raises: TypeError, ValueError for wrong dtypes, shapes, devices and dimensions.
 
     Traffic: reads x and mask once; backward reads the mask and writes the gradient. bfloat16 and float16 inputs are
-    widened to float32 first; where `dim` is not the last dimension, x and mask are copied first.
+    widened to float32 first on a CPU; where `dim` is not the last dimension, x and mask are copied first.
     """
     mask = _checked(x, mask)
     if dim is not None:
@@ -42,10 +42,10 @@ def masked_mean(x: Tensor, mask: Tensor | None, *, dim: int | None = None) -> Te
         shape, length = x.shape[:-1], x.shape[-1]
     else:
         shape, length = x.shape[:0], x.numel()
-    rows = _checks.working(x.reshape(math.prod(shape), length))
+    backend = _backends.select(x, "masked_mean")
+    rows = _checks.numbers(x.reshape(math.prod(shape), length), backend, _checks.arithmetic(x))
     if mask is not None:
-        mask = mask.reshape(rows.shape).contiguous()
-    backend = _backends.select(rows, "masked_mean")
+        mask = _checks.flags(mask.reshape(rows.shape), backend)
     if backend == "reference":
         return reference.masked_mean(rows, mask).reshape(shape)
     _checks.no_tangent("x", x)
@@ -95,8 +95,8 @@ def masked_whiten(
 
     Raises: TypeError, ValueError for wrong dtypes, shapes, devices and options, and for x that requires a gradient.
 
-    Traffic: reads x and mask twice, since the statistics come first, and writes the result. bfloat16 and float16
-    inputs are widened to float32 first.
+    Traffic: reads x and mask twice, since the statistics come first, and writes the result. On a CPU bfloat16 and
+    float16 inputs are widened to float32 first.
 
     References: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance" (parts are combined by
     their pairwise formula, in fixed order; no sum of squares cancels).
@@ -106,8 +106,8 @@ def masked_whiten(
     eps = _checks.number("eps", eps, above=0.0)
     if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group or None; got {type(group).__name__}")
-    x = _checks.working(x.detach())
     backend = _backends.select(x, "masked_whiten")
+    x, mask = _checks.numbers(x.detach(), backend, _checks.arithmetic(x)), _checks.flags(mask, backend)
     if backend == "reference":
         moments = reference.masked_moments(x, mask)
     else:
@@ -128,30 +128,57 @@ def _checked(x: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     _checks.mask("mask", mask, "x", x)
-    return _checks.scored(mask).contiguous()
+    return mask
 
 
 def _mean_setup_context(ctx, inputs, output):
     x, mask = inputs
     _, scale = output
     ctx.save_for_backward(scale, mask)
-    ctx.shape = x.shape
+    ctx.shape, ctx.dtype = x.shape, x.dtype
     ctx.mark_non_differentiable(scale)
 
 
-def _mean_backward(ctx, grad, grad_scale):
+def _make_mean_backward(backend):
+    def backward(ctx, grad, grad_scale):
+        scale, mask = ctx.saved_tensors
+        if backend in _checks.ON_GPUS:
+            number = _checks.FLOATS.index(ctx.dtype)
+            spread = _registry.op("masked_mean_backward", backend)
+            return spread(grad.contiguous(), scale, mask, ctx.shape[1], number), None
+        each = (grad * scale).unsqueeze(1)
+        return each.expand(ctx.shape) if mask is None else torch.where(mask, each, 0.0), None
+
+    return backward
+
+
+def _spread_setup_context(ctx, inputs, output):
+    _, scale, mask, *_ = inputs
+    ctx.save_for_backward(scale, mask)
+
+
+def _spread_backward(ctx, grad):
     scale, mask = ctx.saved_tensors
-    each = (grad * scale).unsqueeze(1)
-    return each.expand(ctx.shape) if mask is None else torch.where(mask, each, 0.0), None
+    grad = grad.float() if mask is None else torch.where(mask != 0, grad.float(), 0.0)
+    return grad.sum(1) * scale, None, None, None, None
 
 
 _registry.define(
     "masked_mean",
     "(Tensor x, Tensor? mask) -> (Tensor means, Tensor scale)",
-    lambda x, mask: (x.new_empty(x.shape[0]), x.new_empty(x.shape[0])),
+    lambda x, mask: (x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)),
     part_of="masked_mean",
     setup_context=_mean_setup_context,
-    backward=lambda backend: _mean_backward,
+    backward=_make_mean_backward,
+)
+_registry.define(
+    "masked_mean_backward",
+    "(Tensor grad, Tensor scale, Tensor? mask, SymInt length, int dtype) -> Tensor",
+    lambda grad, scale, mask, length, dtype: grad.new_empty((grad.shape[0], length), dtype=_checks.FLOATS[dtype]),
+    part_of="masked_mean",
+    backends=_checks.ON_GPUS,
+    setup_context=_spread_setup_context,
+    backward=lambda backend: _spread_backward,
 )
 _registry.define(
     "masked_moments",
@@ -162,6 +189,6 @@ _registry.define(
 _registry.define(
     "masked_whiten",
     "(Tensor x, Tensor? mask, Tensor moments, bool shift_mean, float eps, bool unbiased, bool eps_floor) -> Tensor",
-    lambda x, *rest: x.new_empty(x.shape),
+    lambda x, *rest: x.new_empty(x.shape, dtype=torch.float32),
     part_of="masked_whiten",
 )

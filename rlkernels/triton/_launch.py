@@ -9,6 +9,9 @@ from torch import Tensor
 
 from rlkernels import _registry
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of results, by the numbers that ops give: their places in rlkernels.ops._checks.FLOATS."""
+
 
 def implements(name: str) -> Callable[[Callable], Callable]:
     """Register a launcher as the Triton implementation of op `name`."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlkernels._codes import AGGREGATIONS
 from rlkernels.triton import _config
-from rlkernels.triton._launch import implements, multiple_of_16
+from rlkernels.triton._launch import DTYPES, implements, multiple_of_16
 from rlkernels.triton._sequences import aligned_bounds, bounds
 
 SEQ_MEAN_TOKEN_MEAN = AGGREGATIONS.index("seq_mean_token_mean")
@@ -232,10 +232,6 @@ def _scale_kernel(grads, outputs, scale, grad_loss, count: tl.int64, ALIGNED: tl
     for number in tl.static_range(len(grads)):
         gradient = tl.load(grads[number] + token, mask=inside, other=0.0) * factor
         tl.store(outputs[number] + token, gradient.to(outputs[number].dtype.element_ty), mask=inside)
-
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""By the numbers that the op is given."""
 
 
 @implements("token_loss_backward")

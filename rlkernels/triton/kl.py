@@ -6,7 +6,7 @@ from torch import Tensor
 from rlkernels._codes import KL_ESTIMATORS
 from rlkernels.triton._launch import implements, multiple_of_16
 from rlkernels.triton._math import clamp, expm1, expm1_minus_x
-from rlkernels.triton._sequences import sequence_of
+from rlkernels.triton._sequences import sequence_of, valid_sequences
 
 K1 = tl.constexpr(KL_ESTIMATORS.index("k1"))
 K2 = tl.constexpr(KL_ESTIMATORS.index("k2"))
@@ -45,6 +45,11 @@ def kl_estimate_derivative(d, ESTIMATOR: tl.constexpr, STRAIGHT_THROUGH: tl.cons
         return tl.where(d > 0.0, 1.0, tl.where(d < 0.0, -1.0, d))
 
 
+@triton.jit
+def _load(values, token, inside):
+    return tl.load(values + token, mask=inside, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _forward_kernel(
     logprobs,
@@ -59,7 +64,7 @@ def _forward_kernel(
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = token < multiple_of_16(count, ALIGNED)
-    d = tl.load(logprobs + token, mask=inside) - tl.load(ref_logprobs + token, mask=inside)
+    d = _load(logprobs, token, inside) - _load(ref_logprobs, token, inside)
     value = clamp(kl_estimate(clamp(d, log_ratio_clamp), ESTIMATOR), value_clamp)
     tl.store(values + token, value, mask=inside)
 
@@ -70,6 +75,7 @@ def _backward_kernel(
     logprobs,
     ref_logprobs,
     grad_logprobs,
+    grad_ref,
     count: tl.int64,
     log_ratio_clamp,
     value_clamp,
@@ -80,17 +86,20 @@ def _backward_kernel(
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = token < multiple_of_16(count, ALIGNED)
-    log_ratio = tl.load(logprobs + token, mask=inside) - tl.load(ref_logprobs + token, mask=inside)
+    log_ratio = _load(logprobs, token, inside) - _load(ref_logprobs, token, inside)
     d = clamp(log_ratio, log_ratio_clamp)
     clamped = (tl.abs(log_ratio) > log_ratio_clamp) | (tl.abs(kl_estimate(d, ESTIMATOR)) > value_clamp)
     derivative = tl.where(clamped, 0.0, kl_estimate_derivative(d, ESTIMATOR, STRAIGHT_THROUGH))
-    tl.store(grad_logprobs + token, tl.load(grad + token, mask=inside) * derivative, mask=inside)
+    result = _load(grad, token, inside) * derivative
+    tl.store(grad_logprobs + token, result, mask=inside)
+    if grad_ref is not None:
+        tl.store(grad_ref + token, -result, mask=inside)
 
 
 @triton.jit
 def _any_scored(mask, start, end, BLOCK: tl.constexpr):
     token = start + tl.arange(0, BLOCK)
-    return tl.max(tl.load(mask + token, mask=token < end, other=0).to(tl.int32), 0)
+    return tl.max((tl.load(mask + token, mask=token < end, other=0) != 0).to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["count", "sequence_length", "sequences", "steps"])
@@ -146,7 +155,7 @@ def _rewards_kernel(
         asks = tl.max(scored.to(tl.int32), 0)
         if AFTER_LAST:
             # The token after the last one may bear its score.
-            before_first = tl.load(mask + first - 1, mask=first > 0, other=0).to(tl.int32)
+            before_first = (tl.load(mask + first - 1, mask=first > 0, other=0) != 0).to(tl.int32)
             asks = tl.maximum(asks, before_first)
             before = tl.gather(scored.to(tl.int32), tl.maximum(offset - 1, 0), 0)
             before = tl.where(offset == 0, before_first, before)
@@ -167,9 +176,9 @@ def _rewards_kernel(
         from_end = tl.where(end < BLOCK, from_end, -later)
         bears = bears & (onwards - scored.to(tl.int32) == from_end)
 
-    reward = tl.load(logprobs + token, mask=inside, other=0.0) - tl.load(ref_logprobs + token, mask=inside, other=0.0)
+    reward = _load(logprobs, token, inside) - _load(ref_logprobs, token, inside)
     reward = tl.where(scored & (kl_coef != 0.0), -kl_coef * kl_estimate(reward, ESTIMATOR), 0.0)
-    reward += tl.load(scores + sequence, mask=bears & known, other=0.0)
+    reward += _load(scores, sequence, bears & known)
     if valid is not None:
         reward *= tl.load(valid)
     tl.store(rewards + token, reward, mask=inside)
@@ -184,7 +193,7 @@ def kl_penalty_forward(
     log_ratio_clamp: float,
     value_clamp: float,
 ) -> Tensor:
-    values = torch.empty_like(logprobs)
+    values = torch.empty_like(logprobs, dtype=torch.float32)
     count = logprobs.numel()
     if count:
         _forward_kernel[(triton.cdiv(count, BLOCK),)](
@@ -210,8 +219,10 @@ def kl_penalty_backward(
     straight_through: bool,
     log_ratio_clamp: float,
     value_clamp: float,
-) -> Tensor:
+    need_ref: bool,
+) -> tuple[Tensor, Tensor]:
     grad_logprobs = torch.empty_like(logprobs)
+    grad_ref = torch.empty_like(ref_logprobs) if need_ref else ref_logprobs.new_empty(0)
     count = logprobs.numel()
     if count:
         _backward_kernel[(triton.cdiv(count, BLOCK),)](
@@ -219,6 +230,7 @@ def kl_penalty_backward(
             logprobs,
             ref_logprobs,
             grad_logprobs,
+            grad_ref if need_ref else None,
             count,
             log_ratio_clamp,
             value_clamp,
@@ -227,7 +239,7 @@ def kl_penalty_backward(
             ALIGNED=count % 16 == 0,
             BLOCK=BLOCK,
         )
-    return grad_logprobs
+    return grad_logprobs, grad_ref
 
 
 @implements("shaped_rewards")
@@ -237,12 +249,11 @@ def shaped_rewards(
     ref_logprobs: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    valid: Tensor | None,
     kl_coef: float,
     estimator: int,
     after_last: bool,
 ) -> Tensor:
-    rewards = torch.empty_like(logprobs)
+    rewards = torch.empty_like(logprobs, dtype=torch.float32)
     count, sequences = logprobs.numel(), scores.shape[0]
     if count:
         _rewards_kernel[(triton.cdiv(count, BLOCK),)](
@@ -251,7 +262,7 @@ def shaped_rewards(
             ref_logprobs,
             mask,
             cu_seqlens,
-            valid,
+            valid_sequences(cu_seqlens, count),
             rewards,
             count,
             logprobs.shape[1] if cu_seqlens is None else 0,

@@ -3,7 +3,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkernels.triton._launch import implements, multiple_of_16
+from rlkernels.triton._launch import DTYPES, implements, multiple_of_16
 from rlkernels.triton._math import whitening_unit
 
 BLOCK = 1024
@@ -17,7 +17,7 @@ def _scored_values(x, mask, element, inside):
     scored = inside
     if mask is not None:
         scored = scored & (tl.load(mask + element, mask=inside, other=0) != 0)
-    return scored, tl.where(scored, tl.load(x + element, mask=inside, other=0.0), 0.0)
+    return scored, tl.where(scored, tl.load(x + element, mask=inside, other=0.0).to(tl.float32), 0.0)
 
 
 @triton.jit(do_not_specialize=["length", "blocks_per_row"])
@@ -50,6 +50,22 @@ def _mean_kernel(sums, counts, means, scale, blocks_per_row: tl.int64, PARTS: tl
     factor = 1.0 / tl.maximum(count, 1.0)
     tl.store(means + row, (total * factor).to(tl.float32))
     tl.store(scale + row, factor.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["length", "blocks_per_row"])
+def _spread_kernel(
+    grad, scale, mask, spread, length: tl.int64, blocks_per_row: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Each scored element's share of the gradient of its row's mean."""
+    block = tl.program_id(0).to(tl.int64)
+    row = block // blocks_per_row
+    length = multiple_of_16(length, ALIGNED)
+    position = block % blocks_per_row * BLOCK + tl.arange(0, BLOCK)
+    inside = position < length
+    share = tl.zeros((BLOCK,), tl.float32) + tl.load(grad + row) * tl.load(scale + row)
+    if mask is not None:
+        share = tl.where(tl.load(mask + row * length + position, mask=inside, other=0) != 0, share, 0.0)
+    tl.store(spread + row * length + position, share, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -138,13 +154,25 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     rows, length = x.shape
     blocks_per_row = triton.cdiv(length, BLOCK)
     blocks = rows * blocks_per_row
-    sums, counts = x.new_empty(blocks, dtype=torch.float64), x.new_empty(blocks)
-    means, scale = x.new_empty(rows), x.new_empty(rows)
+    sums, counts = x.new_empty(blocks, dtype=torch.float64), x.new_empty(blocks, dtype=torch.float32)
+    means, scale = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
     if blocks:
         _sums_kernel[(blocks,)](x, mask, sums, counts, length, blocks_per_row, ALIGNED=length % 16 == 0, BLOCK=BLOCK)
     if rows:
         _mean_kernel[(rows,)](sums, counts, means, scale, blocks_per_row, PARTS=PARTS)
     return means, scale
+
+
+@implements("masked_mean_backward")
+def masked_mean_backward(grad: Tensor, scale: Tensor, mask: Tensor | None, length: int, dtype: int) -> Tensor:
+    rows = grad.shape[0]
+    spread = grad.new_empty(rows, length, dtype=DTYPES[dtype])
+    blocks_per_row = triton.cdiv(length, BLOCK)
+    if blocks := rows * blocks_per_row:
+        _spread_kernel[(blocks,)](
+            grad, scale, mask, spread, length, blocks_per_row, ALIGNED=length % 16 == 0, BLOCK=BLOCK
+        )
+    return spread
 
 
 @implements("masked_moments")
@@ -163,7 +191,7 @@ def masked_moments(x: Tensor, mask: Tensor | None) -> Tensor:
 def masked_whiten(
     x: Tensor, mask: Tensor | None, moments: Tensor, shift_mean: bool, eps: float, unbiased: bool, eps_floor: bool
 ) -> Tensor:
-    whitened = torch.empty_like(x)
+    whitened = torch.empty_like(x, dtype=torch.float32)
     count = x.numel()
     if count:
         _whiten_kernel[(triton.cdiv(count, BLOCK),)](

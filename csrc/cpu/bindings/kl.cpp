@@ -1,5 +1,8 @@
 #include "cpu/kl.h"
 
+#include <algorithm>
+#include <functional>
+
 #include "bindings.h"
 
 namespace rlk {
@@ -19,8 +22,9 @@ Tensor kl_penalty_forward(Tensor logprobs, Tensor ref_logprobs, int64_t estimato
   return penalty;
 }
 
-Tensor kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, int64_t estimator, bool straight_through,
-                           double log_ratio_clamp, double value_clamp) {
+std::tuple<Tensor, Tensor> kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, int64_t estimator,
+                                               bool straight_through, double log_ratio_clamp, double value_clamp,
+                                               bool need_ref) {
   const KlPenalty options = {static_cast<int>(estimator), straight_through, static_cast<float>(log_ratio_clamp),
                              static_cast<float>(value_clamp)};
   Tensor grad_logprobs = empty_floats(logprobs.sizes());
@@ -30,13 +34,17 @@ Tensor kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, in
                                   grad_logprobs.mutable_data_ptr<float>(), begin, end);
     });
   });
-  return grad_logprobs;
+  if (!need_ref) return {grad_logprobs, empty_floats({0})};
+  Tensor grad_ref = empty_floats(logprobs.sizes());
+  const float* const from = floats(grad_logprobs);
+  float* const to = grad_ref.mutable_data_ptr<float>();
+  parallel(logprobs.numel(), 1,
+           [&](int64_t begin, int64_t end) { std::transform(from + begin, from + end, to + begin, std::negate<>()); });
+  return {grad_logprobs, grad_ref};
 }
 
-// `valid` is for devices where nobody has looked at cu_seqlens.
 Tensor shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, std::optional<Tensor> mask,
-                      std::optional<Tensor> cu_seqlens, std::optional<Tensor>, double kl_coef, int64_t estimator,
-                      bool after_last) {
+                      std::optional<Tensor> cu_seqlens, double kl_coef, int64_t estimator, bool after_last) {
   const ShapedRewards problem = {floats(scores),
                                  floats(logprobs),
                                  floats(ref_logprobs),
