@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build cuda-module test test-all test-setup test-cpu test-triton test-compile test-cuda-host test-gpu test-triton-next test-transformers-oldest test-peers test-vllm mutants vllm-cpu
+.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build cuda-module test test-all test-setup test-cpu test-triton test-compile test-cuda-host test-gpu gpu test-triton-next test-transformers-oldest test-peers test-vllm mutants vllm-cpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' Makefile
@@ -100,6 +100,12 @@ test-cuda-host: test-setup ## the CUDA kernels, run on the host under the saniti
 
 test-gpu: test-setup ## the same tests on a GPU; skipped, and counted, where there is none
 	@$(PYTEST) -m gpu tests --ignore=tests/peers --ignore=tests/vllm_cpu; $(COUNT)
+
+# make gpu PYTHON=python3 STEPS=1-4, then STEPS=5-8: each takes less than 8 minutes, installs nothing, and goes on where
+# it was stopped. All it found is in build/gpu/ and build/gpu.tar.gz.
+STEPS_OF_GPU = $(if $(STEPS),$(STEPS),1-8)
+gpu: ## on a machine with a GPU: build, test, check and time the kernels with the Python that is there
+	@"$(PYTHON)" tests/gpu/run.py "$(STEPS_OF_GPU)"
 
 test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, under the newest Triton
 	@PYTHONPATH=$(CURDIR)/.venv/triton-next $(MAKE) --no-print-directory test-triton test-compile REPORTS=$(REPORTS)/triton-next

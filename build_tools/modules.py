@@ -71,9 +71,10 @@ def compiler_fault() -> str | None:
     if probe.returncode != 0:
         name = shlex.join(CXX)
         return f"{name!r} cannot compile the C++20 of the kernels ({first_error(probe)}); g++ can from version 11 on"
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if not header.exists():
-        return f"{header} is missing; install Python's headers (Debian: python3-dev)"
+    folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(":")]
+    if not any(folder and Path(folder, "Python.h").exists() for folder in folders):
+        header = Path(folders[0], "Python.h")
+        return f"{header} is missing; install Python's headers (Debian: python3-dev), or name their folder in CPATH"
     return None
 
 
