@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> group_advantages(Tensor rewards, std::optional<Tensor
                                 normalize_before_sum, keep_singleton};
   Tensor advantages = empty_like(rewards, {rows}), signal = empty_like(rewards, {rows}, ScalarType::Bool);
   TensorLauncher launch(rewards);
-  launch_group_advantages(launch, floats(rewards), data_or_null<float>(weights), rows, rewards.size(1), groups, options,
+  launch_group_advantages(launch, floats_of(rewards), floats_of(weights), rows, rewards.size(1), groups, options,
                           advantages.mutable_data_ptr<float>(), signal.mutable_data_ptr<bool>());
   return {advantages, signal};
 }

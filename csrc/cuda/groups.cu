@@ -16,7 +16,7 @@ constexpr int kRaggedGroupThreads = 64;
 
 }  // namespace
 
-void launch_group_advantages(Launcher& launch, const float* rewards, const float* weights, int64_t rows, int64_t kinds,
+void launch_group_advantages(Launcher& launch, Floats rewards, Floats weights, int64_t rows, int64_t kinds,
                              const Groups& groups, const GroupOptions& options, float* advantages, bool* signal) {
   if (rows == 0) return;
   const Scores scores = {rewards, weights, kinds, !options.normalize_before_sum};
@@ -39,7 +39,7 @@ void launch_group_advantages(Launcher& launch, const float* rewards, const float
   advantages_by_group(each, signals);
   launch(sum_advantages_kernel, divide_up(rows, kMaxThreads), static_cast<int>(kMaxThreads), scores, rows, each,
          signals, total, signal);
-  launch(group_advantages_kernel, 1, block_threads(rows), Scores{total, nullptr, 1, false},
+  launch(group_advantages_kernel, 1, block_threads(rows), Scores{{total, Dtype::kFloat}, {}, 1, false},
          Groups{nullptr, nullptr, rows, 1}, 1, nullptr, static_cast<int>(kBaselineMean), static_cast<int>(kScaleGroup),
          options.eps, options.keep_singleton, advantages, nullptr);
 }

@@ -1,36 +1,37 @@
 // group_advantages: a block per group and column of scores.
 #pragma once
 
-#include "block.cuh"
 #include "groups.h"
+#include "inputs.cuh"
 #include "rlkernels/groups.h"
 
 namespace rlk {
 
 // The columns whose groups are compared: each reward on its own, or their weighted sum alone.
 struct Scores {
-  const float* rewards;  // [rows, kinds]
-  const float* weights;  // [kinds], or null: all 1
+  Floats rewards;  // [rows, kinds]
+  Floats weights;  // [kinds], or null: all 1
   int64_t kinds;
   bool summed;
 
   __device__ bool any(int64_t row) const {
     for (int64_t r = 0; r < kinds; ++r)
-      if (!isnan(rewards[row * kinds + r])) return true;
+      if (!isnan(element<false>(rewards, row * kinds + r))) return true;
     return false;
   }
   // A row's sum over `values` [rows, kinds], such as the rewards; NaN where no reward applied to the row.
-  __device__ float sum(const float* values, int64_t row) const {
+  __device__ float sum(Floats values, int64_t row) const {
     if (!any(row)) return kNan;
     float total = 0.0f;
     for (int64_t r = 0; r < kinds; ++r) {
-      const float value = product(values[row * kinds + r], weights != nullptr ? weights[r] : 1.0f);
+      const float weight = weights.data != nullptr ? element<false>(weights, r) : 1.0f;
+      const float value = product(element<false>(values, row * kinds + r), weight);
       if (!isnan(value)) total += value;
     }
     return total;
   }
   __device__ float at(int64_t row, int64_t column) const {
-    return summed ? sum(rewards, row) : rewards[row * kinds + column];
+    return summed ? sum(rewards, row) : element<false>(rewards, row * kinds + column);
   }
 };
 
@@ -100,7 +101,7 @@ __global__ void sum_advantages_kernel(Scores scores, int64_t rows, const float* 
                                       float* total, bool* signal) {
   const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (row >= rows) return;
-  total[row] = scores.sum(advantages, row);
+  total[row] = scores.sum({advantages, Dtype::kFloat}, row);
   bool any = false;
   for (int64_t r = 0; r < scores.kinds; ++r) any = any || signals[row * scores.kinds + r];
   signal[row] = any;

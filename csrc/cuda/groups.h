@@ -1,6 +1,7 @@
 // group_advantages: what its kernels are launched with.
 #pragma once
 
+#include "inputs.h"
 #include "launch.h"
 
 namespace rlk {
@@ -21,7 +22,7 @@ struct GroupOptions {
 };
 
 // rewards [rows, kinds] and weights [kinds], which may be null: all 1; advantages [rows] and signal [rows].
-void launch_group_advantages(Launcher& launch, const float* rewards, const float* weights, int64_t rows, int64_t kinds,
+void launch_group_advantages(Launcher& launch, Floats rewards, Floats weights, int64_t rows, int64_t kinds,
                              const Groups& groups, const GroupOptions& options, float* advantages, bool* signal);
 
 }  // namespace rlk

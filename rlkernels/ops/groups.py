@@ -76,8 +76,10 @@ def group_advantages(
     _checks.choice("singleton", singleton, ("zero", "keep"))
     eps = _checks.number("eps", eps, at_least=0.0)
 
-    rewards = _checks.working(rewards.detach().reshape(count, kinds))
-    weights = _weights(weights, kinds, rewards)
+    backend = _backends.select(rewards, "group_advantages")
+    dtype = _checks.arithmetic(rewards)
+    weights = _checks.numbers(_weights(weights, kinds, rewards), backend, dtype)
+    rewards = _checks.numbers(rewards.detach().reshape(count, kinds), backend, dtype)
     order = offsets = None
     if group_ids is not None:
         if group_size is not None:
@@ -94,7 +96,6 @@ def group_advantages(
     size = group_size if group_size is not None else max(count, 1)
 
     before_sum, keep = normalize == "before_sum", singleton == "keep"
-    backend = _backends.select(rewards, "group_advantages")
     if backend == "reference":
         advantages, signal = reference.group_advantages(
             rewards,
@@ -130,13 +131,15 @@ def _weights(weights: Tensor | Sequence[float] | None, kinds: int, rewards: Tens
     if not isinstance(weights, Tensor | Sequence) or isinstance(weights, str | bytes | bytearray):
         raise TypeError(f"weights must be a tensor or a sequence of numbers; got {type(weights).__name__}")
     if not isinstance(weights, Tensor):
-        weights = torch.tensor([_checks.number("weights", weight) for weight in weights], dtype=rewards.dtype)
+        weights = torch.tensor(
+            [_checks.number("weights", weight) for weight in weights], dtype=_checks.arithmetic(rewards)
+        )
         weights = weights.to(rewards.device, non_blocking=True)
     _checks.tensor("weights", weights, _checks.FLOATS)
     _checks.shape("weights", weights, (kinds,), because="one weight a column of rewards")
     _checks.same_device("weights", weights, "rewards", rewards)
     _checks.no_gradient("weights", weights, "advantages are data: gradients do not flow through them")
-    return weights.detach().to(rewards.dtype).contiguous()
+    return weights.detach()
 
 
 def _segments(group_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +156,7 @@ _registry.define(
     "(Tensor rewards, Tensor? weights, Tensor? order, Tensor? offsets, int group_size, int baseline, int scale, "
     "float eps, bool normalize_before_sum, bool keep_singleton) -> (Tensor advantages, Tensor signal)",
     lambda rewards, *rest: (
-        rewards.new_empty(rewards.shape[0]),
+        rewards.new_empty(rewards.shape[0], dtype=torch.float32),
         rewards.new_empty(rewards.shape[0], dtype=torch.bool),
     ),
     part_of="group_advantages",

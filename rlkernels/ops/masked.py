@@ -137,6 +137,7 @@ def _mean_setup_context(ctx, inputs, output):
     ctx.save_for_backward(scale, mask)
     ctx.shape, ctx.dtype = x.shape, x.dtype
     ctx.mark_non_differentiable(scale)
+    ctx.set_materialize_grads(False)
 
 
 def _make_mean_backward(backend):

@@ -22,15 +22,20 @@ BATCH_BLOCK = 1024
 
 
 @triton.jit
+def _load(rewards, inside):
+    return tl.load(rewards, mask=inside, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
 def _score(rewards, weights, row, inside, columns):
     """Weighted sum of a row's rewards that are not NaN; NaN if all are."""
     score = tl.zeros(row.shape, tl.float32)
     known = row < 0
     for column in range(columns):
-        reward = tl.load(rewards + row * columns + column, mask=inside, other=float("nan"))
+        reward = _load(rewards + row * columns + column, inside)
         if weights is not None:
             # Rounded as a product, however the sum is compiled: rows whose scores are equal must be so wherever read.
-            weighted = tl.fma(reward, tl.load(weights + column) + tl.zeros(row.shape, tl.float32), 0.0)
+            weighted = tl.fma(reward, tl.load(weights + column).to(tl.float32) + tl.zeros(row.shape, tl.float32), 0.0)
         else:
             weighted = reward
         score += tl.where(weighted == weighted, weighted, 0.0)
@@ -130,7 +135,7 @@ def _batch_divisor_kernel(
         row = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = row < count
         if PER_COLUMN:
-            score = tl.load(rewards + row * columns + column, mask=inside, other=float("nan"))
+            score = _load(rewards + row * columns + column, inside)
         else:
             score = _score(rewards, weights, row, inside, columns)
         size, mean, squares, low, high = _merge(size, mean, squares, low, high, score)
@@ -214,13 +219,13 @@ def _column_kernel(
             # Each block of a group that is longer than a block finds the statistics again. A second kind of kernel, for
             # groups of that size and several rewards, would be run by nobody.
             size, mean, squares, low, high = _nothing()
-            score = tl.load(rewards + row * columns + column, mask=inside, other=float("nan"))
+            score = _load(rewards + row * columns + column, inside)
             if end - begin <= BLOCK:
                 size, mean, squares, low, high = _merge(size, mean, squares, low, high, score)
             else:
                 for other in range(begin, end, BLOCK):
                     other_row, other_inside = _rows(order, other + tl.arange(0, BLOCK).to(tl.int64), end)
-                    others = tl.load(rewards + other_row * columns + column, mask=other_inside, other=float("nan"))
+                    others = _load(rewards + other_row * columns + column, other_inside)
                     size, mean, squares, low, high = _merge(size, mean, squares, low, high, others)
             size, mean, std, differs = _finish(size, mean, squares, low, high)
             if SCALE == BATCH:
@@ -229,7 +234,7 @@ def _column_kernel(
                 divisor = _divisor(size, std, eps)
             weighted = _advantage(score, size, mean, divisor, BASELINE, SCALE, KEEP_SINGLETON)
             if weights is not None:
-                weighted *= tl.load(weights + column)
+                weighted *= tl.load(weights + column).to(tl.float32)
             total += tl.where((score == score) & (weighted == weighted), weighted, 0.0)
             known = known | (score == score)
             any_differs = any_differs | differs
@@ -251,7 +256,7 @@ def group_advantages(
     keep_singleton: bool,
 ) -> tuple[Tensor, Tensor]:
     count, columns = rewards.shape
-    advantages = rewards.new_empty(count)
+    advantages = rewards.new_empty(count, dtype=torch.float32)
     signal = rewards.new_empty(count, dtype=torch.bool)
     if not count:
         return advantages, signal
@@ -279,7 +284,7 @@ def group_advantages(
     if not normalize_before_sum:
         _group_kernel[grid](*inputs, advantages, signal, group_size, columns, eps, **options, **tile)
         return advantages, signal
-    totals = rewards.new_empty(count)
+    totals = rewards.new_empty(count, dtype=torch.float32)
     _column_kernel[grid](*inputs, totals, signal, group_size, columns, eps, **options, **tile)
     options = dict(BASELINE=MEAN.value, SCALE=GROUP.value, KEEP_SINGLETON=keep_singleton)
     whole = (totals, None, None, None, None)

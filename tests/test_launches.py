@@ -1,0 +1,82 @@
+"""What a public call asks of a device besides its own kernels: memory and views, and never to be waited for.
+
+Calls are seen under a TorchDispatchMode, where one of PyTorch's own is a launch or more. Inside an op of ours the mode
+sees nothing: test_losses_compiled.py looks there."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from op_cases import CASES, Case
+
+NO_LAUNCH = {
+    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"),
+    *("view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "t", "transpose", "permute", "slice"),
+    *("select", "alias", "detach", "as_strided", "unbind", "_reshape_alias", "split", "movedim"),
+}
+"""Memory and views: nothing runs on the device."""
+WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_to_copy_to_cpu", "unique", "masked_select"}
+"""The host waits for a number of the device."""
+LAUNCHING = {
+    "group_advantages, by id": "the rows are sorted by group with PyTorch",
+    "linear": "the head multiplies matrices with PyTorch, and prepares its rows with it",
+    "preference_loss": "plain PyTorch",
+    "reward_pair_loss": "plain PyTorch",
+    "token_logprobs, in place": "the case itself multiplies its logits",
+}
+"""Cases, by the beginning of their names, that launch more than their kernels, and why."""
+COUNTS = ("linear",)
+"""Without num_scored the head must know how many rows are scored."""
+
+
+class Seen(TorchDispatchMode):
+    """Notes what runs in PyTorch's name, and in ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: list[str] = []
+        self.waited: list[str] = []
+        self.own: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        kind = name.rpartition("::")[2]
+        if name.startswith("rlkernels::"):
+            self.own.append(kind)
+        elif kind not in NO_LAUNCH:
+            self.launched.append(kind)
+        if kind in WAITS:
+            self.waited.append(kind)
+        return function(*args, **(kwargs or {}))
+
+
+def run(case: Case, device: torch.device) -> Seen:
+    """Forward and backward, with numbers in bfloat16 and masks of integers."""
+    case = case.to(device)
+    differentiable = {name: value.bfloat16().requires_grad_() for name, value in case.differentiable.items()}
+    data = {name: value.bfloat16() for name, value in case.data.items()}
+    others = {name: value.long() if name == "mask" else value for name, value in case.others.items()}
+    case = Case(case.op, differentiable, data, others)
+    upstream = [torch.ones_like(output) for output in case() if output.requires_grad]
+    with Seen() as seen:
+        outputs = [output for output in case() if output.requires_grad]
+        if outputs:
+            torch.autograd.grad(outputs, list(differentiable.values()), upstream)
+    return seen
+
+
+def reason(name: str) -> str | None:
+    return next((why for beginning, why in LAUNCHING.items() if name.startswith(beginning)), None)
+
+
+@pytest.mark.only("triton", "cuda")
+@pytest.mark.parametrize("name", [name for name in CASES if not reason(name)])
+def test_a_public_call_launches_its_kernels_and_nothing_else(backend, device, name):
+    seen = run(CASES[name], device)
+    assert seen.own and seen.launched == [], seen.launched
+
+
+@pytest.mark.only("triton", "cuda")
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(COUNTS)])
+def test_no_public_call_waits_for_the_device(backend, device, name):
+    assert run(CASES[name], device).waited == []
