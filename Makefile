@@ -64,7 +64,7 @@ format: $(STAMPS)/base $(STAMPS)/lint ## what lint can mend by itself
 # ---- tests: each part writes a report, and says what it skipped and why. What is marked `thorough` is left to test-all.
 
 PARTS := test-cpu test-triton test-compile test-cuda-host test-gpu
-OP_TESTS := $(addprefix tests/test_,token_logprobs.py logprobs_parts.py kl.py linear_kl_divergence.py linear_logprobs.py linear_policy_loss.py linear_preference_logps.py groups.py policy_loss.py policy_objectives.py value_loss.py masked.py recurrence.py)
+OP_TESTS := $(addprefix tests/test_,token_logprobs.py logprobs_parts.py kl.py linear_kl_divergence.py linear_logprobs.py linear_policy_loss.py linear_preference_logps.py groups.py policy_loss.py policy_objectives.py value_loss.py masked.py recurrence.py launches.py)
 THOROUGH :=
 SELECT = -m "not gpu$(if $(THOROUGH),, and not thorough)" $(if $(THOROUGH),--hypothesis-profile=thorough)
 PYTEST = mkdir -p $(REPORTS) && rm -f $(REPORTS)/$@.xml && echo "== $@" && $(BIN)/python -m pytest -q --junitxml=$(REPORTS)/$@.xml
@@ -91,7 +91,7 @@ test-triton: test-setup ## the Triton kernels, run by Triton's interpreter on CP
 	@$(PYTEST) -n 2 $(SELECT) --backend triton $(OP_TESTS) tests/test_triton_interpreter.py tests/test_triton_traffic.py; $(COUNT)
 
 test-compile: test-setup cuda-module ## the Triton and CUDA kernels, compiled for GPUs: no spills, wide loads
-	@$(PYTEST) -n 2 $(SELECT) tests/test_triton_compiled.py tests/test_cuda_compiled.py tests/test_triton_resources.py; $(COUNT)
+	@$(PYTEST) -n 2 $(SELECT) tests/test_triton_compiled.py tests/test_triton_losses_compiled.py tests/test_cuda_compiled.py tests/test_triton_resources.py; $(COUNT)
 
 test-cuda-host: test-setup ## the CUDA kernels, run on the host under the sanitizers
 	@$(PYTEST) -n 2 $(SELECT) tests/test_cuda_emulation.py; status=$$?; \

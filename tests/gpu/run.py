@@ -105,7 +105,7 @@ STEPS = [
             gpu_tests(60, "recurrence"),
             gpu_tests(50, "token_logprobs", "logprobs_parts"),
             gpu_tests(70, "linear_logprobs", "linear_policy_loss", "linear_preference_logps", "linear_kl_divergence"),
-            gpu_tests(50, "policy_loss", "policy_objectives", "value_loss", "masked", "kl", "groups"),
+            gpu_tests(50, "policy_loss", "policy_objectives", "value_loss", "masked", "kl", "groups", "launches"),
             Command(
                 [PYTHON, "-m", "rlkernels", "selftest", "--device", "cuda"],
                 60,
