@@ -5,6 +5,12 @@
 The table shows the greatest value of each figure over the variants of a kernel that tests/test_triton_compiled.py
 compiles, and the least and the greatest width of the widest load. Occupancy is the share of a multiprocessor's warps
 that registers, shared memory and the number of blocks leave room for, in the variant with the smallest share.
+
+The ceiling of a kernel is what it could move if nothing but its instructions took time: each of the four parts of
+every multiprocessor issues one for a warp in each cycle of the boost clock. Instructions per element are those of the
+loop over elements, counted in the machine code (sm_90 / sm_100, which is for the B200), each once; bytes are those that
+each element must move. Where the ceiling is above the bandwidth of the memory (in the head of the column, from the data
+sheets), memory is the limit; where it is below, instructions are. No GPU has measured any of this.
 """
 
 import os
@@ -23,7 +29,20 @@ import triton  # noqa: E402
 
 from build_tools.compile import build  # noqa: E402
 from build_tools.modules import CUDA_TARGETS, CannotBuild, cuda_module  # noqa: E402
-from gpu_assembly import LOAD, TARGETS, compile_for, disassemble, dump, resource_usage  # noqa: E402
+from gpu_assembly import (  # noqa: E402
+    LOAD,
+    TARGETS,
+    addressed,
+    compile_for,
+    count,
+    disassemble,
+    dump,
+    innermost_loop_with_loads,
+    instructions,
+    loops_of,
+    resource_usage,
+    widest_loop,
+)
 
 THREADS_UNBOUND = 256
 """Threads of a block of a CUDA kernel without __launch_bounds__, whose launch chooses them."""
@@ -54,6 +73,66 @@ LIMITS = {
     "sm_100": Limits(**NVIDIA, shared_memory=228 * 1024),
     "gfx942": Limits(warps=32, blocks=32, registers=512, granule=8, shared_memory=64 * 1024, reserved=0),
 }
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """From NVIDIA's data sheets."""
+
+    architecture: str
+    multiprocessors: int
+    boost_clock: float  # Hz
+    bandwidth: float  # bytes a second
+
+
+GPUS = {
+    "H100 SXM": Gpu("sm_90", 132, 1.98e9, 3.35e12),
+    "H200": Gpu("sm_90", 132, 1.98e9, 4.8e12),
+    "B200": Gpu("sm_100", 148, 1.965e9, 8.0e12),
+}
+
+
+@dataclass(frozen=True)
+class HotLoop:
+    """A kernel's loop over elements, and the bytes that it reads and writes for each of them."""
+
+    what: str
+    case: str  # of tests/test_triton_compiled.py
+    triton: str
+    cuda: str  # short name; "" where there is none
+    reads: int
+    writes: int
+
+
+HOT_LOOPS = (
+    HotLoop("token_logprobs, bfloat16", "token_logprobs bfloat16 plain", "logprobs._forward_kernel", "", 2, 0),
+    HotLoop("with entropy", "token_logprobs bfloat16 entropy", "logprobs._forward_kernel", "", 2, 0),
+    HotLoop("its gradient", "token_logprobs bfloat16 plain", "logprobs._backward_kernel", "", 2, 2),
+    HotLoop(
+        *("gae without a mask", "gae unmasked", "recurrence._sequence_kernel"),
+        *("recurrence_kernel<0, true, true, false>", 8, 8),
+    ),
+    HotLoop(
+        *("gae with a mask", "gae ", "recurrence._sequence_kernel", "recurrence_kernel<0, true, false, false>", 9, 8),
+    ),
+    HotLoop(
+        *("policy_loss, ppo", "policy_loss", "policy_loss._token_kernel", "policy_loss_kernel<0, true, false>", 9, 4),
+    ),
+    HotLoop("value_loss", "value_loss", "value_loss._token_kernel", "value_loss_kernel<true, false>", 13, 4),
+)
+
+
+def ceiling(gpu: Gpu, instructions: float, size: int) -> float:
+    """Bytes a second, of a kernel that takes so many instructions of a thread, and moves `size` bytes, per element."""
+    threads_a_cycle = 4 * 32 * gpu.multiprocessors
+    return threads_a_cycle * gpu.boost_clock / instructions * size
+
+
+def per_element(loop: list[str], kernel: HotLoop) -> float:
+    """Instructions of a loop for each element: results are written 16 bytes at a time, or else inputs so read."""
+    counts = count(loop)
+    wide, size = (counts.stores, kernel.writes) if kernel.writes else (counts.loads, kernel.reads)
+    return counts.instructions * size / (16 * wide[16])
 
 
 def round_up(value: int, step: int) -> int:
@@ -177,16 +256,50 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
+def hot_loops(architecture: str, listings: dict[str, list[tuple[int, str]]]) -> Iterator[tuple[HotLoop, str, float]]:
+    """Each kernel, its backend, and its instructions per element. `listings` are those of the CUDA kernels."""
+    from test_triton_compiled import CASES
+
+    for kernel in HOT_LOOPS:
+        variants = compile_for(TARGETS[architecture], CASES[kernel.case][0])[kernel.triton]
+        loop = instructions(innermost_loop_with_loads(disassemble(variants[0]).text))
+        yield kernel, "Triton", per_element(loop, kernel)
+        if kernel.cuda in listings:
+            yield kernel, "CUDA", per_element(widest_loop(loops_of(listings[kernel.cuda])), kernel)
+
+
+def ceilings(extension: str | None) -> str:
+    heads = [f"{name} ({gpu.bandwidth / 1e12:.3g} TB/s)" for name, gpu in GPUS.items()]
+    lines = [f"| kernel | backend | instructions per element | bytes per element | {' | '.join(heads)} |"]
+    lines.append("|---" * (4 + len(heads)) + "|")
+    listings: dict[str, dict[str, list[tuple[int, str]]]] = {}
+    if extension:
+        for architecture, kernel, text in cuda_sections(extension, "-sass", r"^\s*Function : "):
+            listings.setdefault(architecture, {})[short_name(kernel)] = addressed(text)
+    found: dict[tuple[HotLoop, str], dict[str, float]] = {}
+    for architecture in dict.fromkeys(gpu.architecture for gpu in GPUS.values()):
+        for kernel, backend, number in hot_loops(architecture, listings.get(architecture, {})):
+            found.setdefault((kernel, backend), {})[architecture] = number
+    for (kernel, backend), numbers in found.items():
+        size = kernel.reads + kernel.writes
+        rates = [f"{ceiling(gpu, numbers[gpu.architecture], size) / 1e12:.1f} TB/s" for gpu in GPUS.values()]
+        counted = " / ".join(f"{number:.1f}" for number in numbers.values())
+        lines.append(f"| {kernel.what} | {backend} | {counted} | {size} | {' | '.join(rates)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     paragraphs = (__doc__ or "").strip().split("\n\n")
     print("# What the kernels take of a GPU\n")
     print(f"Printed by `python benchmarks/resources.py`, with Triton {triton.__version__}.\n{paragraphs[2]}\n")
+    extension = None
     try:
-        by_architecture = cuda_kernels(str(build(cuda_module(CUDA_TARGETS))))
+        extension = str(build(cuda_module(CUDA_TARGETS)))
         print(f"CUDA kernels without launch bounds are given {THREADS_UNBOUND} threads a block.")
     except CannotBuild as error:
-        by_architecture = {}
         print(f"The CUDA extension is not built: {error}.")
+    by_architecture = cuda_kernels(extension) if extension else {}
+    print(f"\n## What they could move\n\n{paragraphs[3]}\n\n{ceilings(extension)}", flush=True)
     for architecture in TARGETS:
         print(f"\n## {architecture}: Triton\n\n{table(list(triton_kernels(architecture)))}", flush=True)
         if kernels := by_architecture.get(architecture):

@@ -199,6 +199,27 @@ def _width(opcode: str) -> int:
     return 4
 
 
+def addressed(listing: str) -> list[tuple[int, str]]:
+    """The instructions of SASS as cuobjdump prints it, with their addresses."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", listing, flags=re.MULTILINE)
+    return [(int(address, 16), instruction) for address, instruction in found]
+
+
+def loops_of(listed: list[tuple[int, str]]) -> list[list[str]]:
+    """The instructions of each loop, where branches name addresses."""
+    backward = [
+        (int(match[1], 16), address)
+        for address, instruction in listed
+        if (match := re.search(r"\bBRA.* (?:`\(.*\)|0x([0-9a-f]+))", instruction)) and int(match[1], 16) < address
+    ]
+    return [[text for address, text in listed if first <= address <= last] for first, last in backward]
+
+
+def widest_loop(loops: Iterable[list[str]]) -> list[str]:
+    """The one with most loads of 16 bytes: that over elements."""
+    return max(loops, key=lambda loop: count(loop).loads[16])
+
+
 def innermost_loop_with_loads(text: str) -> str:
     """The shortest stretch with loads between a label and the last branch back to it."""
     lines = text.splitlines()

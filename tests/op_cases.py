@@ -121,6 +121,9 @@ CASES = {
     "group_advantages": Case(
         rlkernels.group_advantages, {}, dict(rewards=numbers(4, 2), weights=numbers(2)), dict(group_size=2)
     ),
+    "group_advantages, weights of a list": Case(
+        rlkernels.group_advantages, {}, dict(rewards=numbers(4, 2)), dict(weights=[0.5, 2.0], group_size=2)
+    ),
     "group_advantages, by id": Case(
         rlkernels.group_advantages, {}, dict(rewards=numbers(4)), dict(group_ids=torch.tensor([3, 1, 3, 1]))
     ),

@@ -10,7 +10,7 @@ import pytest
 
 from build_tools.compile import build
 from build_tools.modules import CUDA_TARGETS, cuda_module
-from gpu_assembly import count, dump, resource_usage
+from gpu_assembly import addressed, count, dump, loops_of, resource_usage, widest_loop
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc", allow_module_level=True)
@@ -44,9 +44,8 @@ def code(extension):
     found, architecture = {}, None
     for section in re.split(r"^\s*Function : ", dump(extension, "-sass"), flags=re.MULTILINE):
         kernel, _, body = section.partition("\n")
-        listed = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", body, flags=re.MULTILINE)
         if architecture:
-            found[architecture, kernel] = [(int(address, 16), text) for address, text in listed]
+            found[architecture, kernel] = addressed(body)
         if match := re.findall(r"^arch = (\w+)", section, flags=re.MULTILINE):
             architecture = match[-1]
     return found
@@ -55,15 +54,7 @@ def code(extension):
 @pytest.fixture(scope="module")
 def loops(code):
     """{(architecture, kernel): [the instructions of each loop]}"""
-    found = {}
-    for key, instructions in code.items():
-        backward = [
-            (int(match[1], 16), address)
-            for address, text in instructions
-            if (match := re.search(r"\bBRA.* (?:`\(.*\)|0x([0-9a-f]+))", text)) and int(match[1], 16) < address
-        ]
-        found[key] = [[text for address, text in instructions if first <= address <= last] for first, last in backward]
-    return found
+    return {key: loops_of(listed) for key, listed in code.items()}
 
 
 def kernels_of(table, architecture, name):
@@ -124,7 +115,7 @@ def test_tokens_are_read_and_written_16_bytes_at_a_time(loops, architecture, kin
 def test_a_warp_scans_tokens_in_few_instructions_and_waits_for_no_other(loops, architecture):
     """gae of sequences without a mask: four runs of four tokens for each thread."""
     ((kernel, bodies),) = kernels_of(loops, architecture, "recurrence_kernel<0, true, true, false>").items()
-    counts = max((count(body) for body in bodies), key=lambda each: each.loads[16])
+    counts = count(widest_loop(bodies))
     assert counts.loads == {16: 4 * 2} and counts.stores == {16: 4 * 2}, kernel
     assert counts.instructions <= 4 * 140
     assert counts.shuffles <= 4 * 22
@@ -139,7 +130,7 @@ def test_a_warp_scans_tokens_in_few_instructions_and_waits_for_no_other(loops, a
 def test_a_token_of_a_loss_takes_few_instructions(loops, architecture, name, inputs, most):
     """ppo with advantages of either kind, and value_loss: runs of four tokens."""
     ((kernel, bodies),) = kernels_of(loops, architecture, name).items()
-    counts = max((count(body) for body in bodies), key=lambda each: each.loads[16])
+    counts = count(widest_loop(bodies))
     assert counts.loads[16] == inputs and counts.stores == {16: 1}, kernel
     assert counts.instructions <= 4 * most
     assert counts.barriers == 0

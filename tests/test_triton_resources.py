@@ -59,6 +59,26 @@ def test_names():
     assert resources.short_name("rlk::sum_kernel(float const*, long)") == "sum_kernel"
 
 
+def test_ceiling():
+    """A hundred instructions for each element of 16 bytes."""
+    gpu = resources.Gpu("sm_90", 100, 2e9, 1e12)
+    assert resources.ceiling(gpu, 100, 16) == 100 * 4 * 32 * 2e9 / 100 * 16
+
+
+@pytest.mark.parametrize(("reads", "writes", "expected"), [(8, 4, 3 / 4), (2, 0, 3 / 8), (2, 2, 3 / 8)])
+def test_instructions_of_an_element(reads, writes, expected):
+    """Results are counted where there are some: four floats, eight numbers of two bytes."""
+    kernel = resources.HotLoop("", "", "", "", reads, writes)
+    loop = ["LDG.E.128 R4, desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.64], R4", "FADD R0, R1, R2"]
+    assert resources.per_element(loop, kernel) == expected
+
+
+def test_every_hot_loop_is_of_a_case():
+    from test_triton_compiled import CASES
+
+    assert {loop.case for loop in resources.HOT_LOOPS} <= CASES.keys()
+
+
 def test_a_kernel_of_triton_is_read():
     kernels = list(resources.triton_kernels("sm_90", only="kl_penalty k3"))
     assert {kernel.name for kernel in kernels} == {"kl._forward_kernel", "kl._backward_kernel"}

@@ -20,9 +20,24 @@ std::tuple<Tensor, Tensor> group_advantages(Tensor rewards, std::optional<Tensor
   return {advantages, signal};
 }
 
+Tensor numbers_on_device(std::vector<double> numbers, Tensor like) {
+  const int64_t count = static_cast<int64_t>(numbers.size());
+  Tensor result = empty_like(like, {count});
+  float* const out = result.mutable_data_ptr<float>();
+  TensorLauncher launch(like);
+  for (int64_t first = 0; first < count; first += kArguments) {
+    Numbers some = {};
+    for (; some.count < kArguments && first + some.count < count; ++some.count)
+      some.values[some.count] = static_cast<float>(numbers[first + some.count]);
+    launch_numbers_on_device(launch, some, out + first);
+  }
+  return result;
+}
+
 }  // namespace
 }  // namespace rlk
 
 STABLE_TORCH_LIBRARY_IMPL(rlkernels, RLK_CUDA_KEY, m) {
   m.impl("group_advantages.cuda", TORCH_BOX(&rlk::group_advantages));
+  m.impl("numbers_on_device.cuda", TORCH_BOX(&rlk::numbers_on_device));
 }

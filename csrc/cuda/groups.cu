@@ -16,6 +16,10 @@ constexpr int kRaggedGroupThreads = 64;
 
 }  // namespace
 
+void launch_numbers_on_device(Launcher& launch, const Numbers& numbers, float* result) {
+  launch(numbers_kernel, 1, kArguments, numbers, result);
+}
+
 void launch_group_advantages(Launcher& launch, Floats rewards, Floats weights, int64_t rows, int64_t kinds,
                              const Groups& groups, const GroupOptions& options, float* advantages, bool* signal) {
   if (rows == 0) return;

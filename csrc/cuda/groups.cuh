@@ -7,6 +7,10 @@
 
 namespace rlk {
 
+__global__ void numbers_kernel(Numbers numbers, float* result) {
+  if (threadIdx.x < static_cast<unsigned>(numbers.count)) result[threadIdx.x] = numbers.values[threadIdx.x];
+}
+
 // The columns whose groups are compared: each reward on its own, or their weighted sum alone.
 struct Scores {
   Floats rewards;  // [rows, kinds]

@@ -21,6 +21,14 @@ struct GroupOptions {
   bool normalize_before_sum, keep_singleton;
 };
 
+// Numbers that one launch takes by value.
+constexpr int kArguments = 64;
+struct Numbers {
+  float values[kArguments];
+  int count;
+};
+void launch_numbers_on_device(Launcher& launch, const Numbers& numbers, float* result);
+
 // rewards [rows, kinds] and weights [kinds], which may be null: all 1; advantages [rows] and signal [rows].
 void launch_group_advantages(Launcher& launch, Floats rewards, Floats weights, int64_t rows, int64_t kinds,
                              const Groups& groups, const GroupOptions& options, float* advantages, bool* signal);

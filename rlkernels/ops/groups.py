@@ -78,7 +78,7 @@ def group_advantages(
 
     backend = _backends.select(rewards, "group_advantages")
     dtype = _checks.arithmetic(rewards)
-    weights = _checks.numbers(_weights(weights, kinds, rewards), backend, dtype)
+    weights = _checks.numbers(_weights(weights, kinds, rewards, backend), backend, dtype)
     rewards = _checks.numbers(rewards.detach().reshape(count, kinds), backend, dtype)
     order = offsets = None
     if group_ids is not None:
@@ -125,18 +125,21 @@ def group_advantages(
     return (advantages, signal) if return_signal else advantages
 
 
-def _weights(weights: Tensor | Sequence[float] | None, kinds: int, rewards: Tensor) -> Tensor | None:
+def _weights(weights: Tensor | Sequence[float] | None, kinds: int, rewards: Tensor, backend: str) -> Tensor | None:
+    because = "one weight a column of rewards"
     if weights is None:
         return None
     if not isinstance(weights, Tensor | Sequence) or isinstance(weights, str | bytes | bytearray):
         raise TypeError(f"weights must be a tensor or a sequence of numbers; got {type(weights).__name__}")
     if not isinstance(weights, Tensor):
-        weights = torch.tensor(
-            [_checks.number("weights", weight) for weight in weights], dtype=_checks.arithmetic(rewards)
-        )
-        weights = weights.to(rewards.device, non_blocking=True)
+        given = [_checks.number("weights", weight) for weight in weights]
+        if len(given) != kinds:
+            raise ValueError(f"weights must have the shape [{kinds}] ({because}); got [{len(given)}]")
+        if backend in _checks.ON_GPUS:
+            return _registry.op("numbers_on_device", backend)(given, rewards)
+        return torch.tensor(given, dtype=_checks.arithmetic(rewards), device=rewards.device)
     _checks.tensor("weights", weights, _checks.FLOATS)
-    _checks.shape("weights", weights, (kinds,), because="one weight a column of rewards")
+    _checks.shape("weights", weights, (kinds,), because=because)
     _checks.same_device("weights", weights, "rewards", rewards)
     _checks.no_gradient("weights", weights, "advantages are data: gradients do not flow through them")
     return weights.detach()
@@ -160,4 +163,13 @@ _registry.define(
         rewards.new_empty(rewards.shape[0], dtype=torch.bool),
     ),
     part_of="group_advantages",
+)
+# A copy from the host would wait for it, and in a CUDA graph read memory that is long gone: numbers are a kernel's
+# arguments.
+_registry.define(
+    "numbers_on_device",
+    "(float[] numbers, Tensor like) -> Tensor",
+    lambda numbers, like: like.new_empty(len(numbers), dtype=torch.float32),
+    part_of="group_advantages",
+    backends=_checks.ON_GPUS,
 )

@@ -155,7 +155,7 @@ class Plan:
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options, loss: Loss) -> "Plan | None":
-        """None if a sequence that must be whole does not fit into the budget."""
+        """None if a sequence that must be whole does not fit into the budget, or if only the device knows whether."""
         head = start(inputs, options)
         check_tokens(inputs, options, head)
         index, too_few = scored_index(inputs.token_ids != options.ignore_index, options.num_scored)
@@ -163,6 +163,8 @@ class Plan:
         filled = fill_up(index, head.block_rows, total)
         if len(filled) <= most or not loss.needs_sequences():
             return cls(head, filled, slices(len(filled), most), too_few)
+        if options.num_scored is not None and not index.is_cpu:
+            return None  # the lengths are on the device: reading them would wait for it
         lengths = loss.lengths()
         if max(lengths) > most:
             return None

@@ -19,6 +19,8 @@ NO_SCALE = tl.constexpr(SCALES.index("none"))
 BLOCK = 64
 # The whole batch is one long group.
 BATCH_BLOCK = 1024
+# Numbers that one launch takes by value.
+ARGUMENTS = 16
 
 
 @triton.jit
@@ -240,6 +242,21 @@ def _column_kernel(
             any_differs = any_differs | differs
         tl.store(totals + row, tl.where(known, total, float("nan")), mask=inside)
         tl.store(signal + row, tl.where(any_differs, known, False), mask=inside)
+
+
+@triton.jit
+def _numbers_kernel(numbers, result):
+    for index in tl.static_range(len(numbers)):
+        tl.store(result + index, numbers[index])
+
+
+@implements("numbers_on_device")
+def numbers_on_device(numbers: list[float], like: Tensor) -> Tensor:
+    result = like.new_empty(len(numbers), dtype=torch.float32)
+    for first in range(0, len(numbers), ARGUMENTS):
+        some = tuple(numbers[first : first + ARGUMENTS])
+        _numbers_kernel[(1,)](some, result[first:], num_warps=num_warps("group"))
+    return result
 
 
 @implements("group_advantages")
