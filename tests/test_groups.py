@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 import rlkernels
 from cases import COMPILERS, THOROUGH_EMULATED
 from op_calls import check_ops
-from rlkernels import group_advantages
+from rlkernels import _registry, group_advantages
 from rlkernels._codes import BASELINES, SCALES
+from rlkernels.ops import groups
 from tolerance import assert_as_accurate_as_torch
 
 NAN = float("nan")
@@ -414,11 +415,14 @@ def test_opcheck(backend, device):
     ids = torch.arange(12, device=device) % 5
     weights = torch.tensor([1.0, 0.5], device=device)
     check_ops(lambda: group_advantages(rewards, group_size=4), backend, "group_advantages")
-    check_ops(
-        lambda: group_advantages(rewards, group_ids=ids, weights=weights, normalize="before_sum"),
-        backend,
-        "group_advantages",
-    )
+    prepared = ["group_segments", "numbers_on_device"] if backend in ("triton", "cuda") else []
+    for either, ops in ((weights, prepared[:1]), (weights.tolist(), prepared)):
+        check_ops(
+            lambda either=either: group_advantages(rewards, group_ids=ids, weights=either, normalize="before_sum"),
+            backend,
+            "group_advantages",
+            *ops,
+        )
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -477,3 +481,26 @@ def test_bad_input(backend, device, name):
         group_advantages(**({"rewards": torch.ones(6)} | changes))
     for fragment in fragments:
         assert fragment in str(raised.value)
+
+
+@pytest.mark.only("triton", "cuda")
+@pytest.mark.parametrize("count", [1, 2, 63, 129, 1100])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_rows_are_sorted_by_group_as_pytorch_sorts_them(backend, device, count, dtype):
+    """Rows of one group stay in their order; ids may be negative, and far apart."""
+    generator = torch.Generator().manual_seed(count)
+    info = torch.iinfo(dtype)
+    ids = torch.tensor([info.min, info.max, 0, 7, 100, *range(8, 40)])
+    ids = ids[torch.randint(len(ids), (count,), generator=generator)].to(dtype).to(device)
+    order, offsets = _registry.op("group_segments", backend)(ids)
+    wanted_order, wanted_offsets = groups._segments(ids)
+    assert torch.equal(order, wanted_order) and torch.equal(offsets, wanted_offsets)
+
+
+@pytest.mark.only("triton", "cuda")
+def test_more_rows_than_are_counted_are_sorted(backend, device, monkeypatch):
+    monkeypatch.setattr("rlkernels.ops.groups.MOST_COUNTED", 3)
+    ids, rewards = torch.tensor([5, -1, 5, 2], device=device), torch.tensor([1.0, 2.0, 4.0, 8.0], device=device)
+    sorted_by_pytorch = group_advantages(rewards, group_ids=ids)
+    monkeypatch.undo()
+    assert torch.equal(group_advantages(rewards, group_ids=ids), sorted_by_pytorch)

@@ -19,7 +19,6 @@ NO_LAUNCH = {
 WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_to_copy_to_cpu", "unique", "masked_select"}
 """The host waits for a number of the device."""
 LAUNCHING = {
-    "group_advantages, by id": "the rows are sorted by group with PyTorch",
     "linear": "the head multiplies matrices with PyTorch, and prepares its rows with it",
     "preference_loss": "plain PyTorch",
     "reward_pair_loss": "plain PyTorch",

@@ -173,6 +173,7 @@ def group_advantages(
     weights = empty(3) if weighted else None
     options = (BASELINES.index(baseline), SCALES.index(scale), 1e-4, before_sum, False)
     groups.numbers_on_device([1.0, 0.5, 2.0], empty(64, 3))
+    groups.group_segments(empty(64, dtype=torch.int64))
     groups.group_advantages(empty(64, 3), weights, order, offsets, 8, *options)
 
 

@@ -20,6 +20,16 @@ std::tuple<Tensor, Tensor> group_advantages(Tensor rewards, std::optional<Tensor
   return {advantages, signal};
 }
 
+std::tuple<Tensor, Tensor> group_segments(Tensor group_ids) {
+  const int64_t count = group_ids.numel();
+  Tensor order = empty_like(group_ids, {count}, ScalarType::Long);
+  Tensor offsets = empty_like(group_ids, {count + 1}, ScalarType::Long);
+  TensorLauncher launch(group_ids);
+  launch_group_segments(launch, {group_ids.const_data_ptr(), dtype_of(group_ids)}, static_cast<int>(count),
+                        order.mutable_data_ptr<int64_t>(), offsets.mutable_data_ptr<int64_t>());
+  return {order, offsets};
+}
+
 Tensor numbers_on_device(std::vector<double> numbers, Tensor like) {
   const int64_t count = static_cast<int64_t>(numbers.size());
   Tensor result = empty_like(like, {count});
@@ -39,5 +49,6 @@ Tensor numbers_on_device(std::vector<double> numbers, Tensor like) {
 
 STABLE_TORCH_LIBRARY_IMPL(rlkernels, RLK_CUDA_KEY, m) {
   m.impl("group_advantages.cuda", TORCH_BOX(&rlk::group_advantages));
+  m.impl("group_segments.cuda", TORCH_BOX(&rlk::group_segments));
   m.impl("numbers_on_device.cuda", TORCH_BOX(&rlk::numbers_on_device));
 }

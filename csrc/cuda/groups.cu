@@ -16,6 +16,12 @@ constexpr int kRaggedGroupThreads = 64;
 
 }  // namespace
 
+void launch_group_segments(Launcher& launch, const GroupIds& ids, int count, int64_t* order, int64_t* offsets) {
+  uint8_t* const starts = launch.room_for<uint8_t>(count);
+  launch(group_places_kernel, divide_up(count, kPlaceThreads), kPlaceThreads, ids, count, order, starts);
+  launch(group_offsets_kernel, 1, static_cast<int>(kWarp), starts, count, offsets);
+}
+
 void launch_numbers_on_device(Launcher& launch, const Numbers& numbers, float* result) {
   launch(numbers_kernel, 1, kArguments, numbers, result);
 }

@@ -7,6 +7,61 @@
 
 namespace rlk {
 
+__device__ inline int64_t id_of(const GroupIds& ids, int row) {
+  switch (ids.dtype) {
+    case Dtype::kInt64:
+      return static_cast<const int64_t*>(ids.data)[row];
+    case Dtype::kInt32:
+      return static_cast<const int32_t*>(ids.data)[row];
+    case Dtype::kInt16:
+      return static_cast<const int16_t*>(ids.data)[row];
+    case Dtype::kInt8:
+      return static_cast<const int8_t*>(ids.data)[row];
+    default:
+      return static_cast<const uint8_t*>(ids.data)[row];
+  }
+}
+
+constexpr int kPlaceThreads = 128;
+
+// A thread per row: where it is once rows are sorted by group, which is behind those of smaller ids, and behind the
+// earlier ones of the same; and whether a group starts there.
+__global__ void __launch_bounds__(kPlaceThreads)
+    group_places_kernel(GroupIds ids, int count, int64_t* order, uint8_t* starts) {
+  __shared__ int64_t others[kPlaceThreads];
+  const int row = static_cast<int>(blockIdx.x) * kPlaceThreads + static_cast<int>(threadIdx.x);
+  const int64_t own = row < count ? id_of(ids, row) : 0;
+  int less = 0, before = 0;
+  for (int first = 0; first < count; first += kPlaceThreads) {
+    const int other = first + static_cast<int>(threadIdx.x);
+    if (other < count) others[threadIdx.x] = id_of(ids, other);
+    __syncthreads();
+    for (int i = 0; i < kPlaceThreads && first + i < count; ++i) {
+      less += others[i] < own;
+      before += others[i] == own && first + i < row;
+    }
+    // The next ids are written where slower threads still read.
+    __syncthreads();
+  }
+  if (row >= count) return;
+  order[less + before] = row;
+  starts[less + before] = before == 0;
+}
+
+// One warp: the places where groups start, one after the other, and then `count`, for groups without rows.
+__global__ void __launch_bounds__(kWarp) group_offsets_kernel(const uint8_t* starts, int count, int64_t* offsets) {
+  const int lane = static_cast<int>(threadIdx.x);
+  int groups = 0;
+  for (int first = 0; first < count; first += kWarp) {
+    const int place = first + lane;
+    const bool start = place < count && starts[place] != 0;
+    const unsigned lanes = __ballot_sync(0xffffffffu, start);
+    if (start) offsets[groups + __popc(lanes & ((1u << lane) - 1))] = place;
+    groups += __popc(lanes);
+  }
+  for (int group = groups + lane; group <= count; group += kWarp) offsets[group] = count;
+}
+
 __global__ void numbers_kernel(Numbers numbers, float* result) {
   if (threadIdx.x < static_cast<unsigned>(numbers.count)) result[threadIdx.x] = numbers.values[threadIdx.x];
 }

@@ -21,6 +21,13 @@ struct GroupOptions {
   bool normalize_before_sum, keep_singleton;
 };
 
+// ids of 1, 2, 4 or 8 bytes, signed or not; order [count] and offsets [count + 1].
+struct GroupIds {
+  const void* data;
+  Dtype dtype;
+};
+void launch_group_segments(Launcher& launch, const GroupIds& ids, int count, int64_t* order, int64_t* offsets);
+
 // Numbers that one launch takes by value.
 constexpr int kArguments = 64;
 struct Numbers {

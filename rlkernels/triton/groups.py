@@ -244,6 +244,50 @@ def _column_kernel(
         tl.store(signal + row, tl.where(any_differs, known, False), mask=inside)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _places_kernel(group_ids, order, starts, count: tl.int32, BLOCK: tl.constexpr, OTHERS: tl.constexpr):
+    """Where rows are once sorted by group: behind those of smaller ids, and behind the earlier ones of the same."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.load(group_ids + row, mask=row < count, other=0)
+    less = tl.zeros((BLOCK,), tl.int32)
+    before = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, count, OTHERS):
+        other = first + tl.arange(0, OTHERS)
+        theirs = tl.load(group_ids + other, mask=other < count, other=0)[None, :]
+        there = (other < count)[None, :]
+        less += tl.sum(((theirs < own[:, None]) & there).to(tl.int32), 1)
+        before += tl.sum(((theirs == own[:, None]) & (other[None, :] < row[:, None]) & there).to(tl.int32), 1)
+    tl.store(order + less + before, row.to(tl.int64), mask=row < count)
+    tl.store(starts + less + before, (before == 0).to(tl.int8), mask=row < count)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _offsets_kernel(starts, offsets, count: tl.int32, BLOCK: tl.constexpr):
+    """The places where groups start, one after the other, and then `count`, for groups without rows."""
+    groups = tl.zeros((), tl.int32)
+    for first in range(0, count, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        start = tl.load(starts + place, mask=place < count, other=0).to(tl.int32)
+        tl.store(offsets + groups + tl.cumsum(start, 0) - 1, place.to(tl.int64), mask=start != 0)
+        groups += tl.sum(start, 0)
+    for first in range(0, count + 1, BLOCK):
+        group = first + tl.arange(0, BLOCK)
+        end = tl.zeros((BLOCK,), tl.int64) + count
+        tl.store(offsets + group, end, mask=(group >= groups) & (group <= count))
+
+
+@implements("group_segments")
+def group_segments(group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    count = group_ids.shape[0]
+    order, offsets = (group_ids.new_empty(size, dtype=torch.int64) for size in (count, count + 1))
+    starts = group_ids.new_empty(count, dtype=torch.int8)
+    _places_kernel[(triton.cdiv(count, BLOCK),)](
+        group_ids, order, starts, count, BLOCK=BLOCK, OTHERS=BLOCK, num_warps=num_warps("tokens")
+    )
+    _offsets_kernel[(1,)](starts, offsets, count, BLOCK=BATCH_BLOCK, num_warps=num_warps("tokens"))
+    return order, offsets
+
+
 @triton.jit
 def _numbers_kernel(numbers, result):
     for index in tl.static_range(len(numbers)):
