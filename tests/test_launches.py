@@ -3,10 +3,13 @@
 Calls are seen under a TorchDispatchMode, where one of PyTorch's own is a launch or more. Inside an op of ours the mode
 sees nothing: test_triton_losses_compiled.py looks there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import rlkernels
 from op_cases import CASES, Case
 from rlkernels import _backends
 
@@ -82,3 +85,42 @@ def test_a_public_call_launches_its_kernels_and_nothing_else(backend, device, na
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(COUNTS)])
 def test_no_public_call_waits_for_the_device(backend, device, name):
     assert run(CASES[name], device).waited == []
+
+
+CAPTURABLE = {name: case for name, case in CASES.items() if not reason(name)}
+_head = CASES["linear_token_logprobs"]
+CAPTURABLE["linear_token_logprobs, num_scored"] = replace(_head, others=_head.others | {"num_scored": 5})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", CAPTURABLE if torch.cuda.is_available() else ["any"])
+@pytest.mark.parametrize("serving", ["cuda", "triton"])
+def test_a_captured_call_is_replayed_on_other_inputs(serving, name):
+    """Forward and backward in one CUDA graph."""
+    case = CAPTURABLE[name].to(torch.device("cuda"))
+    leaves = [value.requires_grad_() for value in case.differentiable.values()]
+
+    def call() -> list[torch.Tensor]:
+        outputs = case()
+        differentiable = [output for output in outputs if output.requires_grad]
+        upstream = [torch.ones_like(output) for output in differentiable]
+        gradients = torch.autograd.grad(differentiable, leaves, upstream) if leaves else ()
+        return [value.detach() for value in (*outputs, *gradients)]
+
+    with rlkernels.use_backend(serving):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            call()  # compiles, and allocates what stays
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        with torch.no_grad():
+            for value in (*case.differentiable.values(), *case.data.values()):
+                value.mul_(0.5)
+        wanted = call()
+        graph.replay()
+    for one, other in zip(captured, wanted, strict=True):
+        assert torch.equal(one, other)
