@@ -8,9 +8,10 @@ that registers, shared memory and the number of blocks leave room for, in the va
 
 The ceiling of a kernel is what it could move if nothing but its instructions took time: each of the four parts of
 every multiprocessor issues one for a warp in each cycle of the boost clock. Instructions per element are those of the
-loop over elements, counted in the machine code (sm_90 / sm_100, which is for the B200), each once; bytes are those that
-each element must move. Where the ceiling is above the bandwidth of the memory (in the head of the column, from the data
-sheets), memory is the limit; where it is below, instructions are. No GPU has measured any of this.
+loop over elements, counted in the machine code (sm_90 / sm_100, which is for the B200): each once, also those that not
+every turn runs. Bytes are those that each element must move. Where the ceiling is above the bandwidth of the memory (in
+the head of the column, from the data sheets), memory is the limit; where it is below, instructions are. No GPU has
+measured any of this.
 """
 
 import os
