@@ -45,9 +45,9 @@ def _step(a, b, y, ENDS: tl.constexpr):
 
 @triton.jit
 def _product(high, low, high_later, low_later, ENDS: tl.constexpr):
-    """Of two factors, each the sum of two floats. The product of many factors must keep more digits than a float has:
-    they are often all the same, and then the rounding of each squaring would go in one direction and double with the
-    next. Dekker 1971, "A floating-point technique for extending the available precision"."""
+    """The product of two factors, each the sum of two floats. One of many factors must keep more digits than a float
+    has: they are often all the same, and then the rounding of each squaring would go in one direction and double with
+    the next. Dekker 1971, "A floating-point technique for extending the available precision"."""
     high_product = high * high_later
     error = tl.fma(high, high_later, -1.0 * high_product)  # a minus alone is 0 - x, an instruction more
     low_product = tl.fma(high, low_later, tl.fma(low, high_later, error))
@@ -411,7 +411,7 @@ def _serves(valid, start, begin, end, longest):
 
 @triton.jit
 def _first_value_behind(inputs, start, end, bootstrap, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the first token from `start` that is scored or ends an episode; most often it is the very first."""
+    """The value of the first token from `start` that is scored or ends an episode; most often the very first is."""
     _, values, _, _, mask, dones = inputs
     position = tl.arange(0, BLOCK)
     next_value = bootstrap + 0.0
