@@ -1,26 +1,18 @@
 """What a public call asks of a device besides its own kernels: memory and views, and never to be waited for.
 
 Calls are seen under a TorchDispatchMode, where one of PyTorch's own is a launch or more. Inside an op of ours the mode
-sees nothing: test_triton_losses_compiled.py looks there."""
+sees nothing: test_triton_compiled.py calls the launchers themselves."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkernels
+from launches import Seen
 from op_cases import CASES, Case
 from rlkernels import _backends
 
-NO_LAUNCH = {
-    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"),
-    *("view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "t", "transpose", "permute", "slice"),
-    *("select", "alias", "detach", "as_strided", "unbind", "_reshape_alias", "split", "movedim"),
-}
-"""Memory and views: nothing runs on the device."""
-WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_to_copy_to_cpu", "unique", "masked_select"}
-"""The host waits for a number of the device."""
 LAUNCHING = {
     "linear": "the head multiplies matrices with PyTorch, and prepares its rows with it",
     "preference_loss": "plain PyTorch",
@@ -30,27 +22,6 @@ LAUNCHING = {
 """Cases, by the beginning of their names, that launch more than their kernels, and why."""
 COUNTS = ("linear",)
 """Without num_scored the head must know how many rows are scored."""
-
-
-class Seen(TorchDispatchMode):
-    """Notes what runs in PyTorch's name, and in ours."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launched: list[str] = []
-        self.waited: list[str] = []
-        self.own: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name
-        kind = name.rpartition("::")[2]
-        if name.startswith("rlkernels::"):
-            self.own.append(kind)
-        elif kind not in NO_LAUNCH:
-            self.launched.append(kind)
-        if kind in WAITS:
-            self.waited.append(kind)
-        return function(*args, **(kwargs or {}))
 
 
 def run(case: Case, device: torch.device) -> Seen:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import COMPILERS_AND_LAYOUTS, thorough_emulated
+from launches import Seen
 from op_calls import check_ops
 from rlkernels import policy_loss
 from rlkernels._codes import AGGREGATIONS, KL_ESTIMATORS, STRAIGHT_THROUGH
@@ -17,7 +18,6 @@ from token_losses import (
     NAN,
     as_given,
     assert_matches_oracles,
-    launches,
     make_inputs,
     run,
 )
@@ -173,10 +173,10 @@ def test_a_call_launches_its_kernels_and_nothing_else(backend, device, packed):
     leaves = [inputs[name].requires_grad_() for name in ("logprobs", "entropy")]
     upstream, normalizer = torch.tensor(2.0, device=device), torch.tensor(9, device=device)
     for objective in ("ppo", "gspo"):
-        with launches() as names:
+        with Seen() as seen:
             loss, _ = policy_loss(**inputs, objective=objective, entropy_coef=0.1, normalizer=normalizer)
             torch.autograd.grad(loss, leaves, upstream)
-        assert names == ["policy_loss_forward", "token_loss_backward"]
+        assert (seen.own, seen.launched) == (["policy_loss_forward", "token_loss_backward"], [])
 
 
 @pytest.mark.only("triton")

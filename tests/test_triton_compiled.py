@@ -32,6 +32,7 @@ from gpu_assembly import (
     instructions,
     variants_for,
 )
+from launches import Seen
 from rlkernels._codes import (
     AGGREGATIONS,
     BASELINES,
@@ -523,6 +524,13 @@ def test_every_kernel_is_compiled_here():
     for launch, _ in CASES.values():
         compiled |= set(variants_for(TARGETS["sm_90"], launch))
     assert launched and compiled == launched
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_launcher_allocates_and_launches_its_kernels_and_nothing_else(case):
+    with Seen() as seen:
+        assert variants_for(TARGETS["sm_90"], CASES[case][0])
+    assert (seen.launched, seen.waited, seen.own) == ([], [], [])
 
 
 VOCAB_SIZES = [1, 2, 7, 15, 16, 31, 32, 63, 64, 129, 1000, 1023, 1024, 4096, 32000, 32768, 49152, 50257, 128256, 151936]

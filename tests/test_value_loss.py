@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlkernels
 from cases import COMPILERS_AND_LAYOUTS, thorough_emulated
+from launches import Seen
 from op_calls import check_ops
 from rlkernels import value_loss
 from rlkernels._codes import AGGREGATIONS
@@ -17,7 +18,6 @@ from token_losses import (
     aggregate_by_loops,
     as_given,
     assert_sums_as_accurate,
-    launches,
     spans_of,
 )
 from tolerance import assert_as_accurate_as_torch
@@ -163,10 +163,10 @@ def test_a_call_launches_its_kernels_and_nothing_else(backend, device, packed):
     inputs["mask"] = inputs["mask"].long()
     inputs["values"].requires_grad_()
     upstream, normalizer = torch.tensor(2.0, device=device), torch.tensor(9, device=device)
-    with launches() as names:
+    with Seen() as seen:
         loss, _ = value_loss(**inputs, aggregation="seq_mean_token_mean", normalizer=normalizer)
         torch.autograd.grad(loss, inputs["values"], upstream)
-    assert names == ["value_loss_forward", "token_loss_backward"]
+    assert (seen.own, seen.launched) == (["value_loss_forward", "token_loss_backward"], [])
 
 
 @pytest.mark.only("triton")

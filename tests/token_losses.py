@@ -3,10 +3,8 @@ the comparison of a backend with both oracles."""
 
 import itertools
 import math
-from contextlib import contextmanager
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkernels
 from rlkernels import policy_loss
@@ -17,33 +15,6 @@ INF = float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The op that a backward pass calls, by backend; on CPUs PyTorch multiplies.
 GRADIENT_OPS = {"cpu": (), "cuda": ("token_loss_backward",), "triton": ("token_loss_backward",)}
-
-# What a public call may do besides launching its kernels: it takes no launch.
-FREE = {"detach", "new_empty", "empty_like", "view", "alias", "expand"}
-
-
-class Launches(TorchDispatchMode):
-    """Lists what is called of PyTorch that launches something, and every op of this package."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.partition("::")[2]
-        if name not in FREE:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def launches():
-    """What is listed; memory is not filled, which would be a launch."""
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    with Launches() as record:
-        yield record.names
-    torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def as_given(inputs, main):
