@@ -21,6 +21,7 @@ class Seen(TorchDispatchMode):
         self.launched: list[str] = []
         self.waited: list[str] = []
         self.own: list[str] = []
+        self.launches = 0  # of CUDA kernels, where the emulation counts them
         self._filled = torch.utils.deterministic.fill_uninitialized_memory
 
     def __enter__(self) -> "Seen":

@@ -3,6 +3,9 @@
 Calls are seen under a TorchDispatchMode, where one of PyTorch's own is a launch or more. Inside an op of ours the mode
 sees nothing: test_triton_compiled.py calls the launchers themselves."""
 
+import ctypes
+import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -24,18 +27,20 @@ COUNTS = ("linear",)
 """Without num_scored the head must know how many rows are scored."""
 
 
-def run(case: Case, device: torch.device) -> Seen:
+def run(case: Case, device: torch.device, counted: Callable[[], int] = lambda: 0) -> Seen:
     """Forward and backward, with numbers in bfloat16 and masks of integers."""
     case = case.to(device)
     differentiable = {name: value.bfloat16().requires_grad_() for name, value in case.differentiable.items()}
     data = {name: value.bfloat16() for name, value in case.data.items()}
     others = {name: value.long() if name == "mask" else value for name, value in case.others.items()}
     case = Case(case.op, differentiable, data, others)
-    upstream = [torch.ones_like(output) for output in case() if output.requires_grad]
+    upstream = [torch.ones(output.shape, device=device) for output in case() if output.requires_grad]
+    before = counted()
     with Seen() as seen:
         outputs = [output for output in case() if output.requires_grad]
         if outputs:
             torch.autograd.grad(outputs, list(differentiable.values()), upstream)
+    seen.launches = counted() - before
     return seen
 
 
@@ -56,6 +61,40 @@ def test_a_public_call_launches_its_kernels_and_nothing_else(backend, device, na
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(COUNTS)])
 def test_no_public_call_waits_for_the_device(backend, device, name):
     assert run(CASES[name], device).waited == []
+
+
+CUDA_LAUNCHES = {
+    "token_logprobs": 2,
+    "kl_penalty": 2,
+    "group_advantages": 1,
+    "group_advantages, weights of a list": 2,
+    "group_advantages, by id": 3,
+    "policy_loss": 4,
+    "policy_loss, packed": 5,
+    "value_loss": 3,
+    "value_loss, packed": 4,
+    "gae": 1,
+    "td_lambda": 1,
+    "discounted_returns": 1,
+    "vtrace": 1,
+    "shaped_rewards": 1,
+    "gae, packed": 2,
+    "td_lambda, packed": 2,
+    "discounted_returns, packed": 2,
+    "vtrace, packed": 2,
+    "shaped_rewards, packed": 2,
+}
+"""Kernels of a call and of its gradient; packed sequences take one more, which looks at cu_seqlens."""
+
+
+@pytest.mark.only("cuda")
+@pytest.mark.parametrize("name", CUDA_LAUNCHES)
+def test_how_many_kernels_a_call_launches(backend, device, name):
+    if "CUDA_EMULATION_KERNELS" not in os.environ:
+        pytest.skip("launches are counted by the emulation")
+    counted = ctypes.CDLL(os.environ["CUDA_EMULATION_KERNELS"]).cuda_emulation_launches
+    counted.restype = ctypes.c_int64
+    assert run(CASES[name], device, counted).launches == CUDA_LAUNCHES[name]
 
 
 CAPTURABLE = {name: case for name, case in CASES.items() if not reason(name)}

@@ -354,9 +354,12 @@ cudaError_t Machine::run(const cudaLaunchConfig_t& config, void (*kernel)(void*)
 
 }  // namespace
 
+int64_t launches = 0;
+
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*thread)(void*), void* context) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
+  ++launches;
   return machine().run(config, thread, context);
 }
 
@@ -382,3 +385,6 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid argument";
   }
 }
+
+// How many kernels have been launched in this process, for tests/test_launches.py.
+extern "C" __attribute__((visibility("default"))) int64_t cuda_emulation_launches() { return emulation::launches; }
