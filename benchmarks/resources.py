@@ -38,7 +38,7 @@ from gpu_assembly import (  # noqa: E402
     count,
     disassemble,
     dump,
-    innermost_loop_with_loads,
+    innermost_loops_with_loads,
     instructions,
     loops_of,
     resource_usage,
@@ -263,8 +263,8 @@ def hot_loops(architecture: str, listings: dict[str, list[tuple[int, str]]]) -> 
 
     for kernel in HOT_LOOPS:
         variants = compile_for(TARGETS[architecture], CASES[kernel.case][0])[kernel.triton]
-        loop = instructions(innermost_loop_with_loads(disassemble(variants[0]).text))
-        yield kernel, "Triton", per_element(loop, kernel)
+        loops = map(instructions, innermost_loops_with_loads(disassemble(variants[0]).text))
+        yield kernel, "Triton", per_element(widest_loop(loops), kernel)
         if kernel.cuda in listings:
             yield kernel, "CUDA", per_element(widest_loop(loops_of(listings[kernel.cuda])), kernel)
 

@@ -85,10 +85,10 @@ def variants_for(target: GPUTarget, launch: Callable[[], None]) -> dict[str, set
     return variants
 
 
-def grids_for(target: GPUTarget, launch: Callable[[], None]) -> dict[str, tuple[int, ...]]:
-    """The programs that running `launch` starts, by the kernels' names."""
-    grids: dict[str, tuple[int, ...]] = {}
-    _launch_on(target, launch, lambda run, name, *args, **kwargs: grids.update({name: run.keywords["grid"]}))
+def grids_for(target: GPUTarget, launch: Callable[[], None]) -> list[tuple[str, tuple[int, ...]]]:
+    """The launches that running `launch` makes: each kernel's name and its programs."""
+    grids: list[tuple[str, tuple[int, ...]]] = []
+    _launch_on(target, launch, lambda run, name, *args, **kwargs: grids.append((name, run.keywords["grid"])))
     return grids
 
 
@@ -221,7 +221,12 @@ def widest_loop(loops: Iterable[list[str]]) -> list[str]:
 
 
 def innermost_loop_with_loads(text: str) -> str:
-    """The shortest stretch with loads between a label and the last branch back to it."""
+    """The shortest of `innermost_loops_with_loads`."""
+    return min(innermost_loops_with_loads(text), key=len)
+
+
+def innermost_loops_with_loads(text: str) -> list[str]:
+    """The stretches with loads between a label and the last branch back to it that no other stretch lies in."""
     lines = text.splitlines()
     labels: dict[str, int] = {}
     bodies: dict[str, str] = {}
@@ -231,4 +236,5 @@ def innermost_loop_with_loads(text: str) -> str:
                 labels[label] = number
             elif label in labels:
                 bodies[label] = "\n".join(lines[labels[label] : number])
-    return min((body for body in bodies.values() if LOAD.search(body)), key=len)
+    loops = {body for body in bodies.values() if LOAD.search(body)}
+    return [body for body in loops if not any(other in body for other in loops - {body})]

@@ -57,6 +57,20 @@ def test_a_public_call_launches_its_kernels_and_nothing_else(backend, device, na
     assert seen.own and seen.launched == [], seen.launched
 
 
+@pytest.mark.only("triton")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_the_next_tokens_of_a_batch_are_taken_as_they_are(backend, device, dtype):
+    logits = torch.randn(2, 5, 19, device=device, requires_grad=True)
+    token_ids = torch.randint(19, (2, 5), device=device, dtype=dtype)
+    upstream = torch.ones(2, 4, device=device)
+    with Seen() as seen:
+        logprobs = rlkernels.token_logprobs(logits[:, :-1], token_ids[:, 1:])
+    assert seen.own and seen.launched == [], seen.launched
+    with Seen() as seen:
+        torch.autograd.backward(logprobs, upstream)
+    assert seen.launched == ["slice_backward"], seen.launched
+
+
 @pytest.mark.only("triton", "cuda")
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(COUNTS)])
 def test_no_public_call_waits_for_the_device(backend, device, name):

@@ -409,6 +409,41 @@ def test_a_row_does_not_depend_on_the_others(backend, device, dtype):
             assert torch.equal(one, all_rows[at])
 
 
+def small_parts(monkeypatch, few_rows=8):
+    """Parts of 2,048 logits of 16 bits, or 1,024 of 32, where Triton's kernels are interpreted."""
+    for name, value in (("LINES", 1), ("TILES_OF_PART", 2), ("FEW_ROWS", few_rows)):
+        monkeypatch.setattr(f"rlkernels.triton.logprobs.{name}", value)
+
+
+@pytest.mark.only("triton")
+@pytest.mark.parametrize("few_rows", [0, 100])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_several_parts(backend, device, emulated, dtype, softcap, few_rows, monkeypatch):
+    small_parts(monkeypatch, few_rows)
+    for vocab_size in (2048, 4297):
+        rows, token_ids = random_rows(KINDS * (1 if emulated else 10), vocab_size, seed=2)
+        rows, token_ids = rows.to(device, dtype), token_ids.to(device)
+        assert_matches_reference(rows, unchanged, token_ids, upstream_for(token_ids), softcap=softcap)
+
+
+@pytest.mark.parametrize("rows", [9, *map(thorough_emulated, (64, 512)), 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_among_any_number_of_rows(backend, device, emulated, dtype, rows, monkeypatch):
+    """Programs of a GPU share a row part by part where there are few; where there are many, each has a row."""
+    vocab_size = 2 * 16384 + 2000  # more than two parts
+    if emulated:
+        if rows > 1000:
+            pytest.skip("a row takes 50 ms where GPU kernels run on a CPU")
+        small_parts(monkeypatch)
+        vocab_size = 2 * 2048 + 200
+    logits, token_ids, upstream = plain((1, vocab_size), device, dtype)
+    alone = run(kernel, logits, unchanged, token_ids, upstream)
+    logits, token_ids, *upstream = (value.expand(rows, *value.shape[1:]) for value in (logits, token_ids, *upstream))
+    for one, all_rows in zip(alone, run(kernel, logits, unchanged, token_ids, upstream), strict=True):
+        assert torch.equal(all_rows, one.expand_as(all_rows))
+
+
 @THOROUGH_EMULATED
 def test_same_bits_on_every_run(backend, device, emulated):
     logits, token_ids, upstream = plain((4 if emulated else 64, 1000), device, torch.bfloat16)

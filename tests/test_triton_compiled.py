@@ -29,6 +29,7 @@ from gpu_assembly import (
     disassemble,
     grids_for,
     innermost_loop_with_loads,
+    innermost_loops_with_loads,
     instructions,
     variants_for,
 )
@@ -475,10 +476,12 @@ def test_no_spills_and_16_byte_loads(case, target, compile_launches):
             assert not SPILL.search(assembly.text), f"{name} spills registers"
             wanted = wide_loads.get(name, 0)
             if wanted == "loop":
-                loop = innermost_loop_with_loads(assembly.text)
-                assert all(WIDE_LOAD.fullmatch(load) for load in LOAD.findall(loop)), name
-                assert not BARRIER.search(loop), f"{name} waits for other warps in its loop"
-                assert all(WIDE_STORE.fullmatch(store) for store in STORE.findall(loop)), name
+                loops = [loop for loop in innermost_loops_with_loads(assembly.text) if WIDE_LOAD.search(loop)]
+                assert loops, name
+                for loop in loops:
+                    assert all(WIDE_LOAD.fullmatch(load) for load in LOAD.findall(loop)), name
+                    assert not BARRIER.search(loop), f"{name} waits for other warps in its loop"
+                    assert all(WIDE_STORE.fullmatch(store) for store in STORE.findall(loop)), name
             else:
                 assert len(WIDE_LOAD.findall(assembly.text)) >= wanted, name
 
@@ -504,9 +507,39 @@ def test_a_warp_scans_tokens_in_few_instructions_and_waits_for_no_other(target, 
     assert counts.barriers == 0
 
 
+@pytest.mark.parametrize("target", ["sm_90", thorough("sm_100")])
+@pytest.mark.parametrize(
+    ("case", "kernel", "at_most"),
+    [
+        ("plain", "_forward_kernel", 7.1),
+        ("entropy", "_forward_kernel", 9.3),
+        ("plain", "_backward_kernel", 6.8),
+        ("entropy", "_backward_kernel", 8.8),
+    ],
+)
+def test_a_logit_takes_few_instructions(case, kernel, at_most, target, compile_launches):
+    """Four words of 16 bytes for each thread, that is 32 logits, in parts that lack neither columns nor the target."""
+    launch, _ = CASES[f"token_logprobs bfloat16 {case}"]
+    (compiled,) = compile_launches(TARGETS[target], launch)[f"logprobs.{kernel}"]
+    loops = [count(instructions(loop)) for loop in innermost_loops_with_loads(disassemble(compiled).text)]
+    counts = min(counts for counts in loops if counts.loads == {16: 4})
+    assert counts.stores == ({16: 4} if "backward" in kernel else {})
+    assert counts.instructions <= 32 * at_most
+    assert (counts.shuffles, counts.barriers) == (0, 0)
+
+
+def test_few_rows_keep_a_gpu_busy():
+    """64 rows of Qwen's vocabulary: ten programs a row, and then one that joins."""
+    grids = grids_for(TARGETS["sm_90"], lambda: token_logprobs(torch.bfloat16, 151_936, rows=(1, 64)))
+    forward, backward = "logprobs._forward_kernel", "logprobs._backward_kernel"
+    assert grids == [(forward, (64, 10)), (forward, (64, 1)), (backward, (64, 10))]
+    many = grids_for(TARGETS["sm_90"], lambda: token_logprobs(torch.bfloat16, 151_936, rows=(1, 8192)))
+    assert many == [(forward, (8192, 1)), (backward, (8192, 1))]
+
+
 def test_few_long_sequences_keep_a_gpu_busy():
     grids = grids_for(TARGETS["sm_90"], lambda: recur("gae", (8, 32768)))
-    assert all(programs >= 512 for (programs,) in grids.values()), grids
+    assert all(programs >= 512 for _, (programs,) in grids), grids
 
 
 def test_the_quick_cases_exist():
@@ -554,7 +587,9 @@ def test_two_variants_serve_every_vocabulary_and_temperature(dtype):
 
 
 @pytest.mark.parametrize("gradient", [None, torch.bfloat16])
-def test_two_variants_serve_every_tile(gradient):
+def test_few_variants_serve_every_tile(gradient):
+    """A third where rows are not aligned though the vocabulary is whole words."""
+
     def launches():
         for vocab_size in VOCAB_SIZES:
             for vocab_start in (0, 1, 16, 151_936, 2**31):
@@ -568,7 +603,7 @@ def test_two_variants_serve_every_tile(gradient):
 
     compiled = variants_for(TARGETS["sm_90"], launches)
     assert {name: len(kernels) for name, kernels in compiled.items()} == {
-        "logprobs._forward_kernel": 2,
+        "logprobs._forward_kernel": 3,
         "logprobs._backward_kernel": 2,
     }
 

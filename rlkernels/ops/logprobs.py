@@ -90,7 +90,9 @@ def token_logprobs(
 
     _checks.no_tangent("logits", logits)
     rows = _rows(logits)
-    ids = token_ids.reshape(rows.shape[:-1]).long().contiguous()
+    ids = token_ids.reshape(rows.shape[:-1])
+    if backend not in _checks.ON_GPUS:
+        ids = ids.long().contiguous()
     options = (temperature, softcap, ignore_index, return_entropy)
     if inplace_backward:
         logprobs, entropy = _InplaceBackward.apply(rows, ids, *options, backend)

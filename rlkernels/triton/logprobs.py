@@ -1,3 +1,10 @@
+"""token_logprobs: a program per row of logits, or per part of a row where there are too few rows to fill a GPU.
+
+A row's sums are formed part by part and joined in order. How wide a part is depends on the dtype alone. One kernel does
+all of it, whether a program makes a whole row, makes one part, or joins the parts that others made: the same machine
+code rounds alike, so a row's bits do not depend on how many rows there are.
+"""
+
 import torch
 import triton
 import triton.language as tl
@@ -10,25 +17,21 @@ from rlkernels.triton._math import LN2, LOG2E, expm1, soft_cap, softplus, tanh_d
 # Below the lowest logarithm of a positive float, and finite, so that its product with a weight of 0 is 0.
 LOWEST = tl.constexpr(-1e30)
 
-# Two variants are compiled per dtype, ALIGNED or not, whatever the vocabulary, the strides and the temperature.
+# Each thread reads 16 bytes of each of a tile's lines at once: enough to keep the memory busy. Its columns stay within
+# a thread, so that the loop over tiles needs no barrier.
+LINES = 4
+TILES_OF_PART = 4
+# Up to so few rows a program makes one part of a row: with a program a row most of a GPU would be idle.
+FEW_ROWS = 1024
+
+# Two variants are compiled per dtype, ALIGNED or not, whatever the vocabulary, the rows, the strides and the options'
+# values.
 _DO_NOT_SPECIALIZE = [
-    "logits",
-    "token_ids",
-    "logprobs",
-    "entropy",
-    "row_stats",
-    "parts",
-    "grad_logprobs",
-    "grad_entropy",
-    "grad_logits",
-    "inner_rows",
-    "outer_stride",
-    "inner_stride",
-    "grad_outer_stride",
-    "grad_inner_stride",
-    "vocab_start",
-    "vocab_size",
-    "ignore_index",
+    *("logits", "token_ids", "logprobs", "entropy", "row_stats", "sums"),
+    *("grad_logprobs", "grad_entropy", "grad_logits"),
+    *("inner_rows", "outer_stride", "inner_stride", "ids_outer_stride", "ids_inner_stride"),
+    *("grad_outer_stride", "grad_inner_stride", "vocab_start", "vocab_size", "ignore_index"),
+    "reads",
 ]
 
 
@@ -56,6 +59,111 @@ def _target(token, vocab_start, vocab_size, ignore_index, PART: tl.constexpr):
         return at, inside, tl.where(ignored, 0.0, float("nan"))
 
 
+@triton.jit
+def _parts_of_program(vocab_size, WIDTH: tl.constexpr):
+    if tl.num_programs(1) > 1:
+        first, last = tl.program_id(1), tl.program_id(1) + 1
+    else:
+        first, last = 0, tl.cdiv(vocab_size, WIDTH)
+    return first, last
+
+
+@triton.jit
+def _tile(IN_WORDS: tl.constexpr, LINES: tl.constexpr, THREADS: tl.constexpr, WORD: tl.constexpr):
+    """The columns of a tile, [LINES, THREADS, WORD]: a thread reads words of 16 bytes if the vocabulary is whole words,
+    else neighbours read neighbouring elements. Either way the first and the last dimension stay within a thread."""
+    line = tl.arange(0, LINES)[:, None, None] * (THREADS * WORD)
+    thread = tl.arange(0, THREADS)[None, :, None]
+    element = tl.arange(0, WORD)[None, None, :]
+    if IN_WORDS:
+        return line + thread * WORD + element
+    else:
+        return line + element * THREADS + thread
+
+
+@triton.jit
+def _anchor(top):
+    """A finite max to subtract where there is nothing but -inf so far: any will do, since the sums are 0."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _moved(total, moment, drop, temperature, ENTROPY: tl.constexpr):
+    """The sums with the max y - drop from those with the max y, where drop <= 0."""
+    weight = tl.exp2(drop * (LOG2E / temperature))
+    if ENTROPY:
+        moment = (moment + total * tl.maximum(drop / temperature, LOWEST)) * weight
+    return total * weight, moment
+
+
+@triton.jit
+def _joined(top, total, moment, part_top, part_total, part_moment, temperature, ENTROPY: tl.constexpr):
+    """The sums over two disjoint parts of a row. An empty sum, (-inf, 0, 0), leaves the other as it is."""
+    new_top = tl.maximum(top, part_top)
+    anchor = _anchor(new_top)
+    total, moment = _moved(total, moment, top - anchor, temperature, ENTROPY)
+    part_total, part_moment = _moved(part_total, part_moment, part_top - anchor, temperature, ENTROPY)
+    return new_top, total + part_total, moment + part_moment
+
+
+@triton.jit
+def _sums_of_part(
+    start,
+    first,
+    end,
+    token,
+    temperature,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    PLAIN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    IN_WORDS: tl.constexpr,
+    LINES: tl.constexpr,
+    THREADS: tl.constexpr,
+    WORD: tl.constexpr,
+):
+    """The sums over the columns [first, end), without the target's: top = max y, total = sum of exp(z - top of z), and
+    moment = sum of exp(z - top of z) (z - top of z), where z = y / temperature. PLAIN columns are whole tiles and do
+    not hold the target."""
+    scale = LOG2E / temperature
+    tile = _tile(IN_WORDS, LINES, THREADS, WORD)
+    # Each thread has its own sums.
+    top = tl.full((THREADS,), float("-inf"), tl.float32)
+    total = tl.zeros((THREADS,), tl.float32)
+    moment = tl.zeros((THREADS,), tl.float32)
+    for at in range(first, end, LINES * THREADS * WORD):
+        if PLAIN:
+            y = soft_cap(tl.load(start + at + tile).to(tl.float32), softcap, SOFTCAP)
+        else:
+            inside = at + tile < end
+            y = tl.load(start + at + tile, mask=inside, other=float("-inf")).to(tl.float32)
+            if SOFTCAP:
+                y = tl.where(inside, soft_cap(y, softcap, SOFTCAP), float("-inf"))
+            # The target is kept out of the sums: for a confident token, z_t - logsumexp(z) would round to 0.
+            if (token >= at) & (token < at + LINES * THREADS * WORD):
+                y = tl.where(at + tile == token, float("-inf"), y)
+
+        new_top = tl.maximum(top, tl.max(tl.max(y, 2), 0))
+        anchor = _anchor(new_top)
+        below = y - anchor[None, :, None]
+        weight = tl.exp2(below * scale)
+        drop = top - anchor
+        rescale = tl.exp2(drop * scale)
+        if ENTROPY:
+            moment = (moment + total * tl.maximum(drop, LOWEST)) * rescale
+            moment += tl.sum(tl.sum(weight * tl.maximum(below, LOWEST), 2), 0)
+        total = total * rescale + tl.sum(tl.sum(weight, 2), 0)
+        top = new_top
+
+    part_top = tl.max(top, 0)
+    drop = top - _anchor(part_top)
+    rescale = tl.exp2(drop * scale)
+    part_moment = tl.zeros((), tl.float32)
+    if ENTROPY:
+        part_moment = tl.sum((moment + total * tl.maximum(drop, LOWEST)) * rescale, 0) / temperature
+    return part_top, tl.sum(total * rescale, 0), part_moment
+
+
 @triton.jit(do_not_specialize=_DO_NOT_SPECIALIZE)
 def _forward_kernel(
     logits,
@@ -63,78 +171,81 @@ def _forward_kernel(
     logprobs,
     entropy,
     row_stats,
-    parts,
+    sums,
     inner_rows: tl.int32,
     outer_stride: tl.int64,
     inner_stride: tl.int64,
+    ids_outer_stride: tl.int64,
+    ids_inner_stride: tl.int64,
     vocab_start: tl.int64,
     vocab_size: tl.int32,
     temperature: tl.float32,
     softcap: tl.float32,
     ignore_index: tl.int64,
+    reads: tl.int32,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     PART: tl.constexpr,
     ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    IN_WORDS: tl.constexpr,
+    LINES: tl.constexpr,
+    THREADS: tl.constexpr,
+    WORD: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
+    """A program makes all parts of its row, or one of them if a row has several programs, or it reads the sums of all.
+    Then it finishes the row; if it made one part, or if the logits are a tile (PART), it writes the sums instead.
+    `sums` [parts, 4, rows] are top, total, moment and the target's y, NaN in a part that does not hold it."""
     row = tl.program_id(0)
-    start = logits + row // inner_rows * outer_stride + row % inner_rows * inner_stride
+    outer, inner = row // inner_rows, row % inner_rows
+    start = logits + outer * outer_stride + inner * inner_stride
+    token = tl.load(token_ids + outer * ids_outer_stride + inner * ids_inner_stride).to(tl.int64)
     row = row.to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
     if ALIGNED:
         start = tl.multiple_of(start, 16)
-    token, scored, fill = _target(tl.load(token_ids + row), vocab_start, vocab_size, ignore_index, PART)
+    token, scored, fill = _target(token, vocab_start, vocab_size, ignore_index, PART)
 
     # y are logits after the softcap. They are divided by the temperature after the max is subtracted: the difference of
     # two logits is exact where their quotients would be rounded.
-    scale = LOG2E / temperature
     target = soft_cap(tl.load(start + token, mask=token >= 0, other=0.0).to(tl.float32), softcap, SOFTCAP)
-    # Each column of a tile has its own running max, sum of exp2 and sum of exp2 * (y - max), and stays within a thread.
-    top = tl.full((COLUMNS,), float("-inf"), tl.float32)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    moment = tl.zeros((COLUMNS,), tl.float32)
-    tile = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    others_top = float("-inf")
+    others = 0.0
+    others_moment = 0.0
     end = tl.where(scored, _multiple_of_16_bytes(vocab_size, logits, ALIGNED), 0)
-    for first in range(0, end, ROWS * COLUMNS):
-        inside = first + tile < end
-        y = tl.load(start + first + tile, mask=inside, other=float("-inf")).to(tl.float32)
-        if SOFTCAP:
-            y = tl.where(inside, soft_cap(y, softcap, SOFTCAP), float("-inf"))
-        # The target is kept out of the sums: for a confident token, z_t - logsumexp(z) would round to 0.
-        if (token >= first) & (token < first + ROWS * COLUMNS):
-            y = tl.where(first + tile == token, float("-inf"), y)
+    first_part, last_part = _parts_of_program(vocab_size, WIDTH)
+    for part in range(first_part, last_part):
+        if reads != 0:
+            at = sums + part * 4 * rows + row
+            top = tl.load(at)
+            total = tl.load(at + rows)
+            moment = tl.load(at + 2 * rows)
+        else:
+            first = part * WIDTH
+            if (first + WIDTH <= end) & ((token < first) | (token >= first + WIDTH)):
+                top, total, moment = _sums_of_part(
+                    *(start, first, first + WIDTH, token, temperature, softcap),
+                    *(SOFTCAP, True, ENTROPY, IN_WORDS, LINES, THREADS, WORD),
+                )
+            else:
+                top, total, moment = _sums_of_part(
+                    *(start, first, tl.minimum(first + WIDTH, end), token, temperature, softcap),
+                    *(SOFTCAP, False, ENTROPY, IN_WORDS, (LINES + 1) // 2, THREADS, WORD),
+                )
+        others_top, others, others_moment = _joined(
+            others_top, others, others_moment, top, total, moment, temperature, ENTROPY
+        )
 
-        new_top = tl.maximum(top, tl.max(y, 0))
-        # In a column of nothing but -inf so far any finite max will do: the sums stay 0.
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        below = y - anchor[None, :]
-        weight = tl.exp2(below * scale)
-        drop = top - anchor
-        rescale = tl.exp2(drop * scale)
-        if ENTROPY:
-            moment = (moment + total * tl.maximum(drop, LOWEST)) * rescale
-            moment += tl.sum(weight * tl.maximum(below, LOWEST), 0)
-        total = total * rescale + tl.sum(weight, 0)
-        top = new_top
-
-    others_top = tl.max(top, 0)
-    anchor = tl.where(others_top == float("-inf"), 0.0, others_top)
-    drop = top - anchor
-    rescale = tl.exp2(drop * scale)
-    others = tl.sum(total * rescale, 0)
-    others_moment = tl.zeros((), tl.float32)
-    if ENTROPY:
-        others_moment = tl.sum((moment + total * tl.maximum(drop, LOWEST)) * rescale, 0) / temperature
-
-    rows = tl.num_programs(0).to(tl.int64)
-    if PART:
-        # The max passes over a NaN and the sum does not; the two must agree.
-        tl.store(parts + row, tl.where(others == others, others_top, float("nan")))
-        tl.store(parts + rows + row, others)
-        tl.store(parts + 2 * rows + row, others_moment)
-        tl.store(parts + 3 * rows + row, tl.where(token >= 0, target, float("nan")))
-    else:
+    if PART | (tl.num_programs(1) > 1):
+        at = sums + tl.program_id(1) * 4 * rows + row
+        if PART:
+            # The max passes over a NaN and the sum does not; the two must agree.
+            others_top = tl.where(others == others, others_top, float("nan"))
+        tl.store(at, others_top)
+        tl.store(at + rows, others)
+        tl.store(at + 2 * rows, others_moment)
+        tl.store(at + 3 * rows, tl.where(token >= 0, target, float("nan")))
+    elif not PART:
         # logprob = -softplus(logsumexp of the others - z_t)
         lead = (target - others_top) / temperature
         logprob = 0.0 - softplus(tl.log(others) - lead)
@@ -156,6 +267,21 @@ def _forward_kernel(
             tl.store(entropy + row, tl.where(scored, value, fill))
 
 
+@triton.jit
+def _gradient(x, top, scale, log2_sum, offset, slope, softcap, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr):
+    """p (offset + slope log2 p) dy/dx, for any logit but the target's."""
+    log2_p = (soft_cap(x, softcap, SOFTCAP) - top) * scale - log2_sum
+    p = tl.exp2(log2_p)
+    if ENTROPY:
+        # p is 0 long before the bound, and 0 times -inf would be NaN.
+        gradient = p * (offset + slope * tl.maximum(log2_p, -1000.0))
+    else:
+        gradient = p * offset
+    if SOFTCAP:
+        gradient *= tanh_derivative(x / softcap)
+    return gradient
+
+
 @triton.jit(do_not_specialize=_DO_NOT_SPECIALIZE)
 def _backward_kernel(
     grad_logprobs,
@@ -169,6 +295,8 @@ def _backward_kernel(
     inner_rows: tl.int32,
     outer_stride: tl.int64,
     inner_stride: tl.int64,
+    ids_outer_stride: tl.int64,
+    ids_inner_stride: tl.int64,
     grad_outer_stride: tl.int64,
     grad_inner_stride: tl.int64,
     vocab_start: tl.int64,
@@ -180,15 +308,18 @@ def _backward_kernel(
     PART: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0)
-    start = logits + row // inner_rows * outer_stride + row % inner_rows * inner_stride
-    grad_start = grad_logits + row // inner_rows * grad_outer_stride + row % inner_rows * grad_inner_stride
+    outer, inner = row // inner_rows, row % inner_rows
+    start = logits + outer * outer_stride + inner * inner_stride
+    grad_start = grad_logits + outer * grad_outer_stride + inner * grad_inner_stride
+    token = tl.load(token_ids + outer * ids_outer_stride + inner * ids_inner_stride).to(tl.int64)
     row = row.to(tl.int64)
     if ALIGNED:
         start = tl.multiple_of(start, 16)
         grad_start = tl.multiple_of(grad_start, 16)
-    token, scored, fill = _target(tl.load(token_ids + row), vocab_start, vocab_size, ignore_index, PART)
+    token, scored, fill = _target(token, vocab_start, vocab_size, ignore_index, PART)
 
     logprob = tl.load(logprobs + row)
     top = tl.load(row_stats + row)
@@ -200,35 +331,40 @@ def _backward_kernel(
     at_target = tl.zeros((), tl.float32)
     slope = tl.zeros((), tl.float32)
     if grad_logprobs is not None:
-        offset += tl.load(grad_logprobs + row) / temperature
-        at_target -= offset * expm1(logprob)
+        offset -= tl.load(grad_logprobs + row) / temperature
+        at_target += offset * expm1(logprob)
     if grad_entropy is not None:
         g = tl.load(grad_entropy + row) / temperature
         h = tl.load(entropy + row)
         p_target = tl.exp(logprob)
         at_target -= tl.where(p_target == 0.0, 0.0, g * p_target * (logprob + h))
-        offset += g * h
-        slope = g * LN2
+        offset -= g * h
+        slope -= g * LN2
 
-    scale = LOG2E / temperature
-    log2_sum = log_sum * LOG2E
-    columns = tl.arange(0, BLOCK)
+    scale, log2_sum = LOG2E / temperature, log_sum * LOG2E
+    ENTROPY: tl.constexpr = grad_entropy is not None
     # Rows of the gradient, which is of the narrower dtype if it is not the logits', have the fewer words.
     end = _multiple_of_16_bytes(vocab_size, grad_logits, ALIGNED)
-    for first in range(0, end, BLOCK):
-        inside = first + columns < end
-        x = tl.load(start + first + columns, mask=inside & scored, other=0.0).to(tl.float32)
-        log2_p = (soft_cap(x, softcap, SOFTCAP) - top) * scale - log2_sum
-        p = tl.exp2(log2_p)
-        if grad_entropy is not None:
-            gradient = tl.where(p == 0.0, 0.0, -p * (offset + slope * log2_p))
+    first_part, last_part = _parts_of_program(vocab_size, WIDTH)
+    for part in range(first_part, last_part):
+        first = part * WIDTH
+        if scored & (first + WIDTH <= end) & ((token < first) | (token >= first + WIDTH)):
+            for at in range(first, first + WIDTH, BLOCK):
+                columns = at + tl.arange(0, BLOCK)
+                x = tl.load(start + columns).to(tl.float32)
+                gradient = _gradient(x, top, scale, log2_sum, offset, slope, softcap, ENTROPY, SOFTCAP)
+                tl.store(grad_start + columns, gradient)
         else:
-            gradient = -p * offset
-        if (token >= first) & (token < first + BLOCK):
-            gradient = tl.where(first + columns == token, at_target, gradient)
-        if SOFTCAP:
-            gradient *= tanh_derivative(x / softcap)
-        tl.store(grad_start + first + columns, tl.where(scored, gradient, fill), mask=inside)
+            for at in range(first, tl.minimum(first + WIDTH, end), BLOCK):
+                columns = at + tl.arange(0, BLOCK)
+                inside = columns < end
+                x = tl.load(start + columns, mask=inside & scored, other=0.0).to(tl.float32)
+                gradient = _gradient(x, top, scale, log2_sum, offset, slope, softcap, ENTROPY, SOFTCAP)
+                of_target = at_target
+                if SOFTCAP:
+                    of_target = at_target * tanh_derivative(x / softcap)
+                gradient = tl.where(columns == token, of_target, gradient)
+                tl.store(grad_start + columns, tl.where(scored, gradient, fill), mask=inside)
 
 
 @implements("token_logprobs_forward")
@@ -239,9 +375,18 @@ def token_logprobs_forward(
     logprobs = torch.empty(outer, inner, dtype=torch.float32, device=logits.device)
     entropy = torch.empty_like(logprobs) if return_entropy else logprobs.new_empty(0)
     row_stats = logprobs.new_empty(2, outer, inner)
-    _forward(
-        logits, token_ids, logprobs, entropy, row_stats, None, 0, temperature, softcap, ignore_index, return_entropy
-    )
+    if not token_ids.numel():
+        return logprobs, entropy, row_stats
+    outputs = (logprobs, entropy, row_stats)
+    options = (temperature, softcap, ignore_index, return_entropy)
+    programs = _programs_of_row(logits)
+    if programs == 1:
+        # Some tensor must stand for the sums: without one another variant would be compiled, of other machine code.
+        _forward(logits, token_ids, outputs, row_stats, None, options)
+    else:
+        sums = logprobs.new_empty(programs, 4, token_ids.numel())
+        _forward(logits, token_ids, outputs, sums, None, options, programs=programs)
+        _forward(logits, token_ids, outputs, sums, None, options, reads=True)
     return logprobs, entropy, row_stats
 
 
@@ -255,49 +400,51 @@ def token_logprobs_part(
     ignore_index: int,
     return_entropy: bool,
 ) -> Tensor:
-    parts = torch.empty(4, len(logits), dtype=torch.float32, device=logits.device)
-    outputs = (None, None, None, parts)
-    _forward(logits[None], token_ids, *outputs, vocab_start, temperature, softcap, ignore_index, return_entropy)
-    return parts
+    sums = torch.empty(4, len(logits), dtype=torch.float32, device=logits.device)
+    options = (temperature, softcap, ignore_index, return_entropy)
+    if len(logits):
+        _forward(logits[None], token_ids[None], (None, None, None), sums, vocab_start, options)
+    return sums
 
 
 def _forward(
     logits: Tensor,
     token_ids: Tensor,
-    logprobs: Tensor | None,
-    entropy: Tensor | None,
-    row_stats: Tensor | None,
-    parts: Tensor | None,
-    vocab_start: int,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    return_entropy: bool,
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    sums: Tensor,
+    vocab_start: int | None,
+    options: tuple[float, float, int, bool],
+    *,
+    programs: int = 1,
+    reads: bool = False,
 ) -> None:
+    """`programs` share a row. vocab_start is None where the logits are those of the whole vocabulary."""
     outer, inner, vocab_size = logits.shape
-    if not outer * inner:
-        return
-    aligned = _aligned(logits)
-    _forward_kernel[(outer * inner,)](
+    temperature, softcap, ignore_index, return_entropy = options
+    word = 16 // logits.element_size()
+    _forward_kernel[(outer * inner, programs)](
         logits,
         token_ids,
-        logprobs,
-        entropy,
-        row_stats,
-        parts,
+        *outputs,
+        sums,
         inner,
         *logits.stride()[:2],
-        vocab_start,
+        *token_ids.stride(),
+        vocab_start or 0,
         vocab_size,
         temperature,
         softcap,
         ignore_index,
+        int(reads),
         SOFTCAP=softcap > 0,
         ENTROPY=return_entropy,
-        PART=parts is not None,
-        ALIGNED=aligned,
-        ROWS=_tile_rows(softcap, aligned),
-        COLUMNS=threads("rows") * 16 // logits.element_size(),
+        PART=vocab_start is not None,
+        ALIGNED=_aligned(logits),
+        IN_WORDS=vocab_size % word == 0,
+        LINES=max(LINES // (1 + (softcap > 0)) // (1 + (vocab_size % word > 0)), 1),
+        THREADS=threads("rows"),
+        WORD=word,
+        WIDTH=_width(logits),
         num_warps=num_warps("rows"),
     )
 
@@ -353,7 +500,7 @@ def token_logprobs_part_backward(
     ignore_index: int,
     gradient: Tensor,
 ) -> None:
-    saved = (token_ids, logprobs, entropy, row_stats)
+    saved = (token_ids[None], logprobs, entropy, row_stats)
     options = (vocab_start, temperature, softcap, ignore_index)
     _backward(grad_logprobs, grad_entropy, logits[None], *saved, gradient[None], *options)
 
@@ -377,7 +524,7 @@ def _backward(
     if not outer * inner:
         return
     aligned = _aligned(logits) and _aligned(grad_logits)
-    _backward_kernel[(outer * inner,)](
+    _backward_kernel[(outer * inner, _programs_of_row(logits))](
         grad_logprobs,
         grad_entropy,
         logits,
@@ -388,6 +535,7 @@ def _backward(
         grad_logits,
         inner,
         *logits.stride()[:2],
+        *token_ids.stride(),
         *grad_logits.stride()[:2],
         vocab_start or 0,
         vocab_size,
@@ -397,16 +545,20 @@ def _backward(
         SOFTCAP=softcap > 0,
         PART=vocab_start is not None,
         ALIGNED=aligned,
-        BLOCK=_tile_rows(softcap, aligned) * threads("rows") * 16 // logits.element_size(),
+        BLOCK=_width(logits) // TILES_OF_PART // (1 + (softcap > 0)) // (2 - aligned),
+        WIDTH=_width(logits),
         num_warps=num_warps("rows"),
     )
 
 
-def _tile_rows(softcap: float, aligned: bool) -> int:
-    """A tile is up to four rows of 16 bytes for each thread, enough to keep the memory busy; its columns stay within a
-    thread, so that the loop over the vocabulary needs no barrier. Half as many where tanh takes the registers, half
-    again where each element needs its own address."""
-    return 4 // (1 + (softcap > 0)) // (2 - aligned)
+def _width(logits: Tensor) -> int:
+    """Columns of a part."""
+    return TILES_OF_PART * LINES * threads("rows") * 16 // logits.element_size()
+
+
+def _programs_of_row(logits: Tensor) -> int:
+    outer, inner, vocab_size = logits.shape
+    return triton.cdiv(vocab_size, _width(logits)) if outer * inner <= FEW_ROWS else 1
 
 
 def _aligned(logits: Tensor) -> bool:
