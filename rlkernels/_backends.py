@@ -12,7 +12,7 @@ import torch
 KERNEL_BACKENDS = ("cpu", "cuda", "triton")
 BACKENDS = ("reference", *KERNEL_BACKENDS)
 BACKENDS_OF: dict[str, tuple[str, ...]] = {
-    "token_logprobs": ("cpu", "triton", "cuda"),
+    "token_logprobs": ("cpu", "triton"),
     "kl_penalty": ("cpu", "cuda", "triton"),
     "shaped_rewards": ("cpu", "cuda", "triton"),
     "group_advantages": ("cpu", "cuda", "triton"),
@@ -34,11 +34,10 @@ BACKENDS_OF: dict[str, tuple[str, ...]] = {
 """The backends that have kernels for each public op. The first one that serves a tensor's device is chosen. An op
 without any is plain PyTorch.
 
-On NVIDIA GPUs the CUDA kernels precede Triton's, whose launch costs more host time. Logits are the exception: there the
-arithmetic per element decides. Per element Triton's kernels take 9.3 instructions forward and CUDA's 18, with entropy
-12.1 and 22.6, or 38 with a temperature too, and backward 12.4 and 40 (bfloat16, sm_90, read in the machine code). Where
-CUDA kernels would do nothing that Triton's do not, there are none. Under Triton's interpreter the CPU kernels precede
-Triton's."""
+On NVIDIA GPUs the CUDA kernels precede Triton's, whose launch costs more host time. Where CUDA kernels would do nothing
+that Triton's do not, there are none: for a logit Triton's take 7.0 instructions forward, 9.2 with entropy and 6.7
+backward (bfloat16, sm_90, read in the machine code), and reading a logit, its exp and their sums take 6 at least. Under
+Triton's interpreter the CPU kernels precede Triton's."""
 
 # A plain module global, so that torch.compile guards on it and recompiles when it changes.
 _forced: str | None = None
@@ -165,7 +164,7 @@ class use_backend:
 
     Takes effect at once, for the whole process; as a context manager it is undone on leaving the block. A compiled
     function recompiles when the choice changes. float64 tensors are always served by the reference, and an op without
-    kernels for the backend chosen (`masked_*` for "cuda") by the next that has some. The environment variable
+    kernels for the backend chosen (`token_logprobs` for "cuda") by the next that has some. The environment variable
     RLKERNELS_BACKEND sets the choice at import.
 
     Raises ValueError for an unknown name, and for a backend that cannot serve on this machine (with the reason).

@@ -18,8 +18,6 @@ if shutil.which("nvcc") is None:
 ARCHITECTURES = [
     pytest.param(f"sm_{number}", marks=[] if number == 90 else pytest.mark.thorough) for number in CUDA_TARGETS
 ]
-ROW_KERNELS = {"float": 4, "__nv_bfloat16": 2, "__half": 2}
-"""Vectors of 16 bytes that a thread of the row kernels has under way, by the type of the logits."""
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +67,6 @@ def test_nothing_spills(resources, architecture):
     assert len(kernels) >= 49
     for kernel, usage in kernels.items():
         assert (usage["STACK"], usage["LOCAL"]) == (0, 0), kernel
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["token_logprobs_forward_kernel", "token_logprobs_backward_kernel"])
-def test_rows_are_read_and_written_16_bytes_at_a_time(loops, architecture, name):
-    for kernel, bodies in kernels_of(loops, architecture, name).items():
-        vectors = next(count for dtype, count in ROW_KERNELS.items() if f"{name}<{dtype}," in kernel)
-        assert any(widest("LDG", body) >= vectors for body in bodies), kernel
-        if "backward" in name:
-            assert any(widest("LDG", body) >= vectors and widest("STG", body) >= vectors for body in bodies), kernel
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -56,16 +56,16 @@ def test_the_backend_chosen_is_the_one_that_runs(backend, device, monkeypatch):
 
 
 def test_the_preference_is_one_of_each_op(monkeypatch):
-    """Where CUDA's and Triton's kernels both serve: for logits Triton's are the faster."""
+    """Where CUDA's and Triton's kernels both serve; logits have none in CUDA."""
     for name, devices in (("cuda", ("meta",)), ("triton", ("meta",)), ("cpu", ())):
         monkeypatch.setitem(_backends._devices, name, devices)
     tensor = torch.empty(0, device="meta")
     assert _backends.select(tensor, "token_logprobs") == "triton"
     assert _backends.select(tensor, "policy_loss") == "cuda"
     with rlkernels.use_backend("cuda"):
-        assert _backends.select(tensor, "token_logprobs") == "cuda"
+        assert _backends.select(tensor, "token_logprobs") == "triton"
     monkeypatch.setitem(_backends._devices, "triton", ())
-    assert _backends.select(tensor, "token_logprobs") == "cuda"
+    assert _backends.select(tensor, "token_logprobs") == "reference"
 
 
 def test_each_backend_loaded_implements_the_ops_that_it_is_recorded_for():

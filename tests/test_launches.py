@@ -78,7 +78,6 @@ def test_no_public_call_waits_for_the_device(backend, device, name):
 
 
 CUDA_LAUNCHES = {
-    "token_logprobs": 2,
     "kl_penalty": 2,
     "group_advantages": 1,
     "group_advantages, weights of a list": 2,

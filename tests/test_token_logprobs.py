@@ -9,13 +9,14 @@ import rlkernels
 from cases import COMPILERS, THOROUGH_EMULATED, thorough_emulated
 from head_problems import rows_under_a_cap
 from op_calls import check_ops
-from rlkernels import token_logprobs
+from rlkernels import _backends, token_logprobs
 from tolerance import assert_as_accurate_as_torch, ulp
 
 IGNORE = -100
 INF = float("inf")
 NAN = float("nan")
-kernels_only = pytest.mark.only("cpu", "triton", "cuda")
+pytestmark = pytest.mark.only("reference", *_backends.BACKENDS_OF["token_logprobs"])
+kernels_only = pytest.mark.only("cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABULARIES = {
     1: "the target is the whole vocabulary",

@@ -1,4 +1,4 @@
-// What the kernels share: reductions over a block, and reads and writes of 16 bytes.
+// What the kernels share: reductions over a block, and floats from and to 16 bits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -62,46 +62,6 @@ __device__ inline __nv_bfloat16 from_float(float x) {
 template <>
 __device__ inline __half from_float(float x) {
   return __float2half_rn(x);
-}
-
-// Elements that one instruction reads or writes.
-template <typename T>
-constexpr int kVector = 16 / sizeof(T);
-
-// How many elements lie before the first multiple of 16 bytes.
-template <typename T>
-__device__ int elements_to_boundary(const T* address) {
-  return static_cast<int>(-reinterpret_cast<uintptr_t>(address) % 16 / sizeof(T));
-}
-
-// kVector elements in one read, or one by one where they do not start at a multiple of 16 bytes.
-template <typename T>
-__device__ uint4 load_vector(const T* elements, bool aligned) {
-  if (aligned) return *reinterpret_cast<const uint4*>(elements);
-  T copies[kVector<T>];
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) copies[i] = elements[i];
-  uint4 vector;
-  memcpy(&vector, copies, sizeof vector);
-  return vector;
-}
-
-template <typename T>
-__device__ void unpack(uint4 vector, float* values) {
-  T elements[kVector<T>];
-  memcpy(elements, &vector, sizeof vector);
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) values[i] = to_float(elements[i]);
-}
-
-template <typename T>
-__device__ void store_vector(T* aligned, const float* values) {
-  T elements[kVector<T>];
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) elements[i] = from_float<T>(values[i]);
-  uint4 vector;
-  memcpy(&vector, elements, sizeof vector);
-  *reinterpret_cast<uint4*>(aligned) = vector;
 }
 
 }  // namespace rlk

@@ -14,10 +14,10 @@ GPU = torch.cuda.is_available()
 ROWS, VOCABULARY, TOKENS = (2048, calls.VOCABULARY, 16384) if GPU else (4, 97, 16)
 
 KERNELS: dict[str, tuple[str, Callable[[], calls.Call]]] = {
-    "logprobs_triton": ("triton", lambda: calls.token_logprobs(ROWS, VOCABULARY, 0.7, True)),
-    "logprobs_cuda": ("cuda", lambda: calls.token_logprobs(ROWS, VOCABULARY, 0.7, True)),
+    "logprobs": ("triton", lambda: calls.token_logprobs(ROWS, VOCABULARY, 0.7, True)),
     "logprobs_backward": ("triton", lambda: calls.token_logprobs_backward(ROWS, VOCABULARY, 0.7)),
     "gae": ("cuda", lambda: calls.gae(8, 2 * TOKENS)),
+    "gae_triton": ("triton", lambda: calls.gae(8, 2 * TOKENS)),
     "policy_loss": ("cuda", lambda: calls.policy_loss(512 if GPU else 3, TOKENS)),
     "value_loss": ("cuda", lambda: calls.value_loss(512 if GPU else 3, TOKENS)),
 }

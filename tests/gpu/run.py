@@ -84,7 +84,7 @@ reasons = [f"{name}: {why}" for name in ("cuda", "triton") if (why := _backends.
 sys.exit("; ".join(reasons) or 0)
 """
 
-PROFILED = ("logprobs_triton", "logprobs_cuda", "logprobs_backward", "gae", "policy_loss", "value_loss")
+PROFILED = ("logprobs", "logprobs_backward", "gae", "gae_triton", "policy_loss", "value_loss")
 
 STEPS = [
     Step(1, "facts", [Command(script("facts"), 20, needs_gpu=False)]),
