@@ -358,6 +358,35 @@ def test_joined_parts_are_token_logprobs(backend, device, emulated, dtype, cuts,
         assert_as_accurate_as_torch(*values, what=what, gradient=what == "gradient")
 
 
+@pytest.mark.only("triton")
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("options", ["temperature", "softcap"])
+def test_sums_of_tiles_are_joined_and_finished_as_the_reference_does(backend, device, options, cuts):
+    """Of every kind of row, and of more rows than a program has threads."""
+    kinds = [kind for kind in KINDS if kind != "no such token"]
+    rows, token_ids = random_rows(kinds, 1000 - BEFORE - AFTER, torch.float32, device)
+    temperature, softcap = OPTIONS[options]
+    inputs = (temperature, softcap, IGNORE, True)
+    spans = list(itertools.pairwise((0, *CUTS[cuts], 1000)))
+    parts = torch.stack([op("token_logprobs_part", backend)(rows[:, a:b], token_ids, a, *inputs) for a, b in spans])
+    parts = parts.repeat(1, 1, 12)
+    for name, of_one in (
+        ("token_logprobs_join", ("sums",)),
+        ("token_logprobs_finish", ("logprobs", "entropy", "stats")),
+    ):
+        results = [
+            function(value, temperature)
+            for function, value in (
+                (op(name, backend), parts),
+                (getattr(reference, name), parts.double()),
+                (getattr(reference, name), parts),
+            )
+        ]
+        three = zip(*results, strict=True) if len(of_one) > 1 else [results]
+        for what, (got, oracle, naive) in zip(of_one, three, strict=True):
+            assert_as_accurate_as_torch(got, oracle, naive, what=what)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_reference_is_token_logprobs(kind, options):

@@ -318,6 +318,8 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
         }.items()
         for name, options in options_of.items()
     },
+    "token_logprobs_join": (lambda: logprobs.token_logprobs_join(empty(11, 4, 600), 0.7), {}),
+    "token_logprobs_finish": (lambda: logprobs.token_logprobs_finish(empty(11, 4, 600), 0.7), {}),
     **{
         f"kl_divergence {kind} {str(dtype).removeprefix('torch.')} {name}": (
             lambda dtype=dtype, kind=kind, options=options: kl_divergence(dtype, kind=kind, **options),

@@ -249,6 +249,20 @@ _registry.define(
     part_of="linear_token_logprobs",
 )
 _registry.define(
+    "token_logprobs_join",
+    "(Tensor parts, float temperature) -> Tensor",
+    lambda parts, temperature: parts.new_empty(parts.shape[1:]),
+    part_of="linear_token_logprobs",
+    backends=("triton",),
+)
+_registry.define(
+    "token_logprobs_finish",
+    "(Tensor parts, float temperature) -> (Tensor logprobs, Tensor entropy, Tensor row_stats)",
+    lambda parts, temperature: tuple(parts.new_empty(*shape, parts.shape[2]) for shape in ((), (), (2,))),
+    part_of="linear_token_logprobs",
+    backends=("triton",),
+)
+_registry.define(
     "token_logprobs_part_backward",
     "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor logits, Tensor token_ids, int vocab_start, "
     "Tensor logprobs, Tensor entropy, Tensor row_stats, float temperature, float softcap, int ignore_index, "

@@ -59,7 +59,7 @@ def token_logprobs_part(
         target  the capped logit of the target, NaN where it is in another tile
 
     Rows with ignore_index are -inf, 0, 0, NaN, whatever they hold. Where another logit is NaN or +inf, max, sum
-    and moment are NaN. Parts of a row are joined in ops/lm_head/tiles.py.
+    and moment are NaN.
     """
     y = _capped(logits, softcap)
     inside, index = _target(token_ids, vocab_start, logits.shape[-1], ignore_index)
@@ -73,6 +73,50 @@ def token_logprobs_part(
     parts = torch.stack([top, weight.sum(-1), moment, target])
     nothing = torch.tensor([float("-inf"), 0.0, 0.0, float("nan")], dtype=y.dtype, device=y.device)
     return torch.where(token_ids == ignore_index, nothing.unsqueeze(-1), parts)
+
+
+def token_logprobs_join(parts: Tensor, temperature: float) -> Tensor:
+    """Join a row's sums over P disjoint parts of the vocabulary: [P, 4, R] -> [4, R]."""
+    top, total, moment, target = parts.unbind(1)
+    largest = top.amax(0)
+    # 0 instead of -inf - -inf, which is NaN; the sums that it weighs are 0.
+    below = ((top - largest) / temperature).masked_fill(torch.isneginf(top), 0.0)
+    weight = below.exp()
+    # A part with weight 0 may lie so far below (a vocabulary masked by the lowest float) that its moment overflows.
+    moment = ((moment + total * below) * weight).masked_fill(weight == 0, 0.0)
+    found = ~target.isnan()
+    sum_of_one = target.masked_fill(~found, 0.0).sum(0)
+    return torch.stack(
+        [
+            largest,
+            (total * weight).sum(0),
+            moment.sum(0),
+            sum_of_one.masked_fill(~found.any(0), float("nan")),
+        ]
+    )
+
+
+def token_logprobs_finish(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [R], entropy [R] and row_stats [2, R] from a row's sums over P disjoint parts, which together
+    are the vocabulary: [P, 4, R]. `finish_row` in csrc/include/rlkernels/logprobs.h explains the steps."""
+    top, total, moment, target = token_logprobs_join(parts, temperature)
+    origin = torch.where(torch.isneginf(top), target, top)
+    lead = (target - origin) / temperature
+    x = total.log() - lead
+    logprobs = -(x.clamp(min=0) + torch.log1p((-x.abs()).exp()))
+    undefined = torch.isposinf(top) | torch.isposinf(target) | x.isnan()
+    log_sum = torch.where(lead >= 0, -logprobs, (total + lead.exp()).log())
+    p_target = logprobs.exp()
+    least = lead.clamp(min=0) + log_sum
+    entropy = (-p_target * logprobs).masked_fill(p_target == 0, 0.0)
+    entropy = entropy + ((-least).exp() * (total * least - moment)).masked_fill(total == 0, 0.0)
+    nan = float("nan")
+    row_stats = torch.stack([torch.maximum(origin, target), log_sum])
+    return (
+        logprobs.masked_fill(undefined, nan),
+        entropy.masked_fill(undefined, nan),
+        row_stats.masked_fill(undefined, nan),
+    )
 
 
 def token_logprobs_part_backward(

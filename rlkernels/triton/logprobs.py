@@ -164,6 +164,28 @@ def _sums_of_part(
     return part_top, tl.sum(total * rescale, 0), part_moment
 
 
+@triton.jit
+def _finished(target, others_top, others, others_moment, temperature, ENTROPY: tl.constexpr):
+    """log p(target), the entropy, max y and log of the sum of exp(z - max z), from a row's target and sums."""
+    # logprob = -softplus(logsumexp of the others - z_t)
+    lead = (target - others_top) / temperature
+    logprob = 0.0 - softplus(tl.log(others) - lead)
+    # Log-softmax is undefined where there is a +inf. Among the others one has made logprob NaN already, and so has
+    # nothing but -inf.
+    logprob = tl.where(target == float("inf"), float("nan"), logprob)
+    log_sum = tl.where(target >= others_top, -logprob, tl.log(others + tl.exp(lead)))
+    log_sum = tl.where(logprob == logprob, log_sum, float("nan"))
+    entropy = tl.zeros(target.shape, tl.float32)
+    if ENTROPY:
+        # -p_t log p_t + sum of p_v (-log p_v) over the others, all of whose terms are >= 0
+        p_target = tl.exp(logprob)
+        entropy = tl.where(p_target == 0.0, 0.0, -p_target * logprob)
+        least = tl.maximum(lead, 0.0) + log_sum
+        entropy += tl.where(others == 0.0, 0.0, tl.exp(-least) * (others * least - others_moment))
+    largest = tl.where(logprob == logprob, tl.maximum(target, others_top), float("nan"))
+    return logprob, entropy, largest, log_sum
+
+
 @triton.jit(do_not_specialize=_DO_NOT_SPECIALIZE)
 def _forward_kernel(
     logits,
@@ -246,25 +268,53 @@ def _forward_kernel(
         tl.store(at + 2 * rows, others_moment)
         tl.store(at + 3 * rows, tl.where(token >= 0, target, float("nan")))
     elif not PART:
-        # logprob = -softplus(logsumexp of the others - z_t)
-        lead = (target - others_top) / temperature
-        logprob = 0.0 - softplus(tl.log(others) - lead)
-        # Log-softmax is undefined where there is a +inf. Among the others one has made logprob NaN already, and so has
-        # nothing but -inf.
-        logprob = tl.where(target == float("inf"), float("nan"), logprob)
-        target_leads = target >= others_top
-        log_sum = tl.where(target_leads, -logprob, tl.log(others + tl.exp(lead)))
-
+        logprob, value, largest, log_sum = _finished(target, others_top, others, others_moment, temperature, ENTROPY)
         tl.store(logprobs + row, tl.where(scored, logprob, fill))
-        tl.store(row_stats + row, tl.where(scored, tl.maximum(target, others_top), fill))
-        tl.store(row_stats + rows + row, tl.where(scored, tl.where(logprob == logprob, log_sum, float("nan")), fill))
+        tl.store(row_stats + row, tl.where(scored, largest, fill))
+        tl.store(row_stats + rows + row, tl.where(scored, log_sum, fill))
         if ENTROPY:
-            # -p_t log p_t + sum of p_v (-log p_v) over the others, all of whose terms are >= 0
-            p_target = tl.exp(logprob)
-            value = tl.where(p_target == 0.0, 0.0, -p_target * logprob)
-            least = tl.maximum(lead, 0.0) + log_sum
-            value += tl.where(others == 0.0, 0.0, tl.exp(-least) * (others * least - others_moment))
             tl.store(entropy + row, tl.where(scored, value, fill))
+
+
+@triton.jit(do_not_specialize=["parts", "count", "rows"])
+def _join_kernel(
+    parts,
+    sums,
+    logprobs,
+    entropy,
+    row_stats,
+    count: tl.int32,
+    rows: tl.int64,
+    temperature: tl.float32,
+    FINISH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Joins the sums of tiles, [count, 4, rows], a row a thread, in the order of the tiles."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    target = tl.full((BLOCK,), float("nan"), tl.float32)
+    for part in range(count):
+        at = parts + part * 4 * rows + row
+        part_top = tl.load(at, mask=inside, other=float("-inf"))
+        part_total = tl.load(at + rows, mask=inside, other=0.0)
+        part_moment = tl.load(at + 2 * rows, mask=inside, other=0.0)
+        part_target = tl.load(at + 3 * rows, mask=inside, other=0.0)
+        top, total, moment = _joined(top, total, moment, part_top, part_total, part_moment, temperature, True)
+        target = tl.where(part_target == part_target, part_target, target)
+    if FINISH:
+        logprob, value, largest, log_sum = _finished(target, top, total, moment, temperature, True)
+        tl.store(logprobs + row, logprob, mask=inside)
+        tl.store(entropy + row, value, mask=inside)
+        tl.store(row_stats + row, largest, mask=inside)
+        tl.store(row_stats + rows + row, log_sum, mask=inside)
+    else:
+        tl.store(sums + row, tl.where(total == total, top, float("nan")), mask=inside)
+        tl.store(sums + rows + row, total, mask=inside)
+        tl.store(sums + 2 * rows + row, moment, mask=inside)
+        tl.store(sums + 3 * rows + row, target, mask=inside)
 
 
 @triton.jit
@@ -447,6 +497,36 @@ def _forward(
         WIDTH=_width(logits),
         num_warps=num_warps("rows"),
     )
+
+
+@implements("token_logprobs_join")
+def token_logprobs_join(parts: Tensor, temperature: float) -> Tensor:
+    sums = parts.new_empty(parts.shape[1:])
+    _join(parts, sums, (None, None, None), temperature)
+    return sums
+
+
+@implements("token_logprobs_finish")
+def token_logprobs_finish(parts: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows = parts.shape[2]
+    logprobs, entropy, row_stats = parts.new_empty(rows), parts.new_empty(rows), parts.new_empty(2, rows)
+    _join(parts, None, (logprobs, entropy, row_stats), temperature)
+    return logprobs, entropy, row_stats
+
+
+def _join(
+    parts: Tensor,
+    sums: Tensor | None,
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    temperature: float,
+) -> None:
+    count, _, rows = parts.shape
+    if rows:
+        block = threads("tokens")
+        inputs = (parts, sums, *outputs, count, rows, temperature)
+        _join_kernel[(triton.cdiv(rows, block),)](
+            *inputs, FINISH=sums is None, BLOCK=block, num_warps=num_warps("tokens")
+        )
 
 
 @implements("token_logprobs_backward")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlkernels import _registry
 from rlkernels.ops.lm_head.gradients import Gradients
-from rlkernels.ops.lm_head.tiles import PADDING, POOL, Rows, default_tile, finish, join, slices, working_dtype
+from rlkernels.ops.lm_head.tiles import PADDING, POOL, Rows, default_tile, slices, working_dtype
 from rlkernels.reference import logprobs as reference
 
 CHUNK_ROWS = 4096
@@ -71,6 +71,11 @@ class Head:
     def _row_op(self, name: str) -> Callable:
         return getattr(reference, name) if self.backend == "reference" else _registry.op(name, self.backend)
 
+    def _joining_op(self, name: str) -> Callable:
+        """A kernel of Triton's; elsewhere the reference, which launches nothing on a CPU and costs little next to the
+        tiles."""
+        return _registry.op(name, "triton") if self.backend == "triton" else getattr(reference, name)
+
     def _buffer(self, use: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """Memory for one use, which every call shares. On a CPU the first touch of fresh memory costs more than the
         product that is written to it."""
@@ -131,18 +136,27 @@ class Head:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities [R], entropy [R] and row_stats [2, R]. Writes the logits to `kept` and calls `also` with
         each tile, its block of rows and its range of the vocabulary."""
-        return finish(self.sums(rows, kept, also), self.temperature)
+        parts = self.parts(rows, kept, also)
+        if self.group is not None:
+            parts = self.all_gather(self.join(parts))
+        return self._joining_op("token_logprobs_finish")(parts, self.temperature)
 
-    def sums(
+    def sums(self, rows: Rows, kept: Tensor | None) -> Tensor:
+        """The rows' sums over the whole vocabulary, [4, R]; `kept` is as in forward."""
+        part = self.join(self.parts(rows, kept))
+        return part if self.group is None else self.join(self.all_gather(part))
+
+    def parts(
         self, rows: Rows, kept: Tensor | None, also: Callable[[Tensor, slice, slice], None] | None = None
     ) -> Tensor:
-        """The rows' sums over the whole vocabulary, [4, R]; `kept` and `also` are as in forward."""
+        """The rows' sums over each tile of this process's vocabulary, [tiles, 4, R]; `kept` and `also` are as in
+        forward."""
         part_of = self._row_op("token_logprobs_part")
         token_ids = self.local_ids(rows)
         parts = self.weight.new_empty(len(self.vocab_tiles), 4, len(rows), dtype=working_dtype(self.weight))
         if not self.vocab_tiles:  # this process has no share of the vocabulary
             nothing = parts.new_tensor([float("-inf"), 0.0, 0.0, float("nan")])
-            parts = nothing.view(1, 4, 1).expand(1, 4, len(rows))
+            parts = nothing.view(1, 4, 1).expand(1, 4, len(rows)).contiguous()
         tiles = None if kept is None else self.tiles(kept, rows)
         for number, vocab in enumerate(self.vocab_tiles):
             for block in slices(len(rows), self.block_rows):
@@ -155,7 +169,7 @@ class Head:
                 parts[number, :, block] = part_of(tile, token_ids[block], vocab.start, *options)
                 if also is not None:
                     also(tile, block, vocab)
-        return self.join(parts)
+        return parts
 
     def backward(
         self,
@@ -270,9 +284,8 @@ class Head:
         return self._buffer(name, working_dtype(out), *out.shape)
 
     def join(self, parts: Tensor) -> Tensor:
-        """Join the sums [tiles, 4, R] of this process and those of all others to [4, R]."""
-        part = join(parts, self.temperature)
-        return part if self.group is None else join(self.all_gather(part), self.temperature)
+        """Join sums over disjoint parts of the vocabulary, [P, 4, R], to [4, R]."""
+        return self._joining_op("token_logprobs_join")(parts, self.temperature)
 
     def all_gather(self, value: Tensor) -> Tensor:
         """The values of all processes, [processes, ...], in the order of their ranks. Without a group there is one."""

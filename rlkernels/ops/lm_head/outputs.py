@@ -2,7 +2,8 @@ import torch
 from torch import Tensor
 
 from rlkernels.ops.lm_head.head import Head
-from rlkernels.ops.lm_head.tiles import Rows, join, working_dtype
+from rlkernels.ops.lm_head.tiles import Rows, working_dtype
+from rlkernels.reference.logprobs import token_logprobs_join
 
 OUTPUTS = ("log_sum_sq_probs", "mean_logit", "is_top1")
 
@@ -31,7 +32,9 @@ class Outputs:
             below = (y - top.masked_fill(top.isneginf(), 0.0).unsqueeze(-1)) * (2 / self.head.temperature)
             zero = torch.zeros_like(top)
             part = torch.stack([top, below.exp().sum(-1), zero, zero + float("nan")])
-            self.squares[:, block] = join(torch.stack([self.squares[:, block], part]), self.head.temperature / 2)
+            self.squares[:, block] = token_logprobs_join(
+                torch.stack([self.squares[:, block], part]), self.head.temperature / 2
+            )
         if "is_top1" in self.names:
             tokens = torch.arange(vocab.start, vocab.stop, device=tile.device)
             token = self.token_ids[block].unsqueeze(-1)
@@ -51,7 +54,7 @@ class Outputs:
         if "mean_logit" in self.names:
             found["mean_logit"] = gather(self.total).sum(0) / temperature / vocab_size
         if "log_sum_sq_probs" in self.names:
-            top, total, *_ = join(gather(self.squares), temperature / 2)
+            top, total, *_ = token_logprobs_join(gather(self.squares), temperature / 2)
             found["log_sum_sq_probs"] = total.log() + 2 * ((top - row_stats[0]) / temperature - row_stats[1])
         if "is_top1" in self.names:
             before, target, after = (gather(value).amax(0) for value in (self.before, self.target, self.after))

@@ -1,5 +1,4 @@
-"""The parts that the LM head is computed in: the size of tiles, scored rows in blocks, the memory of kept logits, and
-how the sums over tiles are joined."""
+"""The parts that the LM head is computed in: the size of tiles, scored rows in blocks, the memory of kept logits."""
 
 import functools
 import os
@@ -170,47 +169,3 @@ class Pool:
 
 
 POOL = Pool()
-
-
-def join(parts: Tensor, temperature: float) -> Tensor:
-    """Join a row's sums over P disjoint parts of the vocabulary: [P, 4, R] -> [4, R]."""
-    top, total, moment, target = parts.unbind(1)
-    largest = top.amax(0)
-    # 0 instead of -inf - -inf, which is NaN; the sums that it weighs are 0.
-    below = ((top - largest) / temperature).masked_fill(torch.isneginf(top), 0.0)
-    weight = below.exp()
-    # A part with weight 0 may lie so far below (a vocabulary masked by the lowest float) that its moment overflows.
-    moment = ((moment + total * below) * weight).masked_fill(weight == 0, 0.0)
-    found = ~target.isnan()
-    sum_of_one = target.masked_fill(~found, 0.0).sum(0)
-    return torch.stack(
-        [
-            largest,
-            (total * weight).sum(0),
-            moment.sum(0),
-            sum_of_one.masked_fill(~found.any(0), float("nan")),
-        ]
-    )
-
-
-def finish(part: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [R], entropy [R] and row_stats [2, R] from the sums over the whole vocabulary. `finish_row` in
-    csrc/include/rlkernels/logprobs.h explains the steps."""
-    top, total, moment, target = part
-    origin = torch.where(torch.isneginf(top), target, top)
-    lead = (target - origin) / temperature
-    x = total.log() - lead
-    logprobs = -(x.clamp(min=0) + torch.log1p((-x.abs()).exp()))
-    undefined = torch.isposinf(top) | torch.isposinf(target) | x.isnan()
-    log_sum = torch.where(lead >= 0, -logprobs, (total + lead.exp()).log())
-    p_target = logprobs.exp()
-    least = lead.clamp(min=0) + log_sum
-    entropy = (-p_target * logprobs).masked_fill(p_target == 0, 0.0)
-    entropy = entropy + ((-least).exp() * (total * least - moment)).masked_fill(total == 0, 0.0)
-    nan = float("nan")
-    row_stats = torch.stack([torch.maximum(origin, target), log_sum])
-    return (
-        logprobs.masked_fill(undefined, nan),
-        entropy.masked_fill(undefined, nan),
-        row_stats.masked_fill(undefined, nan),
-    )
