@@ -77,6 +77,16 @@ def test_no_public_call_waits_for_the_device(backend, device, name):
     assert run(CASES[name], device).waited == []
 
 
+@pytest.mark.only("triton")
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(COUNTS)])
+def test_no_head_waits_for_the_device_with_num_scored(backend, device, name, monkeypatch):
+    """Tensors of a CPU say here that they are of no CPU: there alone a wrong num_scored is refused by its value."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda tensor: False))
+    case = CASES[name]
+    seen = run(replace(case, others=case.others | {"num_scored": 6}), device)
+    assert seen.own and seen.waited == []
+
+
 CUDA_LAUNCHES = {
     "kl_penalty": 2,
     "group_advantages": 1,
