@@ -18,15 +18,26 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr unsigned kWarp = 32;
 constexpr unsigned kMaxWarps = 32;
 
-template <typename T>
-__device__ T shuffle_xor(T value, int lanes) {
+// `shuffle` takes one word of this lane and returns that of another.
+template <typename T, typename Shuffle>
+__device__ T shuffle_words(T value, Shuffle shuffle) {
   static_assert(sizeof(T) % 4 == 0);
   unsigned words[sizeof(T) / 4];
   memcpy(words, &value, sizeof value);
 #pragma unroll
-  for (unsigned& word : words) word = __shfl_xor_sync(0xffffffffu, word, lanes);
+  for (unsigned& word : words) word = shuffle(word);
   memcpy(&value, words, sizeof value);
   return value;
+}
+
+template <typename T>
+__device__ T shuffle_xor(T value, int lanes) {
+  return shuffle_words(value, [lanes](unsigned word) { return __shfl_xor_sync(0xffffffffu, word, lanes); });
+}
+
+template <typename T>
+__device__ T shuffle_down(T value, int lanes) {
+  return shuffle_words(value, [lanes](unsigned word) { return __shfl_down_sync(0xffffffffu, word, lanes); });
 }
 
 // Combines the values of all threads of the block, whole warps of them, into one that every thread gets. The order is

@@ -67,17 +67,6 @@ __device__ Composite compose(const Composite& later, float a, float b) {
   return {ends ? 0.0f : high, ends ? 0.0f : low, step<kDense>(a, b, later.b)};
 }
 
-template <typename T>
-__device__ T shuffle_down(T value, int lanes) {
-  static_assert(sizeof(T) % 4 == 0);
-  unsigned words[sizeof(T) / 4];
-  memcpy(words, &value, sizeof value);
-#pragma unroll
-  for (unsigned& word : words) word = __shfl_down_sync(0xffffffffu, word, lanes);
-  memcpy(&value, words, sizeof value);
-  return value;
-}
-
 __device__ inline int run_start(int r) { return r * kWarpTokens + threadIdx.x % kWarp * kRun; }
 
 __device__ inline float of_lane(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
