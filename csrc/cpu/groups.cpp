@@ -42,15 +42,15 @@ void column_advantages(const GroupAdvantages& problem, const float* scores, floa
   const auto in_group = [&](int64_t i) { return problem.order != nullptr ? problem.order[i] : i; };
   const auto in_batch = [](int64_t i) { return i; };
   Group batch = {};
-  if (problem.scale == kScaleBatch) batch = describe(scores, 0, problem.rows, in_batch);
+  if (problem.options.scale == kScaleBatch) batch = describe(scores, 0, problem.rows, in_batch);
   for (int64_t begin = 0, end, g = 0; begin < problem.rows; begin = end, ++g) {
     end = problem.offsets != nullptr ? problem.offsets[g + 1] : begin + problem.group_size;
     const Group group = describe(scores, begin, end, in_group);
-    const Group& spread = problem.scale == kScaleBatch ? batch : group;
+    const Group& spread = problem.options.scale == kScaleBatch ? batch : group;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = in_group(i);
-      advantages[row] = group_advantage(scores[row], group.statistics, spread.statistics, problem.baseline,
-                                        problem.scale, problem.eps, problem.keep_singleton);
+      advantages[row] = group_advantage(scores[row], group.statistics, spread.statistics, problem.options.baseline,
+                                        problem.options.scale, problem.options.eps, problem.options.keep_singleton);
       if (scores[row] != scores[row]) advantages[row] = kNan;
       signal[row] |= group.differs;
     }
@@ -67,8 +67,8 @@ void GroupsKernels<Isa::RLK_ISA>::group_advantages(const GroupAdvantages& proble
   std::fill_n(signal, rows, false);
   for (int64_t c = 0; c < columns; ++c) {
     for (int64_t row = 0; row < rows; ++row) column[row] = problem.rewards[row * columns + c];
-    if (problem.normalize_before_sum) column_advantages(problem, column.data(), normalized.data(), signal);
-    const std::vector<float>& summand = problem.normalize_before_sum ? normalized : column;
+    if (problem.options.normalize_before_sum) column_advantages(problem, column.data(), normalized.data(), signal);
+    const std::vector<float>& summand = problem.options.normalize_before_sum ? normalized : column;
     const float weight = problem.weights != nullptr ? problem.weights[c] : 1.0f;
     for (int64_t row = 0; row < rows; ++row) {
       const float product = summand[row] * weight;
@@ -79,12 +79,12 @@ void GroupsKernels<Isa::RLK_ISA>::group_advantages(const GroupAdvantages& proble
   for (int64_t row = 0; row < rows; ++row)
     if (!scored[row]) total[row] = kNan;
 
-  if (problem.normalize_before_sum) {
+  if (problem.options.normalize_before_sum) {
     GroupAdvantages batch = problem;
     batch.order = batch.offsets = nullptr;
     batch.group_size = rows;
-    batch.baseline = kBaselineMean;
-    batch.scale = kScaleGroup;
+    batch.options.baseline = kBaselineMean;
+    batch.options.scale = kScaleGroup;
     std::vector<char> unused(rows);
     column_advantages(batch, total.data(), advantages, reinterpret_cast<bool*>(unused.data()));
   } else {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "rlkernels/groups.h"
 
 namespace rlk {
 
@@ -10,9 +11,7 @@ struct GroupAdvantages {
   const int64_t* order;  // [rows] and offsets [rows + 1], or both null: groups of `group_size` consecutive rows
   const int64_t* offsets;
   int64_t rows, columns, group_size;
-  int baseline, scale;
-  float eps;
-  bool normalize_before_sum, keep_singleton;
+  GroupOptions options;
 };
 
 template <Isa>

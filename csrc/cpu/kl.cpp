@@ -13,7 +13,7 @@ namespace {
 
 // Calls function with the estimator, and whether anything is clamped, as constants, so that no loop asks again.
 template <typename Function>
-void with_options(const KlPenalty& options, Function function) {
+void with_options(const KlOptions& options, Function function) {
   const auto with_estimator = [&](auto estimator) {
     const float least = std::min(options.log_ratio_clamp, options.value_clamp);
     if (least < std::numeric_limits<float>::infinity()) return function(estimator, std::true_type{});
@@ -42,10 +42,10 @@ int64_t end_of_scored(const bool* mask, int64_t begin, int64_t end) {
 }  // namespace
 
 template <>
-void KlKernels<Isa::RLK_ISA>::kl_penalty_forward(const KlPenalty& options, const float* logprobs,
+void KlKernels<Isa::RLK_ISA>::kl_penalty_forward(const KlOptions& options, const float* logprobs,
                                                  const float* ref_logprobs, float* penalty, int64_t begin,
                                                  int64_t end) {
-  const KlPenalty o = options;
+  const KlOptions o = options;
   with_options(o, [&](auto estimator, auto clamped) {
     for_each_vector(begin, end, [&](int64_t i, int64_t count) {
       const Vec p = load(logprobs + i, count), q = load(ref_logprobs + i, count);
@@ -58,10 +58,10 @@ void KlKernels<Isa::RLK_ISA>::kl_penalty_forward(const KlPenalty& options, const
 }
 
 template <>
-void KlKernels<Isa::RLK_ISA>::kl_penalty_backward(const KlPenalty& options, const float* grad, const float* logprobs,
+void KlKernels<Isa::RLK_ISA>::kl_penalty_backward(const KlOptions& options, const float* grad, const float* logprobs,
                                                   const float* ref_logprobs, float* grad_logprobs, int64_t begin,
                                                   int64_t end) {
-  const KlPenalty o = options;
+  const KlOptions o = options;
   with_options(o, [&](auto estimator, auto clamped) {
     for_each_vector(begin, end, [&](int64_t i, int64_t count) {
       const Vec p = load(logprobs + i, count), q = load(ref_logprobs + i, count);

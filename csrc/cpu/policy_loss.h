@@ -2,20 +2,10 @@
 
 #include "kernels.h"
 #include "rlkernels/policy_loss.h"
-#include "rlkernels/sequences.h"
 
 namespace rlk {
 
-struct PolicyLoss {
-  const float* logprobs;          // [tokens], as are the four below and mask
-  const float* old_logprobs;      // or null: logprobs
-  const float* ref_logprobs;      // or null
-  const float* sampler_logprobs;  // or null
-  const float* entropy;           // or null
-  const bool* mask;               // or null: every token is scored
-  const float* advantages;        // [tokens] or [sequences]
-  bool advantage_per_token;
-  Sequences sequences;
+struct PolicyLoss : PolicyInputs<const float*, const bool*> {
   bool mean_over_sequence;  // divide a token's loss by the number of scored tokens in its sequence
   PolicyOptions options;
 };

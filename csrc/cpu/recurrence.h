@@ -2,19 +2,10 @@
 
 #include "kernels.h"
 #include "rlkernels/recurrence.h"
-#include "rlkernels/sequences.h"
 
 namespace rlk {
 
-struct Recurrence {
-  const float* rewards;   // [tokens], as are values, the log-probabilities, mask and dones
-  const float* values;    // null for discounted_returns
-  const float* logprobs;  // null but for vtrace, as is behavior_logprobs
-  const float* behavior_logprobs;
-  const bool* mask;               // or null: every token is scored
-  const bool* dones;              // or null: no episode ends but with its sequence
-  const float* bootstrap_values;  // [sequences], or null: 0
-  Sequences sequences;
+struct Recurrence : RecurrenceInputs<const float*, const bool*> {
   int kind;
   RecurrenceOptions options;
 };

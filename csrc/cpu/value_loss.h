@@ -1,17 +1,11 @@
 #pragma once
 
 #include "kernels.h"
-#include "rlkernels/sequences.h"
 #include "rlkernels/value_loss.h"
 
 namespace rlk {
 
-struct ValueLoss {
-  const float* values;      // [tokens], as are old_values, returns and mask
-  const float* old_values;  // or null: not clipped
-  const float* returns;
-  const bool* mask;  // or null: every token is scored
-  Sequences sequences;
+struct ValueLoss : ValueInputs<const float*, const bool*> {
   bool mean_over_sequence;  // divide a token's loss by the number of scored tokens in its sequence
   float clip;
 };

@@ -11,8 +11,7 @@ std::tuple<Tensor, Tensor> group_advantages(Tensor rewards, std::optional<Tensor
   const int64_t rows = rewards.size(0);
   const Groups groups = {data_or_null<int64_t>(order), data_or_null<int64_t>(offsets), group_size,
                          offsets ? rows : rows / group_size};
-  const GroupOptions options = {static_cast<int>(baseline), static_cast<int>(scale), static_cast<float>(eps),
-                                normalize_before_sum, keep_singleton};
+  const GroupOptions options = make_group_options(baseline, scale, eps, normalize_before_sum, keep_singleton);
   Tensor advantages = empty_like(rewards, {rows}), signal = empty_like(rewards, {rows}, ScalarType::Bool);
   TensorLauncher launch(rewards);
   launch_group_advantages(launch, floats_of(rewards), floats_of(weights), rows, rewards.size(1), groups, options,

@@ -3,6 +3,7 @@
 
 #include "inputs.h"
 #include "launch.h"
+#include "rlkernels/groups.h"
 
 namespace rlk {
 
@@ -13,12 +14,6 @@ struct Groups {
 
   __device__ int64_t begin(int64_t g) const { return offsets != nullptr ? offsets[g] : g * group_size; }
   __device__ int64_t row(int64_t position) const { return order != nullptr ? order[position] : position; }
-};
-
-struct GroupOptions {
-  int baseline, scale;
-  float eps;
-  bool normalize_before_sum, keep_singleton;
 };
 
 // ids of 1, 2, 4 or 8 bytes, signed or not; order [count] and offsets [count + 1].

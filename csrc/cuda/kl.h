@@ -3,26 +3,12 @@
 
 #include "inputs.h"
 #include "launch.h"
-#include "rlkernels/sequences.h"
+#include "rlkernels/kl.h"
 
 namespace rlk {
 
-struct KlOptions {
-  int estimator;
-  bool straight_through;
-  float log_ratio_clamp, value_clamp;
-};
-
-struct RewardBatch {
-  Floats scores;    // [sequences]
-  Floats logprobs;  // [tokens], as are ref_logprobs and mask
-  Floats ref_logprobs;
-  Flags mask;          // or null: every token is scored
+struct RewardBatch : RewardInputs<Floats, Flags> {
   const float* valid;  // NaN where cu_seqlens is not what it should be, else 1; or null: 1
-  Sequences sequences;
-  int estimator;
-  float kl_coef;
-  bool after_last;
 };
 
 // `count` elements.

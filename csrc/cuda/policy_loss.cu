@@ -32,7 +32,7 @@ void launch_policy_loss(Launcher& launch, const PolicyBatch& batch, const Policy
     factors = launch.room_for<SequenceFactors>(count);
     launch(policy_sequences_kernel, count, kSequenceThreads, batch, options, factors);
   }
-  const bool mean_over_sequence = denominator.aggregation == kSeqMeanTokenMean;
+  const bool mean_over_sequence = denominator.mean_over_sequence();
   const SequenceFactors* const used = options.needs_sequences() || mean_over_sequence ? factors : nullptr;
   const bool plain = tokens % kRun == 0 && all_plain({batch.logprobs, batch.old_logprobs, batch.ref_logprobs,
                                                       batch.sampler_logprobs, batch.entropy, batch.advantages},

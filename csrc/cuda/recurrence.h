@@ -4,20 +4,11 @@
 #include "inputs.h"
 #include "launch.h"
 #include "rlkernels/recurrence.h"
-#include "rlkernels/sequences.h"
 
 namespace rlk {
 
-struct RecurrenceBatch {
-  Floats rewards;   // [tokens], as are values, the log-probabilities, mask, dones and the results
-  Floats values;    // null for discounted_returns
-  Floats logprobs;  // null but for vtrace, as is behavior_logprobs
-  Floats behavior_logprobs;
-  Flags mask;               // or null: every token is scored
-  Flags dones;              // or null: no episode ends but with its sequence
-  Floats bootstrap_values;  // [sequences], or null: 0
-  const float* valid;       // NaN where cu_seqlens are not; null without them
-  Sequences sequences;
+struct RecurrenceBatch : RecurrenceInputs<Floats, Flags> {
+  const float* valid;  // NaN where cu_seqlens are not; null without them
   RecurrenceOptions options;
   float* advantages;  // null where the kind has none
   float* returns;

@@ -3,18 +3,14 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <stdexcept>
-#include <tuple>
 #include <vector>
 
 #include "inputs.h"
 #include "launch.h"
 #include "rlkernels/aggregation.h"
+#include "rlkernels/ops.h"
 #include "rlkernels/sequences.h"
 
 // The emulation of the tests registers the same ops for CPU tensors.
@@ -27,9 +23,6 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace rlk {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   if (aoti_torch_get_current_cuda_stream == nullptr) throw std::runtime_error("this PyTorch was built without CUDA");
@@ -56,13 +49,6 @@ class TensorLauncher final : public Launcher {
   torch::stable::accelerator::DeviceGuard guard_;
   std::vector<Tensor> rooms_;
 };
-
-inline const float* floats(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
-
-template <typename T>
-const T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
 
 inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -101,29 +87,21 @@ inline Flags flags_of(const std::optional<Tensor>& tensor) {
   return {tensor->const_data_ptr(), bytes, number};
 }
 
-// The sequences of a padded [count, length] or packed [tokens] tensor.
-inline Sequences sequences_of(const Tensor& tensor, const std::optional<Tensor>& cu_seqlens) {
-  if (!cu_seqlens) return {nullptr, tensor.numel(), tensor.size(0), tensor.size(1)};
-  return {cu_seqlens->const_data_ptr<int32_t>(), tensor.numel(), cu_seqlens->numel() - 1, 0};
-}
+// What the ops of rlkernels/ops.h ask of a device, but for `run`.
+struct Cuda {
+  using Array = Floats;
+  using FlagArray = Flags;
 
-inline Tensor empty_like(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                         ScalarType dtype = ScalarType::Float) {
-  return torch::stable::new_empty(tensor, sizes, dtype);
-}
-
-inline Denominator denominator_of(const std::optional<Tensor>& normalizer, double normalizer_value,
-                                  int64_t aggregation) {
-  return {normalizer || normalizer_value > 0.0, static_cast<float>(normalizer_value), static_cast<int>(aggregation)};
-}
-
-// An output that nobody asked for is empty.
-inline Tensor gradient_like(const Tensor& tensor, bool wanted) {
-  return wanted ? empty_like(tensor, tensor.sizes()) : empty_like(tensor, {0});
-}
-
-inline float* gradient_or_null(Tensor& gradient, bool wanted) {
-  return wanted ? gradient.mutable_data_ptr<float>() : nullptr;
-}
+  static Floats array(const std::optional<Tensor>& tensor) { return floats_of(tensor); }
+  static Flags flags(const std::optional<Tensor>& tensor) { return flags_of(tensor); }
+  static Sequences sequences(const Tensor& tensor, const std::optional<Tensor>& cu_seqlens) {
+    if (!cu_seqlens) return {nullptr, tensor.numel(), tensor.size(0), tensor.size(1)};
+    return {cu_seqlens->const_data_ptr<int32_t>(), tensor.numel(), cu_seqlens->numel() - 1, 0};
+  }
+  static Denominator denominator(const std::optional<Tensor>& normalizer, double normalizer_value,
+                                 int64_t aggregation) {
+    return {normalizer || normalizer_value > 0.0, static_cast<float>(normalizer_value), static_cast<int>(aggregation)};
+  }
+};
 
 }  // namespace rlk

@@ -13,7 +13,7 @@ void launch_value_loss(Launcher& launch, const ValueBatch& batch, float clip, co
     launch(value_lengths_kernel, count, kSequenceThreads, batch, lengths);
   }
   const bool plain = tokens % kRun == 0 && all_plain({batch.values, batch.old_values, batch.returns}, {batch.mask});
-  const int* const used = denominator.aggregation == kSeqMeanTokenMean ? lengths : nullptr;
+  const int* const used = denominator.mean_over_sequence() ? lengths : nullptr;
   const auto kernel = !plain            ? value_loss_kernel<false, true>
                       : used != nullptr ? value_loss_kernel<true, true>
                                         : value_loss_kernel<true, false>;

@@ -1,7 +1,6 @@
 // value_loss: partial sums over blocks of tokens, then one block that adds them up.
 #pragma once
 
-#include "rlkernels/value_loss.h"
 #include "token_losses.cuh"
 #include "value_loss.h"
 

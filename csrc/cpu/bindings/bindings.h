@@ -2,24 +2,17 @@
 // Shapes, dtypes and devices were checked in rlkernels/ops; the values of ids and cu_seqlens are checked here.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "rlkernels/aggregation.h"
+#include "rlkernels/ops.h"
 #include "rlkernels/sequences.h"
 
 namespace rlk {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The best the processor has, or the one named by RLKERNELS_CPU_ISA.
 Isa instruction_set();
@@ -49,33 +42,42 @@ void parallel(int64_t count, int64_t item_size, Function function) {
   torch::stable::parallel_for(0, count, grain, function);
 }
 
-inline const float* floats(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
-
-template <typename T>
-const T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
 inline Tensor empty_floats(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   return torch::stable::empty(sizes, ScalarType::Float);
 }
 
-// Where the sequences of a padded [count, length] or packed [tokens] tensor lie. Throws unless cu_seqlens run from 0
-// to the number of tokens without decreasing.
-inline Sequences sequences_of(const Tensor& tensor, const std::optional<Tensor>& cu_seqlens) {
-  const int64_t tokens = tensor.numel();
-  if (!cu_seqlens) return {nullptr, tokens, tensor.size(0), tensor.size(1)};
-  const int32_t* const starts = cu_seqlens->const_data_ptr<int32_t>();
-  const int64_t count = cu_seqlens->numel() - 1;
-  const auto refuse = [](const std::string& wanted, int64_t got, int64_t position) {
-    throw std::invalid_argument("cu_seqlens must " + wanted + "; got " + std::to_string(got) + " at position " +
-                                std::to_string(position));
-  };
-  if (starts[0] != 0) refuse("start with 0", starts[0], 0);
-  for (int64_t s = 0; s < count; ++s)
-    if (starts[s + 1] < starts[s]) refuse("not decrease", starts[s + 1], s + 1);
-  if (starts[count] != tokens) refuse("end with the number of tokens, " + std::to_string(tokens), starts[count], count);
-  return {starts, tokens, count, 0};
-}
+// What the ops of rlkernels/ops.h ask of a device, but for `run`.
+struct Cpu {
+  using Array = const float*;
+  using FlagArray = const bool*;
+
+  static const float* array(const std::optional<Tensor>& tensor) { return data_or_null<float>(tensor); }
+  static const bool* flags(const std::optional<Tensor>& tensor) { return data_or_null<bool>(tensor); }
+
+  // Where the sequences of a padded [count, length] or packed [tokens] tensor lie. Throws unless cu_seqlens run from 0
+  // to the number of tokens without decreasing.
+  static Sequences sequences(const Tensor& tensor, const std::optional<Tensor>& cu_seqlens) {
+    const int64_t tokens = tensor.numel();
+    if (!cu_seqlens) return {nullptr, tokens, tensor.size(0), tensor.size(1)};
+    const int32_t* const starts = cu_seqlens->const_data_ptr<int32_t>();
+    const int64_t count = cu_seqlens->numel() - 1;
+    const auto refuse = [](const std::string& wanted, int64_t got, int64_t position) {
+      throw std::invalid_argument("cu_seqlens must " + wanted + "; got " + std::to_string(got) + " at position " +
+                                  std::to_string(position));
+    };
+    if (starts[0] != 0) refuse("start with 0", starts[0], 0);
+    for (int64_t s = 0; s < count; ++s)
+      if (starts[s + 1] < starts[s]) refuse("not decrease", starts[s + 1], s + 1);
+    if (starts[count] != tokens)
+      refuse("end with the number of tokens, " + std::to_string(tokens), starts[count], count);
+    return {starts, tokens, count, 0};
+  }
+
+  static Denominator denominator(const std::optional<Tensor>& normalizer, double normalizer_value,
+                                 int64_t aggregation) {
+    const float value = normalizer ? *floats(*normalizer) : static_cast<float>(normalizer_value);
+    return {normalizer || value > 0.0f, value, static_cast<int>(aggregation)};
+  }
+};
 
 }  // namespace rlk

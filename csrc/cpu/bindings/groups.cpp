@@ -15,11 +15,7 @@ std::tuple<Tensor, Tensor> group_advantages(Tensor rewards, std::optional<Tensor
                                    rewards.size(0),
                                    rewards.size(1),
                                    group_size,
-                                   static_cast<int>(baseline),
-                                   static_cast<int>(scale),
-                                   static_cast<float>(eps),
-                                   normalize_before_sum,
-                                   keep_singleton};
+                                   make_group_options(baseline, scale, eps, normalize_before_sum, keep_singleton)};
   Tensor advantages = empty_floats({rewards.size(0)});
   Tensor signal = torch::stable::empty({rewards.size(0)}, ScalarType::Bool);
   with_kernels<GroupsKernels>([&](auto kernels) {

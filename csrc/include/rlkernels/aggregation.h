@@ -16,8 +16,10 @@ struct Denominator {
   RLK_HD bool counts_sequences() const {
     return !has_normalizer && (aggregation == kSeqMeanTokenMean || aggregation == kSeqMeanTokenSum);
   }
+  // Whether a token's loss is divided by the number of scored tokens in its sequence.
+  RLK_HD bool mean_over_sequence() const { return aggregation == kSeqMeanTokenMean; }
   // Whether the scored tokens of each sequence must be counted before the losses are added up.
-  RLK_HD bool needs_lengths() const { return aggregation == kSeqMeanTokenMean || counts_sequences(); }
+  RLK_HD bool needs_lengths() const { return mean_over_sequence() || counts_sequences(); }
   RLK_HD double operator()(double tokens, double sequences) const {
     if (has_normalizer) return normalizer;
     if (aggregation == kTokenMean) return tokens;

@@ -1,12 +1,26 @@
 // group_advantages: one score relative to its group.
 #pragma once
 
+#include <cstdint>
+
 #include "rlkernels/math.h"
 
 namespace rlk {
 
 enum GroupBaseline { kBaselineMean = 0, kBaselineLeaveOneOut = 1, kBaselineNone = 2 };
 enum GroupScale { kScaleGroup = 0, kScaleBatch = 1, kScaleNone = 2 };
+
+struct GroupOptions {
+  int baseline, scale;
+  float eps;
+  bool normalize_before_sum, keep_singleton;
+};
+
+inline GroupOptions make_group_options(int64_t baseline, int64_t scale, double eps, bool normalize_before_sum,
+                                       bool keep_singleton) {
+  return {static_cast<int>(baseline), static_cast<int>(scale), static_cast<float>(eps), normalize_before_sum,
+          keep_singleton};
+}
 
 // They describe the scores of a group that are not NaN. Where these do not differ, mean is that score and std is 0,
 // exactly. All is in double, in which the square of no float overflows or is 0.

@@ -3,10 +3,35 @@
 #pragma once
 
 #include "rlkernels/math.h"
+#include "rlkernels/sequences.h"
 
 namespace rlk {
 
 enum KlEstimator { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
+
+struct KlOptions {
+  int estimator;
+  bool straight_through;
+  float log_ratio_clamp, value_clamp;
+};
+
+inline KlOptions make_kl_options(int64_t estimator, bool straight_through, double log_ratio_clamp, double value_clamp) {
+  return {static_cast<int>(estimator), straight_through, static_cast<float>(log_ratio_clamp),
+          static_cast<float>(value_clamp)};
+}
+
+// What the kernels of shaped_rewards read. The arrays are pointers, or pointers with a dtype.
+template <class Array, class FlagArray>
+struct RewardInputs {
+  Array scores;    // [sequences]
+  Array logprobs;  // [tokens], as are ref_logprobs and mask
+  Array ref_logprobs;
+  FlagArray mask;  // or null: every token is scored
+  Sequences sequences;
+  int estimator;
+  float kl_coef;
+  bool after_last;
+};
 
 template <class F>
 RLK_HD F kl_estimate(int estimator, F d) {

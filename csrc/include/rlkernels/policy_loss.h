@@ -31,6 +31,7 @@
 
 #include "rlkernels/kl.h"
 #include "rlkernels/math.h"
+#include "rlkernels/sequences.h"
 
 namespace rlk {
 
@@ -110,6 +111,25 @@ inline PolicyOptions make_policy_options(int objective, double clip_low, double 
   o.rate_neg = static_cast<float>(rate_neg);
   return o;
 }
+
+// What the kernels of a device read. Its arrays are pointers, or pointers with a dtype.
+template <class Array, class FlagArray>
+struct PolicyInputs {
+  Array logprobs;          // [tokens], as are the four below and mask
+  Array old_logprobs;      // or null: logprobs
+  Array ref_logprobs;      // or null
+  Array sampler_logprobs;  // or null
+  Array entropy;           // or null
+  FlagArray mask;          // or null: every token is scored
+  Array advantages;        // [tokens] or [sequences]
+  bool advantage_per_token;
+  Sequences sequences;
+};
+
+struct PolicyResults {
+  float *loss, *metrics, *scale;
+  float *gradient, *entropy_gradient;  // [tokens], or null: not wanted
+};
 
 // What the loss reads of one scored token. An input that was not given holds anything finite.
 template <class F>

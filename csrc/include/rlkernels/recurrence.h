@@ -3,6 +3,7 @@
 #pragma once
 
 #include "rlkernels/math.h"
+#include "rlkernels/sequences.h"
 
 namespace rlk {
 
@@ -28,6 +29,19 @@ inline RecurrenceOptions make_recurrence_options(int kind, double gamma, double 
   o.c_clip = static_cast<float>(c_clip);
   return o;
 }
+
+// What the kernels of a device read. Its arrays are pointers, or pointers with a dtype.
+template <class Array, class FlagArray>
+struct RecurrenceInputs {
+  Array rewards;   // [tokens], as are values, the log-probabilities, mask and dones
+  Array values;    // null for discounted_returns
+  Array logprobs;  // null but for vtrace, as is behavior_logprobs
+  Array behavior_logprobs;
+  FlagArray mask;          // or null: every token is scored
+  FlagArray dones;         // or null: no episode ends but with its sequence
+  Array bootstrap_values;  // [sequences], or null: 0
+  Sequences sequences;
+};
 
 // What a scored token adds to the recurrence, and rho, which is 1 but in vtrace.
 template <class F>

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "rlkernels/math.h"
+#include "rlkernels/sequences.h"
 
 namespace rlk {
 
@@ -17,6 +18,21 @@ enum ValueMetric {
   kValueTokens = 5,
 };
 constexpr int kValueMetrics = kValueTokens + 1;
+
+// What the kernels of a device read. Its arrays are pointers, or pointers with a dtype.
+template <class Array, class FlagArray>
+struct ValueInputs {
+  Array values;      // [tokens], as are old_values, returns and mask
+  Array old_values;  // or null: not clipped
+  Array returns;
+  FlagArray mask;  // or null: every token is scored
+  Sequences sequences;
+};
+
+struct ValueResults {
+  float *loss, *metrics, *scale;
+  float* gradient;  // [tokens], or null: not wanted
+};
 
 template <class F>
 struct TokenValueLoss {
