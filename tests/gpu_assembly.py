@@ -216,8 +216,8 @@ def loops_of(listed: list[tuple[int, str]]) -> list[list[str]]:
 
 
 def widest_loop(loops: Iterable[list[str]]) -> list[str]:
-    """The one with most loads of 16 bytes: that over elements."""
-    return max(loops, key=lambda loop: count(loop).loads[16])
+    """The one with most loads of 16 bytes, the shortest if there are several: that over elements."""
+    return min(loops, key=lambda loop: (-count(loop).loads[16], len(loop)))
 
 
 def innermost_loop_with_loads(text: str) -> str:
