@@ -88,10 +88,10 @@ test-cpu: test-setup ## every test that needs neither Triton's interpreter nor a
 
 test-triton: export TRITON_INTERPRET := 1
 test-triton: test-setup ## the Triton kernels, run by Triton's interpreter on CPU tensors
-	@$(PYTEST) -n 2 $(SELECT) --backend triton $(OP_TESTS) tests/test_triton_interpreter.py tests/test_triton_traffic.py; $(COUNT)
+	@$(PYTEST) -n 2 $(SELECT) --backend triton $(OP_TESTS) tests/test_triton_lm_head.py tests/test_triton_interpreter.py tests/test_triton_traffic.py; $(COUNT)
 
 test-compile: test-setup cuda-module ## the Triton and CUDA kernels, compiled for GPUs: no spills, wide loads
-	@$(PYTEST) -n 2 $(SELECT) tests/test_triton_compiled.py tests/test_triton_losses_compiled.py tests/test_cuda_compiled.py tests/test_triton_resources.py; $(COUNT)
+	@$(PYTEST) -n 2 $(SELECT) tests/test_triton_compiled.py tests/test_triton_losses_compiled.py tests/test_triton_lm_head.py tests/test_cuda_compiled.py tests/test_triton_resources.py; $(COUNT)
 
 test-cuda-host: test-setup ## the CUDA kernels, run on the host under the sanitizers
 	@$(PYTEST) -n 2 $(SELECT) tests/test_cuda_emulation.py; status=$$?; \

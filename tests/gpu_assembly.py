@@ -34,6 +34,8 @@ WIDE_LOAD = re.compile(r"\bLDG\.E\.128\b|\b(?:global|buffer)_load_dwordx4\b")
 STORE = re.compile(r"\bSTG\.[\w.]+|\b(?:global|buffer)_store_\w+")
 WIDE_STORE = re.compile(r"\bSTG\.E\.128\b|\b(?:global|buffer)_store_dwordx4\b")
 SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)_|\.[sv]gpr_spill_count: *[1-9]")
+MEMORY_SPILL = re.compile(r"\b(?:LDL|STL)\b|\bscratch_(?:load|store)_|\.vgpr_spill_count: *[1-9]")
+"""Without AMD's scalars that go to lanes of vector registers."""
 BARRIER = re.compile(r"\bBAR\.|\bs_barrier\b")
 LABEL = re.compile(r"\.L(?:_x_|BB\d+_)\d+")
 

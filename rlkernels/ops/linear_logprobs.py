@@ -74,7 +74,8 @@ def linear_token_logprobs(
             device to count them, the only time that it waits.
         logits_budget_mb: if the logits of all scored rows take no more memory, they are kept for the backward pass, not
             computed again, which saves one product in four. The default, 128, has room for 680 rows of a vocabulary of
-            49,152 in float32 and 1,360 in bfloat16. On a CPU the next call uses that memory again.
+            49,152 in float32 and 1,360 in bfloat16. On a CPU the next call uses that memory again. On a GPU logits of
+            16-bit factors that are not kept are computed and used in one kernel, where they round differently.
 
     Returns:
         float32 [...] (float64 for float64 hidden), or a tuple (logprobs, entropy, *outputs) of those asked for;
@@ -93,7 +94,8 @@ def linear_token_logprobs(
     Traffic: three products of [scored, H] x [H, V]; four where logits are computed again; two where weight, bias and
     adapter are not differentiated and no entropy is asked for (the forward pass then makes the gradient of hidden for
     an upstream gradient of 1). Besides the factors of the products, each tile of logits is written and read once per
-    product, and read and written once for its gradient.
+    product, and read and written once for its gradient. Where a GPU computes and uses logits in one kernel, only their
+    gradient is written, once, in 16 bits, and read by two products.
 
     References: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009).
     """

@@ -249,6 +249,23 @@ _registry.define(
     part_of="linear_token_logprobs",
 )
 _registry.define(
+    "linear_token_logprobs_sums",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, float temperature, float softcap, "
+    "bool return_entropy) -> Tensor",
+    lambda hidden, *rest: hidden.new_empty((4, len(hidden)), dtype=torch.float32),
+    part_of="linear_token_logprobs",
+    backends=("triton",),
+)
+_registry.define(
+    "linear_token_logprobs_gradient",
+    "(Tensor? grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, "
+    "Tensor logprobs, Tensor entropy, Tensor row_stats, int first, int end, float temperature, float softcap, "
+    "int ignore_index) -> Tensor",
+    lambda grad_logprobs, grad_entropy, hidden, *rest: hidden.new_empty((len(hidden), rest[7] - rest[6])),
+    part_of="linear_token_logprobs",
+    backends=("triton",),
+)
+_registry.define(
     "token_logprobs_join",
     "(Tensor parts, float temperature) -> Tensor",
     lambda parts, temperature: parts.new_empty(parts.shape[1:]),

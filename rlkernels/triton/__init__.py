@@ -3,6 +3,7 @@
 import rlkernels.triton.groups
 import rlkernels.triton.kl
 import rlkernels.triton.kl_divergence
+import rlkernels.triton.lm_head
 import rlkernels.triton.logprobs
 import rlkernels.triton.masked
 import rlkernels.triton.policy_loss

@@ -318,6 +318,24 @@ def _join_kernel(
 
 
 @triton.jit
+def _row_gradient(of_logprob, of_entropy, logprob, entropy, temperature, ENTROPY: tl.constexpr):
+    """offset and slope, for `_gradient`, and dz of the target, of rows with these upstream gradients.
+
+    d(of_logprob * logprob + of_entropy * H) / dz_v = -p_v (of_logprob + of_entropy (log p_v + H)) for v != t; for the
+    target 1 - p_t = -expm1(logprob). All is divided by the temperature here, once per row."""
+    offset = 0.0 - of_logprob / temperature
+    at_target = offset * expm1(logprob)
+    slope = 0.0
+    if ENTROPY:
+        g, h = of_entropy / temperature, entropy
+        p_target = tl.exp(logprob)
+        at_target -= tl.where(p_target == 0.0, 0.0, g * p_target * (logprob + h))
+        offset -= g * h
+        slope = 0.0 - g * LN2
+    return offset, slope, at_target
+
+
+@triton.jit
 def _gradient(x, top, scale, log2_sum, offset, slope, softcap, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr):
     """p (offset + slope log2 p) dy/dx, for any logit but the target's."""
     log2_p = (soft_cap(x, softcap, SOFTCAP) - top) * scale - log2_sum
@@ -375,24 +393,15 @@ def _backward_kernel(
     top = tl.load(row_stats + row)
     log_sum = tl.load(row_stats + tl.num_programs(0) + row)
 
-    # d(grad_logprob * logprob + grad_entropy * H) / dz_v = -p_v (grad_logprob + grad_entropy (log p_v + H)) for v != t;
-    # for the target 1 - p_t = -expm1(logprob). All is divided by the temperature here, once per row.
-    offset = tl.zeros((), tl.float32)
-    at_target = tl.zeros((), tl.float32)
-    slope = tl.zeros((), tl.float32)
-    if grad_logprobs is not None:
-        offset -= tl.load(grad_logprobs + row) / temperature
-        at_target += offset * expm1(logprob)
-    if grad_entropy is not None:
-        g = tl.load(grad_entropy + row) / temperature
-        h = tl.load(entropy + row)
-        p_target = tl.exp(logprob)
-        at_target -= tl.where(p_target == 0.0, 0.0, g * p_target * (logprob + h))
-        offset -= g * h
-        slope -= g * LN2
-
-    scale, log2_sum = LOG2E / temperature, log_sum * LOG2E
     ENTROPY: tl.constexpr = grad_entropy is not None
+    of_logprob, of_entropy, row_entropy = 0.0, 0.0, 0.0
+    if grad_logprobs is not None:
+        of_logprob = tl.load(grad_logprobs + row)
+    if ENTROPY:
+        of_entropy = tl.load(grad_entropy + row)
+        row_entropy = tl.load(entropy + row)
+    offset, slope, at_target = _row_gradient(of_logprob, of_entropy, logprob, row_entropy, temperature, ENTROPY)
+    scale, log2_sum = LOG2E / temperature, log_sum * LOG2E
     # Rows of the gradient, which is of the narrower dtype if it is not the logits', have the fewer words.
     end = _multiple_of_16_bytes(vocab_size, grad_logits, ALIGNED)
     first_part, last_part = _parts_of_program(vocab_size, WIDTH)

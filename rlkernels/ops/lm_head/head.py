@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlkernels import _registry
 from rlkernels.ops.lm_head.gradients import Gradients
-from rlkernels.ops.lm_head.tiles import PADDING, POOL, Rows, default_tile, slices, working_dtype
+from rlkernels.ops.lm_head.tiles import PADDING, POOL, Rows, default_tile, range_of, slices, working_dtype
 from rlkernels.reference import logprobs as reference
 
 CHUNK_ROWS = 4096
@@ -136,6 +136,9 @@ class Head:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities [R], entropy [R] and row_stats [2, R]. Writes the logits to `kept` and calls `also` with
         each tile, its block of rows and its range of the vocabulary."""
+        if kept is None and also is None and self.in_one_kernel(rows):
+            parts = self.all_gather(self._sums_in_one_kernel(rows))
+            return self._joining_op("token_logprobs_finish")(parts, self.temperature)
         parts = self.parts(rows, kept, also)
         if self.group is not None:
             parts = self.all_gather(self.join(parts))
@@ -185,6 +188,9 @@ class Head:
         add: bool = False,
     ) -> None:
         """Fill `gradients`, from the gradients of log-probabilities and entropy and the results of forward."""
+        if kept is None and self.in_one_kernel(rows):
+            saved = (grad_logprobs, grad_entropy, logprobs, entropy, row_stats)
+            return self._backward_by_ranges(rows, *saved, gradients, add=add)
         token_ids = self.local_ids(rows)
 
         def to_gradient(vocab: slice, block: slice, tile: Tensor, gradient: Tensor) -> None:
@@ -204,6 +210,63 @@ class Head:
             )
 
         self.backward_tiles(rows, to_gradient, kept, gradients, add=add)
+
+    def in_one_kernel(self, rows: Rows) -> bool:
+        """Whether logits that are not kept are computed and used in one kernel."""
+        return (
+            self.backend == "triton"
+            and self.weight.dtype in (torch.bfloat16, torch.float16)
+            and self.adapter_weight is None
+            and self.weight.stride(1) == 1
+            and min(len(rows), *self.weight.shape) > 0
+        )
+
+    def _sums_in_one_kernel(self, rows: Rows) -> Tensor:
+        factors = (rows.hidden, self.weight, self.bias, self.local_ids(rows))
+        op = _registry.op("linear_token_logprobs_sums", "triton")
+        return op(*factors, self.temperature, self.softcap, self.entropy)
+
+    def _backward_by_ranges(
+        self,
+        rows: Rows,
+        grad_logprobs: Tensor | None,
+        grad_entropy: Tensor | None,
+        logprobs: Tensor,
+        entropy: Tensor,
+        row_stats: Tensor,
+        gradients: Gradients,
+        *,
+        add: bool,
+    ) -> None:
+        """One kernel gives the gradient of all rows' logits for a range of the vocabulary; then each gradient is one
+        product with it."""
+        vocab_size, width = self.weight.shape
+        factors = (rows.hidden, self.weight, self.bias, self.local_ids(rows))
+        options = (self.temperature, self.softcap, PADDING)
+        for number, vocab in enumerate(slices(vocab_size, range_of(len(rows)))):
+            gradient = _registry.op("linear_token_logprobs_gradient", "triton")(
+                *(
+                    grad_logprobs,
+                    grad_entropy,
+                    *factors,
+                    logprobs,
+                    entropy,
+                    row_stats,
+                    vocab.start,
+                    vocab.stop,
+                    *options,
+                )
+            )
+            if gradients.hidden is not None:
+                scratch = self._scratch(len(rows), width)
+                multiply(gradient, self.weight[vocab], gradients.hidden, scratch, add=number > 0)
+            if gradients.weight is not None:
+                out = gradients.weight[vocab]
+                scratch = None if out.dtype == gradient.dtype else self._scratch(*out.shape)
+                multiply(gradient.t(), rows.hidden, out, scratch, add=add)
+            if gradients.bias is not None:
+                total = gradient.sum(0, dtype=gradients.bias.dtype)
+                gradients.bias[vocab] = total + gradients.bias[vocab] if add else total
 
     def backward_tiles(
         self,

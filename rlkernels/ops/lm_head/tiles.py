@@ -34,6 +34,15 @@ def default_tile(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     return rows, max(tokens // 256, 1) * 256
 
 
+RANGE_BYTES = 2**28
+"""The memory of the gradient of all rows' logits for a range of the vocabulary, in 16 bits."""
+
+
+def range_of(rows: int) -> int:
+    """Tokens of a range: whole tiles of a GPU's kernel."""
+    return max(RANGE_BYTES // (2 * max(rows, 1)) // 256, 1) * 256
+
+
 # A plain module global, so that torch.compile guards on it and recompiles when it changes.
 _chosen: tuple[int, int] | None = None
 
